@@ -1,0 +1,16 @@
+"""alto_jax: adaptive-length mask tokens for segmentation with multimodal LLMs, in JAX.
+
+`alto_jax.load(directory)` opens a checkpoint for prediction. Importing the package imports neither
+JAX nor Flax: those come in with the first call.
+"""
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "load"]
+
+
+def load(directory, **kwargs):
+    """Opens a checkpoint for prediction; see `alto_jax.predict.load`."""
+    from alto_jax import predict
+
+    return predict.load(directory, **kwargs)

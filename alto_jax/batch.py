@@ -1,0 +1,74 @@
+"""The batches that travel from the data to the losses, and the legend of dimension letters.
+
+B batch, G samples of a group, H W mask pixels, S pixels of the SAM image side, V pixels of the MLLM
+image side (in shapes of images; elsewhere V is the vocabulary), P prompt tokens, T text tokens, L mask
+tokens, M masks of a sample, N heads, K key/value heads, D width, C codebook.
+
+Numpy arrays on the host, jax arrays (sharded over the batch) on the device. Images stay uint8 until
+they are inside the jitted step.
+"""
+
+from typing import Any
+
+from flax import struct
+
+Array = Any
+
+
+@struct.dataclass
+class MaskBatch:
+    """Stages 1 and 1.5: image uint8[B, S, S, 3] RGB; mask float32[B, H, W] in 0..1."""
+
+    image: Array
+    mask: Array
+
+
+@struct.dataclass
+class ChatBatch:
+    """Stage 2: conversations with their images and masks.
+
+    image uint8[B, V, V, 3]; pixel_image uint8[B, S, S, 3]; ids int32[B, T], right padded;
+    labels int32[B, T], -100 where not supervised; text_mask bool[B, T]; masks float32[B, M, H, W] in
+    0..1 in their order of appearance; mask_valid bool[B, M].
+    """
+
+    image: Array
+    pixel_image: Array
+    ids: Array
+    labels: Array
+    text_mask: Array
+    masks: Array
+    mask_valid: Array
+
+
+@struct.dataclass
+class PromptBatch:
+    """Stage 3 and prediction: prompt_ids int32[B, P], LEFT padded; prompt_mask bool[B, P]; mask
+    float32[B, H, W] in 0..1 is the target; images as in ChatBatch."""
+
+    image: Array
+    pixel_image: Array
+    prompt_ids: Array
+    prompt_mask: Array
+    mask: Array
+
+
+@struct.dataclass
+class Rollout:
+    """G completions of each prompt of a PromptBatch, rewarded.
+
+    completion_ids int32[B, G, T]; completion_mask bool[B, G, T], True up to and including the end of
+    turn; old_per_token_logps and ref_per_token_logps float32[B, G, T]; advantages float32[B, G];
+    rewards float32[B, G]; components: dict of float32[B, G], the parts of the reward. image_tokens
+    float[B, I, D]: the frozen vision tower's output, computed once.
+    """
+
+    prompt: PromptBatch
+    completion_ids: Array
+    completion_mask: Array
+    old_per_token_logps: Array
+    ref_per_token_logps: Array
+    advantages: Array
+    rewards: Array
+    components: dict
+    image_tokens: Array

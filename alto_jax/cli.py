@@ -1,0 +1,24 @@
+"""What the commands share: one clear line for bad input, and the persistent cache of compiled programs."""
+
+from collections.abc import Callable
+import os
+import sys
+import traceback
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a command; bad input ends it with one line on stderr and exit code 2 instead of a stack trace.
+
+    ALTO_TRACEBACK=1 in the environment shows the stack trace as well.
+    """
+    try:
+        sys.exit(main() or 0)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if os.environ.get("ALTO_TRACEBACK"):
+            traceback.print_exc()
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,106 @@
+"""From plain configuration values to frozen dataclasses that validate.
+
+A config file gives nested plain values (an `ml_collections.ConfigDict`); `build` turns them into the
+dataclasses that stand beside the modules which use them, and rejects what does not fit with the dotted
+name of the field and the value received.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import types
+import typing
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot be used; the message names the field and the value."""
+
+
+def build(cls: type, values: Mapping[str, Any] | Any, where: str = "config") -> Any:
+    """Builds the frozen dataclass `cls` from nested plain values.
+
+    Args:
+      cls: a dataclass type; its field types may be int, float, bool, str, tuples of these, `X | None`,
+        or further dataclasses.
+      values: a mapping with any subset of the fields (missing ones take their defaults).
+      where: dotted name of `values`, for messages.
+
+    Returns:
+      An instance of `cls`.
+
+    Raises:
+      ConfigError: an unknown field, a missing required field, a value of another type, or a value that
+        the dataclass's own `__post_init__` refuses. The message names the dotted field.
+    """
+    if isinstance(values, cls):
+        return values
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a group of fields for {cls.__name__}, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"{where}.{name}: unknown field; known: {', '.join(sorted(fields))}")
+    kwargs = {}
+    for name, field in fields.items():
+        if name in values:
+            kwargs[name] = _convert(hints[name], values[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}.{name}: required field is missing")
+    try:
+        return cls(**kwargs)
+    except ValueError as error:
+        raise ConfigError(f"{where}.{error}") from error  # the message starts with the field's name
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Checks `value` against the type `hint` and converts lists to tuples and ints to floats."""
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        rest = [o for o in options if o is not type(None)]
+        for option in rest[:-1]:
+            try:
+                return _convert(option, value, where)
+            except ConfigError:
+                continue
+        return _convert(rest[-1], value, where)
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise ConfigError(f"{where}: expected one of {typing.get_args(hint)}, got {value!r}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        args = typing.get_args(hint)
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(args) != len(value):
+            raise ConfigError(f"{where}: expected {len(args)} values, got {value!r}")
+        return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def to_dict(config: Any) -> Any:
+    """Turns a dataclass of `build` back into plain JSON-compatible values (tuples become lists)."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(v) for v in config]
+    return config
+
+
+def require(condition: bool, field: str, value: Any, expected: str) -> None:
+    """Raises ConfigError naming `field`, `value` and what was `expected`, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{field}: expected {expected}, got {value!r}")

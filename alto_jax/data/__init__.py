@@ -1,0 +1,1 @@
+"""Data: the built-in scenes, readers of the published formats, transforms, and the Grain pipeline."""

@@ -1,0 +1,161 @@
+"""Conversations with masks, as the reference's fine-tuning data are stored: a meta JSON and JSONL files.
+
+In: `{name: {"root", "annotation", "data_augment", "repeat_time", "length"}}`, where `annotation` is a JSONL
+of `{"image": path, "mask": path or [paths], "conversations": [{"from", "value"}, …]}`. Out: ChatRecords.
+`root` is relative to the meta file, `annotation` to `root` or to the meta file, images and masks to `root`.
+Records are weighted by `repeat_time`: 3 has each record three times, 0.5 a fixed half of them once.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from alto_jax.data import transforms
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One data set of the meta file: where line i starts (and the end), and which lines are used."""
+
+    name: str
+    root: pathlib.Path
+    file: pathlib.Path
+    augment: bool
+    offsets: np.ndarray
+    line_numbers: np.ndarray
+    chosen: np.ndarray
+
+    def read(self, row: int) -> tuple[str, dict[str, Any]]:
+        """Where used line `row` stands, for messages, and its checked content."""
+        where = f"{self.file} line {self.line_numbers[row]}"
+        with open(self.file, "rb") as file:
+            file.seek(int(self.offsets[row]))
+            return where, _parse(file.readline(), where)
+
+
+class Conversations:
+    """Random access to ChatRecords {"key", "image", "masks", "conversations"} of a meta file.
+
+    Lines are found when opening and parsed when read, so that large files cost little memory. A record is a
+    function of (seed, index).
+    """
+
+    def __init__(self, meta: str | os.PathLike, *, seed: int = 0):
+        """Opens all data sets of a meta file.
+
+        Args:
+          meta: the meta JSON.
+          seed: of the subsets that a fractional repeat_time takes, and of JPEG augmentation.
+
+        Raises:
+          ValueError: a file that is missing or malformed; the message names file, data set and field.
+        """
+        meta = pathlib.Path(meta)
+        try:
+            content = json.loads(meta.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"meta file {meta} cannot be read: {error}") from error
+        if not isinstance(content, dict) or not content:
+            raise ValueError(f"meta file {meta}: expected a non-empty object of data sets")
+        self._seed = seed
+        self._parts = [_open_part(meta, name, entry, seed) for name, entry in content.items()]
+        self._ends = np.cumsum([len(part.chosen) for part in self._parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        index = int(index) % len(self)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        part = self._parts[number]
+        row = int(part.chosen[index - (self._ends[number - 1] if number else 0)])
+        where, entry = part.read(row)
+        try:
+            image = transforms.open_image(part.root / entry["image"])
+            masks = [transforms.open_mask(part.root / path) for path in entry["mask"]]
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if part.augment:
+            image = transforms.jpeg_augment(image, np.random.default_rng((self._seed, index)))
+        key = f"{part.name}/{part.file.name}:{part.line_numbers[row]}"
+        return {"key": key, "image": image, "masks": masks, "conversations": entry["conversations"]}
+
+    def texts(self) -> Iterator[list[str]]:
+        """The turns of every line, each line once, without reading images: text to train a tokenizer on."""
+        for part in self._parts:
+            for row in range(len(part.offsets)):
+                yield [turn["value"] for turn in part.read(row)[1]["conversations"]]
+
+
+def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int) -> _Part:
+    """Checks an entry of the meta file and finds the lines of its JSONL."""
+
+    def field(key: str, kinds: tuple[type, ...], default: Any = None) -> Any:
+        value = entry.get(key, default) if isinstance(entry, dict) else None
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"meta file {meta}: {name}.{key} is missing or of a wrong type: {value!r}")
+        return value
+
+    root = meta.parent / field("root", (str,))
+    annotation = field("annotation", (str,))
+    repeat = field("repeat_time", (int, float), 1)
+    augment = field("data_augment", (bool,), False)
+    if not repeat > 0:
+        raise ValueError(f"meta file {meta}: {name}.repeat_time must be above 0, got {repeat}")
+    file = next((base / annotation for base in (root, meta.parent) if (base / annotation).is_file()), None)
+    if file is None:
+        raise ValueError(f"meta file {meta}: {name}.annotation {root / annotation} does not exist")
+    offsets, line_numbers, position = [], [], 0
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                offsets.append(position)
+                line_numbers.append(number)
+            position += len(line)
+    count = len(offsets)
+    if count == 0:
+        raise ValueError(f"{file} holds no line")
+    declared = entry.get("length")
+    if declared is not None and declared != count:
+        _log.warning("meta file %s: %s.length is %s, but %s has %d lines", meta, name, declared, file, count)
+    whole, total = int(repeat), max(1, round(count * repeat))
+    rest = np.sort(np.random.default_rng((seed, count)).permutation(count)[: total - whole * count])
+    chosen = np.concatenate([np.tile(np.arange(count), whole), rest])
+    return _Part(name, root, file, augment, np.array(offsets), np.array(line_numbers), chosen)
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    """One line as {"image": str, "mask": [str, …], "conversations": [{"from", "value"}, …]}, checked."""
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON: {error}") from error
+
+    def refuse(field: str, expected: str) -> ValueError:
+        value = entry.get(field) if isinstance(entry, dict) else entry
+        return ValueError(f"{where}: field {field}: expected {expected}, got {value!r:.80}")
+
+    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+        raise refuse("image", "a path")
+    masks = entry.get("mask") or []
+    masks = [masks] if isinstance(masks, str) else masks
+    if not isinstance(masks, list) or not all(isinstance(path, str) for path in masks):
+        raise refuse("mask", "a path or a list of paths")
+    turns = entry.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise refuse("conversations", "a list of turns")
+    for turn in turns:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in ("from", "value")):
+            raise refuse("conversations", 'turns {"from": text, "value": text}')
+    conversations = [{"from": turn["from"], "value": turn["value"]} for turn in turns]
+    return {"image": entry["image"], "mask": masks, "conversations": conversations}

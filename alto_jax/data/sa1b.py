@@ -1,0 +1,151 @@
+"""Multi-Target-SA1B: unions of several SA-1B masks of an image, read from the published files.
+
+In: a folder with `sa_*.json` beside `sa_*.jpg`, flat or in sub-folders (`sa_000000/`). Out: MaskRecords by
+the reference's rule (reference/NUMERICS.md §8): annotations larger than 0.5 % of the squared long side,
+1 to 20 of them merged; in training a square crop around them; at most 1024 pixels; padded to a square.
+Record i is a function of (seed, i), in any order and epoch.
+"""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from alto_jax.data import transforms
+
+_MAX_TARGETS = 20
+
+
+class Sa1bMasks:
+    """Random access to MaskRecords {"key", "image", "mask"} of a SA-1B folder.
+
+    `image` is uint8[S, S, 3] and `mask` uint8[S, S] in 0..255, S at most `max_side`; mask values between are
+    the soft edge of the reference's bicubic shrinking.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        *,
+        train: bool = True,
+        seed: int = 0,
+        draws_per_image: int = 1,
+        max_side: int = 1024,
+        min_area: float = 0.005,
+    ):
+        """Lists the folder.
+
+        Args:
+          root: the folder.
+          train: random number and choice of annotations, random crop and random padding; otherwise the
+            first ones, number by index, whole image, padding at the bottom and right.
+          seed: of the random choices.
+          draws_per_image: records made of each image (training): record i is of image i mod N.
+          max_side: longest side kept, in pixels.
+          min_area: smallest annotation used, as a fraction of the squared long side.
+
+        Raises:
+          ValueError: no such folder, or no annotation file in it.
+        """
+        self.root = pathlib.Path(root)
+        if not self.root.is_dir():
+            raise ValueError(f"SA-1B folder {self.root} does not exist")
+        if draws_per_image < 1:
+            raise ValueError(f"draws_per_image: expected at least 1, got {draws_per_image}")
+        self.files = sorted(self.root.rglob("sa_*.json"))
+        if not self.files:
+            raise ValueError(f"SA-1B folder {self.root} holds no sa_*.json")
+        self._train, self._seed, self._draws = train, seed, draws_per_image if train else 1
+        self._max_side, self._min_area = max_side, min_area
+
+    def __len__(self) -> int:
+        return len(self.files) * self._draws
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        index = int(index) % len(self)
+        rng = np.random.default_rng((self._seed, index))
+        file, (height, width), file_name, annotations = self._annotations(index % len(self.files), rng)
+        count = len(annotations)
+        most = min(_MAX_TARGETS, max(3, count // 2))
+        if self._train:
+            chosen = rng.permutation(count)[: int(rng.integers(1, min(most, count) + 1))].tolist()
+        else:
+            chosen = range(min(index % most + 1, count))
+        rles = [_rle(file, number, annotation) for number, annotation in (annotations[c] for c in chosen)]
+        mask = _merge(file, rles, (height, width))
+        image = transforms.open_image(file.with_name(file_name))
+        if image.shape[:2] != mask.shape:
+            raise ValueError(f"{file}: image.height x width is {height}x{width}, but {file_name} differs")
+        if self._train:
+            image, mask = transforms.crop_around(image, mask, rng)
+        image, mask = (
+            transforms.limit_side(image, self._max_side),
+            transforms.limit_side(mask, self._max_side),
+        )
+        image, mask = transforms.pad_square(image, mask, rng if self._train else None)
+        return {"key": f"{file.relative_to(self.root)}#{index}", "image": image, "mask": mask}
+
+    def _annotations(self, number: int, rng: np.random.Generator):
+        """The large annotations of a file; where it has none, those of another random file.
+
+        Returns: file, (height, width), image file name, [(number in the file, annotation), …].
+        """
+        for _ in range(100):
+            file = self.files[number]
+            content = _read(file)
+            info = _field(file, content, "image", dict)
+            height, width = (_field(file, info, f, int, "image.") for f in ("height", "width"))
+            name = _field(file, info, "file_name", str, "image.")
+            smallest = self._min_area * max(height, width) ** 2
+            large = []
+            for i, annotation in enumerate(_field(file, content, "annotations", list)):
+                if _field(file, annotation, "area", (int, float), f"annotations[{i}].") > smallest:
+                    large.append((i, annotation))
+            if large:
+                return file, (height, width), name, large
+            number = int(rng.integers(len(self.files)))
+        raise ValueError(f"SA-1B folder {self.root}: no annotation above {self._min_area} of the squared long side")
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is no readable JSON: {error}") from error
+
+
+def _field(file: pathlib.Path, mapping: Any, name: str, kind: Any, where: str = "") -> Any:
+    """A checked field of the JSON; raises ValueError naming file and field."""
+    value = mapping.get(name) if isinstance(mapping, dict) else None
+    if not isinstance(value, kind):
+        raise ValueError(f"{file}: field {where}{name} is missing or of a wrong type: {value!r:.60}")
+    return value
+
+
+def _rle(file: pathlib.Path, number: int, annotation: dict[str, Any]) -> dict[str, Any]:
+    """The compressed RLE of an annotation; accepts compressed and uncompressed counts."""
+    from pycocotools import mask as coco_mask
+
+    where = f"annotations[{number}].segmentation"
+    rle = _field(file, annotation, "segmentation", dict, f"annotations[{number}].")
+    size = _field(file, rle, "size", list, where + ".")
+    counts = _field(file, rle, "counts", (str, list), where + ".")
+    if isinstance(counts, list):
+        return coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
+    return {"size": size, "counts": counts.encode("ascii")}
+
+
+def _merge(file: pathlib.Path, rles: list[dict[str, Any]], size: tuple[int, int]) -> np.ndarray:
+    """The union as uint8[H, W] in {0, 255}."""
+    from pycocotools import mask as coco_mask
+
+    if any(tuple(rle["size"]) != size for rle in rles):
+        raise ValueError(f"{file}: a segmentation.size differs from image.height, image.width {size}")
+    mask = coco_mask.decode(coco_mask.merge(rles)) * np.uint8(255)
+    if not mask.any():
+        raise ValueError(f"{file}: the chosen annotations have empty masks")
+    return np.ascontiguousarray(mask)

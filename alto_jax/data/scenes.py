@@ -1,0 +1,147 @@
+"""The built-in dataset: masks and conversations about composed scenes.
+
+In: a `ScenesConfig` (composition.py). Out: random-access sources of MaskRecords for the mask tokenizer
+(`SceneMasks`) and of ChatRecords for the language model (`SceneChats`). Record i is a function of the
+configuration and i alone. Questions and answers are worded as in the published data (mllm/text.py).
+"""
+
+import dataclasses
+from typing import Any
+
+from alto_jax.data import phrases
+from alto_jax.data.composition import Scene, SceneObject, Scenes, ScenesConfig, mask_complexity
+from alto_jax.mllm import text
+
+__all__ = [
+    "ChatConfig",
+    "MaskConfig",
+    "Scene",
+    "SceneChats",
+    "SceneMasks",
+    "SceneObject",
+    "Scenes",
+    "ScenesConfig",
+    "mask_complexity",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskConfig:
+    """Which objects make a mask.
+
+    Attributes:
+      max_union: most objects in one mask.
+      union_probability: how often a mask holds more than one object, where the scene does.
+    """
+
+    max_union: int = 3
+    union_probability: float = 0.2
+
+    def __post_init__(self):
+        if self.max_union < 1:
+            raise ValueError(f"max_union: expected at least 1, got {self.max_union}")
+        _require_probability("union_probability", self.union_probability)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig:
+    """Which conversations are made.
+
+    Attributes:
+      adaptive_fraction: of the mask requests, how many ask for adaptive length.
+      multi_fraction: how many ask for several objects ("all apples", "the apple and the frog").
+      question_fraction: how many are yes/no questions, without a mask.
+      yes_fraction: of the questions, how many are about a thing that is there.
+      adaptive_only: stage 3: only requests for adaptive length, no questions.
+    """
+
+    adaptive_fraction: float = 0.5
+    multi_fraction: float = 0.2
+    question_fraction: float = 0.1
+    yes_fraction: float = 0.3
+    adaptive_only: bool = False
+
+    def __post_init__(self):
+        for name in ("adaptive_fraction", "multi_fraction", "question_fraction", "yes_fraction"):
+            _require_probability(name, getattr(self, name))
+        if self.multi_fraction + self.question_fraction > 1:
+            raise ValueError(f"multi_fraction + question_fraction: expected at most 1, got {self!r}")
+
+
+def _require_probability(field: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{field}: expected 0..1, got {value!r}")
+
+
+class SceneMasks:
+    """Random access to MaskRecords {"key", "image", "mask"}: mostly one object, sometimes a union."""
+
+    def __init__(self, config: ScenesConfig, masks: MaskConfig = MaskConfig()):
+        self.scenes = Scenes(config)
+        self.config = masks
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        config = self.config
+        scene, rng = self.scenes.scene(index)
+        count, most = 1, min(config.max_union, len(scene.objects))
+        if most > 1 and rng.random() < config.union_probability:
+            count = int(rng.integers(2, most + 1))
+        chosen = rng.permutation(len(scene.objects))[:count]
+        return {"key": scene.key, "image": scene.image, "mask": scene.union(chosen.tolist())}
+
+
+class SceneChats:
+    """Random access to ChatRecords {"key", "image", "masks", "conversations"}.
+
+    A request for a mask has one mask (the union of its targets), a question has none. Every phrase is true
+    and unambiguous in its scene.
+    """
+
+    def __init__(self, config: ScenesConfig, chats: ChatConfig = ChatConfig()):
+        self.scenes = Scenes(config)
+        self.config = chats
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        config = self.config
+        scene, rng = self.scenes.scene(index)
+        kind, adaptive_draw, yes_draw = rng.random(3).tolist()
+        if not config.adaptive_only and kind < config.question_fraction:
+            phrase, yes = None, yes_draw < config.yes_fraction
+            if not yes:
+                shown = self.scenes.shown(scene.photo)
+                phrase = phrases.refer_absent(scene.objects, self.scenes.names, shown, rng)
+            if phrase is None:  # asked for, or everything in the vocabulary may be in sight
+                phrase, yes = self._single(scene, rng)[0], True
+            return self._record(scene, text.no_target_question(phrase), text.YES if yes else text.NO, [])
+        many = None
+        if kind >= 1 - config.multi_fraction:
+            many = phrases.refer_many(scene.objects, rng)
+        phrase, targets = many or self._single(scene, rng)
+        adaptive = config.adaptive_only or adaptive_draw < config.adaptive_fraction
+        question, answer = text.question(phrase, adaptive=adaptive), text.answer(adaptive=adaptive)
+        return self._record(scene, question, answer, [scene.union(targets)])
+
+    @staticmethod
+    def _single(scene: Scene, rng) -> tuple[str, tuple[int, ...]]:
+        """A phrase for one object; where none can be told apart, for all objects of one name."""
+        for i in rng.permutation(len(scene.objects)).tolist():
+            phrase = phrases.refer_single(scene.objects, i, rng)
+            if phrase is not None:
+                return phrase, (i,)
+        name = scene.objects[0].name
+        members = tuple(i for i, o in enumerate(scene.objects) if o.name == name)
+        return f"all {phrases.plural(name)}", members
+
+    @staticmethod
+    def _record(scene: Scene, question: str, answer: str, masks: list) -> dict[str, Any]:
+        conversations = [
+            {"from": "human", "value": f"{text.IMAGE}\n{question}"},
+            {"from": "gpt", "value": answer},
+        ]
+        return {"key": scene.key, "image": scene.image, "masks": masks, "conversations": conversations}

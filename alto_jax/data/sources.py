@@ -1,0 +1,201 @@
+"""From a run's configuration to its data: sources, iterators, held-out samples and the text tokenizer."""
+
+from collections.abc import Iterator
+import pathlib
+from typing import Any
+
+from alto_jax.batch import MaskBatch, PromptBatch
+from alto_jax.data import composition, pipeline, scenes
+from alto_jax.mllm.text import TextTokenizer, question
+
+_SEED_OFFSET = 1_000_003  # Note: keeps the shuffling apart from the other uses of config.seed.
+
+
+def mask_source(config: Any, *, held_out: bool = False) -> Any:
+    """MaskRecords of `config.data`; held out: the built-in data's unseen shapes, or the same files in eval mode."""
+    data = config.data
+    if data.source == "scenes":
+        return scenes.SceneMasks(_scenes(config, held_out), data.scene_masks)
+    if data.source == "sa1b":
+        from alto_jax.data.sa1b import Sa1bMasks
+
+        return Sa1bMasks(data.root, seed=config.seed, train=not held_out)
+    raise ValueError(f"config.data.source: {config.stage} reads 'scenes' or 'sa1b', got {data.source!r}")
+
+
+def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = False) -> Any:
+    """ChatRecords of `config.data`, see `mask_source`."""
+    import dataclasses
+
+    data = config.data
+    if data.source == "scenes":
+        chats = dataclasses.replace(data.scene_chats, adaptive_only=adaptive_only or data.scene_chats.adaptive_only)
+        return scenes.SceneChats(_scenes(config, held_out), chats)
+    if data.source == "jsonl":
+        from alto_jax.data.conversations import Conversations
+
+        return Conversations(data.meta)
+    raise ValueError(f"config.data.source: {config.stage} reads 'scenes' or 'jsonl', got {data.source!r}")
+
+
+def _scenes(config: Any, held_out: bool) -> composition.ScenesConfig:
+    import dataclasses
+
+    changes = {"split": "validation", "num_scenes": max(config.eval.num_samples, 1)} if held_out else {}
+    return dataclasses.replace(config.data.scenes, **changes)
+
+
+def mask_iterator(config: Any, process_index: int, process_count: int) -> Any:
+    """Endless MaskBatches of stages 1 and 1.5, with get_state and set_state."""
+    size = config.model.tokenizer
+    return iter(
+        pipeline.mask_batches(
+            mask_source(config),
+            image_size=size.image_size,
+            mask_size=size.mask_size,
+            **_options(config, process_index, process_count),
+        )
+    )
+
+
+def chat_iterator(config: Any, text: TextTokenizer, process_index: int, process_count: int) -> Any:
+    """Endless ChatBatches of stage 2."""
+    return iter(
+        pipeline.chat_batches(
+            chat_source(config),
+            text,
+            **_sizes(config),
+            max_length=config.data.max_length,
+            num_latent_tokens=config.model.tokenizer.num_latent_tokens,
+            max_masks=config.data.max_masks,
+            **_options(config, process_index, process_count),
+        )
+    )
+
+
+def prompt_iterator(config: Any, text: TextTokenizer, process_index: int, process_count: int) -> Any:
+    """Endless PromptBatches of stage 3."""
+    return iter(
+        pipeline.prompt_batches(
+            chat_source(config, adaptive_only=True),
+            text,
+            **_sizes(config),
+            max_prompt_length=config.data.max_length,
+            **_options(config, process_index, process_count),
+        )
+    )
+
+
+def held_out_masks(config: Any) -> Iterator[MaskBatch]:
+    """The first `config.eval.num_samples` held-out masks in batches (the last one may be smaller)."""
+    source, size = mask_source(config, held_out=True), config.model.tokenizer
+    return iter(
+        pipeline.mask_batches(
+            _First(source, config.eval.num_samples),
+            image_size=size.image_size,
+            mask_size=size.mask_size,
+            **_once(config),
+        )
+    )
+
+
+def held_out_prompts(config: Any, text: TextTokenizer) -> Iterator[PromptBatch]:
+    """The first `config.eval.num_samples` held-out prompts, by adaptive length."""
+    source = chat_source(config, held_out=True, adaptive_only=True)
+    return iter(
+        pipeline.prompt_batches(
+            _First(source, config.eval.num_samples),
+            text,
+            **_sizes(config),
+            max_prompt_length=config.data.max_length,
+            system=config.data.system,
+            **_once(config),
+        )
+    )
+
+
+class _First:
+    """The first n records of a source."""
+
+    def __init__(self, source: Any, count: int):
+        self._source, self._count = source, min(count, len(source))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Any:
+        return self._source[index]
+
+
+def _options(config: Any, process_index: int, process_count: int) -> dict:
+    options = {
+        "batch_size": config.train.batch_size,
+        "seed": config.seed + _SEED_OFFSET,
+        "process_index": process_index,
+        "process_count": process_count,
+        "num_threads": config.data.num_threads,
+    }
+    return options | ({"system": config.data.system} if config.stage in ("stage2", "stage3") else {})
+
+
+def _once(config: Any) -> dict:
+    return {
+        "batch_size": config.eval.batch_size,
+        "seed": 0,
+        "num_epochs": 1,
+        "shuffle": False,
+        "drop_remainder": False,
+        "num_threads": config.data.num_threads,
+    }
+
+
+def _sizes(config: Any) -> dict:
+    model = config.model
+    return {
+        "vision_size": model.vision.image_size,
+        "image_size": model.tokenizer.image_size,
+        "mask_size": model.tokenizer.mask_size,
+        "num_image_tokens": model.num_image_tokens,
+    }
+
+
+def text_tokenizer(config: Any) -> TextTokenizer:
+    """The tokenizer of the start checkpoint, or one trained on the texts of the data.
+
+    Raises:
+      ValueError: it has more tokens than the language model's vocabulary, or another number of codes than
+        the mask tokenizer.
+    """
+    num_codes = config.model.tokenizer.codebook_size
+    file = pathlib.Path(config.init_from) / "tokenizer.json" if config.init_from else None
+    if file is not None and file.exists():
+        text = TextTokenizer.load(file, num_codes=num_codes)
+    else:
+        text = TextTokenizer.train_builtin(list(_texts(config)), config.data.base_vocab_size, num_codes)
+    vocab_size = config.model.language_model.vocab_size
+    if text.vocab_size > vocab_size:
+        raise ValueError(
+            f"config.model.language_model.vocab_size: the tokenizer has {text.vocab_size} tokens, got {vocab_size}"
+        )
+    return text
+
+
+def _texts(config: Any) -> Iterator[str]:
+    """What people and model say in the data, for training a tokenizer."""
+    if config.data.source == "jsonl":
+        for record in chat_source(config).texts():
+            yield from record
+        return
+    from alto_jax.data.glyphs import catalogue
+
+    for glyph in catalogue().glyphs:
+        for place in ("", " on the left", " on the right", " at the top", " at the bottom", " in the centre"):
+            phrase = f"the {glyph.colour + ' ' if glyph.colour else ''}{glyph.name}{place}"
+            yield question(phrase, adaptive=True)
+            yield question(f"all {phrase[4:]}", adaptive=False)
+    yield from (
+        "The mask appears at .",
+        "Yes",
+        "No",
+        'Does the image contain ?\nAnswer "yes" or "no" directly.',
+    ) * 50

@@ -1,0 +1,228 @@
+"""The configuration of a run: what a file in `configs/` returns, as frozen dataclasses that validate."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any, Literal
+
+from alto_jax.config import ConfigError, build, require, to_dict
+from alto_jax.data.composition import ScenesConfig
+from alto_jax.data.scenes import ChatConfig, MaskConfig
+from alto_jax.losses import GrpoLossConfig, MaskLossConfig, ReconstructionLossConfig
+from alto_jax.mllm.alto_llm import ModelConfig
+from alto_jax.mllm.generate import GenerateConfig
+from alto_jax.rewards import RewardConfig
+from alto_jax.sharding import MeshConfig
+from alto_jax.train_state import OptimConfig
+
+STAGE_NAMES = ("stage1", "stage1_5", "stage2", "stage3")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the samples come from.
+
+    source: "scenes" (built in), "sa1b" (a folder of SA-1B images and annotations; stages 1 and 1.5) or
+    "jsonl" (a stage-2/3 meta file). root: the folder ("sa1b"); meta: the meta file ("jsonl").
+    scenes, scene_masks, scene_chats: what the built-in data looks like. max_length: tokens of a row (stage 2) or prompt (stage
+    3). max_masks: masks of a conversation. system: system prompt; None leaves it out. base_vocab_size:
+    size of the tokenizer that is trained on the built-in data when the start checkpoint brings none.
+    """
+
+    source: Literal["scenes", "sa1b", "jsonl"] = "scenes"
+    root: str = ""
+    meta: str = ""
+    scenes: ScenesConfig = ScenesConfig()
+    scene_masks: MaskConfig = MaskConfig()
+    scene_chats: ChatConfig = ChatConfig()
+    max_length: int = 1024
+    max_masks: int = 1
+    system: str | None = None
+    base_vocab_size: int = 512
+    num_threads: int = 2
+
+    def __post_init__(self):
+        require(
+            self.source != "sa1b" or bool(self.root), "root", self.root, "the SA-1B folder (--config.data.root=DIR)"
+        )
+        require(self.source != "jsonl" or bool(self.meta), "meta", self.meta, "the meta file (--config.data.meta=FILE)")
+        require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
+        require(self.max_masks >= 1, "max_masks", self.max_masks, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop: number of updates, global batch (images; prompts in stage 3), and how often to do what (0: never)."""
+
+    steps: int = 1000
+    batch_size: int = 8
+    log_every: int = 50
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        require(self.steps >= 1, "steps", self.steps, "at least 1")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
+        require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation: every how many updates (0: only at the end), on how many samples, in batches of.
+
+    token_counts: numbers of leading tokens at which the tokenizer's IoU is reported. max_new_tokens: longest
+    answer of the MLLM.
+    """
+
+    every: int = 0
+    num_samples: int = 256
+    batch_size: int = 32
+    token_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    max_new_tokens: int = 64
+
+    def __post_init__(self):
+        require(self.num_samples >= 0, "num_samples", self.num_samples, "at least 0")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerStageConfig:
+    """Stages 1 and 1.5.
+
+    keep_tokens: "random" draws the number of kept tokens uniformly from 1..L per mask, "adaptive" takes
+    the length predictor's, "full" keeps all. unquantized_steps: updates at the start without
+    quantisation. reseed_every: updates between re-seedings of dead codes (0: never), until
+    reseed_until updates; reseed_threshold: a code is dead below this share of its fair use.
+    """
+
+    keep_tokens: Literal["random", "adaptive", "full"] = "random"
+    loss: ReconstructionLossConfig = ReconstructionLossConfig()
+    commitment_cost: float = 0.01
+    unquantized_steps: int = 0
+    reseed_every: int = 0
+    reseed_until: int = 0
+    reseed_threshold: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class SftStageConfig:
+    """Stage 2. max_supervised: supervised tokens of a row that reach the LM head. mask_loss_weight: weight of
+    the loss of the mask decoded from the soft tokens (0: not computed)."""
+
+    max_supervised: int = 64
+    mask_loss_weight: float = 1.0
+    mask_loss: MaskLossConfig = MaskLossConfig()
+
+    def __post_init__(self):
+        require(self.max_supervised >= 1, "max_supervised", self.max_supervised, "at least 1")
+        require(self.mask_loss_weight >= 0, "mask_loss_weight", self.mask_loss_weight, "at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoStageConfig:
+    """Stage 3. num_generations: G, completions per prompt. updates_per_rollout: optimizer steps on each rollout."""
+
+    num_generations: int = 12
+    updates_per_rollout: int = 1
+    advantage_normalization: Literal["paper", "reference", "none"] = "paper"
+    generate: GenerateConfig = GenerateConfig(max_new_tokens=48, temperature=1.0, top_k=10)
+    reward: RewardConfig = RewardConfig()
+    loss: GrpoLossConfig = GrpoLossConfig()
+
+    def __post_init__(self):
+        require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
+        require(self.updates_per_rollout >= 1, "updates_per_rollout", self.updates_per_rollout, "at least 1")
+        require(
+            self.generate.temperature > 0, "generate.temperature", self.generate.temperature, "more than 0 to sample"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """One stage's run. init_from: directory of the run (or converted checkpoint) that it starts from."""
+
+    stage: Literal["stage1", "stage1_5", "stage2", "stage3"]
+    model: ModelConfig
+    seed: int = 0
+    init_from: str = ""
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    tokenizer: TokenizerStageConfig = TokenizerStageConfig()
+    sft: SftStageConfig = SftStageConfig()
+    grpo: GrpoStageConfig = GrpoStageConfig()
+
+    def __post_init__(self):
+        if self.stage in ("stage2", "stage3"):
+            require(
+                self.model.language_model is not None,
+                "model.language_model",
+                None,
+                f"the sizes that {self.stage} needs",
+            )
+
+
+# Fields that may change between two runs of the same command line: they do not change what is learned.
+_FREE_FIELDS = (
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "eval.",
+    "mesh.",
+    "data.num_threads",
+)
+
+
+def make_experiment(values: Any) -> ExperimentConfig:
+    """Builds the configuration from what `get_config` returned (with the command line's changes).
+
+    Raises:
+      ConfigError: naming the field and the value.
+    """
+    plain = json.loads(values.to_json_best_effort()) if hasattr(values, "to_json_best_effort") else values
+    return build(ExperimentConfig, plain)
+
+
+def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig) -> pathlib.Path:
+    """Makes the run's directory, or checks that it belongs to this configuration.
+
+    Raises:
+      ConfigError: the directory holds a run of another configuration; names the fields that differ.
+    """
+    path = pathlib.Path(workdir)
+    path.mkdir(parents=True, exist_ok=True)
+    file, plain = path / "config.json", to_dict(config)
+    if file.exists():
+        try:
+            old = json.loads(file.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{file}: not readable as JSON: {error}") from error
+        differences = [
+            f"{name}: {before!r} there, {now!r} here"
+            for name, before, now in _differences(old, json.loads(json.dumps(plain)))
+            if not name.startswith(_FREE_FIELDS)
+        ]
+        if differences:
+            raise ConfigError(
+                f"--workdir={workdir} holds a run of another configuration ({'; '.join(differences[:3])});"
+                " choose another directory or the same configuration"
+            )
+        return path
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(plain, indent=2) + "\n")
+    temporary.replace(file)
+    return path
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of the leaves that differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}):
+            found += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if old == new else [(name, old, new)]

@@ -1,0 +1,271 @@
+"""Transformer parts shared by the mask tokenizer, the SAM encoder, InternViT and the language model.
+
+Everything works on `[B, T, D]` activations, computes in `dtype` and keeps parameters in `param_dtype`;
+norms and softmax are computed in float32. Dimension letters: see `alto_jax.batch`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+REMAT_POLICIES = ("none", "full", "dots")
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32, scaled after the cast back."""
+
+    eps: float
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return x32.astype(self.dtype) * scale.astype(self.dtype)
+
+
+def layer_norm(eps: float, dtype: Any, param_dtype: Any, name: str | None = None, **kwargs) -> nn.Module:
+    """Layer norm over the last axis with the biased variance that PyTorch uses.
+
+    Note: Linen's default "fast" variance E[x^2] - E[x]^2 loses digits that the golden tests see.
+    """
+    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, name=name, **kwargs)
+
+
+def gelu(x: Array) -> Array:
+    """The exact (erf) GELU."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, bias: Array | None = None) -> Array:
+    """Scaled dot-product attention with a float32 softmax; grouped queries where K < N.
+
+    Args:
+      q: [B, T, N, Hd]; k, v: [B, S, K, Hd], N a multiple of K (query head n uses key head n // (N/K)).
+      mask: bool, broadcastable to [B, N, T, S], True = may attend.
+      bias: broadcastable to [B, N, T, S], added to the scaled scores.
+
+    Returns:
+      [B, T, N, Hd] in q's dtype.
+    """
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, bias=bias)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention of the vision transformers, with one packed q/k/v projection.
+
+    `qk_norm_eps`: if set, RMSNorm over the full width of q and of k before the heads are split
+    (InternViT-6B).
+    """
+
+    num_heads: int
+    qkv_bias: bool = True
+    qk_norm_eps: float | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        width = x.shape[-1]
+        head_dim = width // self.num_heads
+        qkv = nn.DenseGeneral(
+            (3, self.num_heads, head_dim), use_bias=self.qkv_bias, dtype=self.dtype,
+            param_dtype=self.param_dtype, kernel_init=self.kernel_init, name="qkv",
+        )(x)  # fmt: skip
+        q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+        if self.qk_norm_eps is not None:
+
+            def normalise(y, name):
+                flat = y.reshape(*y.shape[:-2], width)
+                return RMSNorm(self.qk_norm_eps, self.dtype, self.param_dtype, name=name)(flat).reshape(y.shape)
+
+            q, k = normalise(q, "q_norm"), normalise(k, "k_norm")
+        out = attention(q, k, v, mask=mask)
+        return nn.DenseGeneral(
+            width,
+            axis=(-2, -1),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=self.kernel_init,
+            name="out",
+        )(out)
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    mlp_dim: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init)
+        return nn.Dense(x.shape[-1], name="fc2", **kwargs)(gelu(nn.Dense(self.mlp_dim, name="fc1", **kwargs)(x)))
+
+
+class GatedMlp(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), without biases."""
+
+    mlp_dim: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kwargs = dict(use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init)
+        gate = nn.Dense(self.mlp_dim, name="gate", **kwargs)(x)
+        up = nn.Dense(self.mlp_dim, name="up", **kwargs)(x)
+        return nn.Dense(x.shape[-1], name="down", **kwargs)(jax.nn.silu(gate) * up)
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm transformer block: `x += ls1 * attn(norm1(x)); x += ls2 * mlp(norm2(x))`.
+
+    `layer_scale`: initial value of the learned ls1, ls2 (None leaves them out). `rms_norm` chooses
+    RMSNorm instead of LayerNorm. Called with x [B, T, D], an attention mask (or None) and
+    `drop_path` float[2, B] (or None): factors of the two branches, 0 or 1/keep. Returns (x, None), as
+    `Stack` wants it.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    norm_eps: float
+    rms_norm: bool = False
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None = None, drop_path: Array | None = None):
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+        def norm(name):
+            if self.rms_norm:
+                return RMSNorm(self.norm_eps, name=name, **types)
+            return layer_norm(self.norm_eps, self.dtype, self.param_dtype, name=name)
+
+        def residual(x, branch, index):
+            if self.layer_scale is not None:
+                init = nn.initializers.constant(self.layer_scale)
+                branch = branch * self.param(f"ls{index + 1}", init, (x.shape[-1],), self.param_dtype).astype(x.dtype)
+            if drop_path is not None:
+                branch = branch * drop_path[index, :, None, None].astype(x.dtype)
+            return x + branch
+
+        attn = SelfAttention(
+            self.num_heads, self.qkv_bias, self.norm_eps if self.qk_norm else None, kernel_init=self.kernel_init,
+            name="attn", **types,
+        )  # fmt: skip
+        x = residual(x, attn(norm("norm1")(x), mask), 0)
+        x = residual(x, Mlp(self.mlp_dim, kernel_init=self.kernel_init, name="mlp", **types)(norm("norm2")(x)), 1)
+        return x, None
+
+
+class Stack(nn.Module):
+    """`num_layers` equal blocks with parameters stacked on a leading axis, applied by `lax.scan`.
+
+    Compile time does not grow with depth, and a slice of the stack can be applied alone.
+
+    Attributes:
+      make_block: called as `make_block(parent=None)`; the block's `__call__(carry, *shared, *per_layer)`
+        returns `(carry, y)`. The carry is the activation or any tree that starts with it.
+      num_layers: length of the stack.
+      remat: "none" keeps all activations for the backward pass, "full" none but the carries, "dots" the
+        results of matrix products.
+      unroll: blocks per iteration of the scan (num_layers: no loop at all).
+    """
+
+    make_block: Callable[..., nn.Module]
+    num_layers: int
+    remat: str = "none"
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(self, carry: Any, *shared: Any, per_layer: tuple = (), start: int = 0, stop: int | None = None):
+        """Applies blocks start..stop-1.
+
+        Args:
+          carry: what goes through the blocks.
+          *shared: arguments that every block receives.
+          per_layer: trees whose leaves have a leading axis of `stop - start`; block i receives row i.
+
+        Returns:
+          (carry, ys): ys stacks what the blocks returned beside the carry.
+        """
+        block = self.make_block(parent=None)
+        stop = self.num_layers if stop is None else stop
+
+        def init(key):
+            row = jax.tree.map(lambda a: a[0], per_layer)
+            return jax.vmap(lambda k: block.init(k, carry, *shared, *row)["params"])(
+                jax.random.split(key, self.num_layers)
+            )
+
+        # Note: `self.param` would trace `init` again at every call only to check shapes.
+        params = (
+            self.get_variable("params", "layers")
+            if self.has_variable("params", "layers")
+            else self.param("layers", init)
+        )
+
+        def body(carry, row):
+            layer, extra = row
+            return block.apply({"params": layer}, carry, *shared, *extra)
+
+        if self.remat == "full":
+            body = jax.checkpoint(body, prevent_cse=False)
+        elif self.remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        elif self.remat != "none":
+            raise ValueError(f"remat: expected one of {REMAT_POLICIES}, got {self.remat!r}")
+        if stop <= start:
+            return carry, None
+        params = jax.tree.map(lambda a: a[start:stop], params)
+        return jax.lax.scan(body, carry, (params, per_layer), unroll=min(self.unroll, stop - start))
+
+
+def rope_frequencies(head_dim: int, theta: float | Array) -> Array:
+    """Inverse frequencies theta^(-2i/Hd), float32[Hd / 2]."""
+    return 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+
+
+def apply_rope(x: Array, positions: Array, inv_freq: Array) -> Array:
+    """Rotary position embedding in the "rotate half" form.
+
+    Args:
+      x: [B, T, N, Hd]; positions: int32[B, T]; inv_freq: float32[Hd / 2].
+
+    Returns:
+      [B, T, N, Hd] in x's dtype; the angles are computed in float32.
+    """
+    angles = positions[..., None].astype(jnp.float32) * inv_freq
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def sincos_position_embedding(grid: int, width: int, scale: float) -> Array:
+    """Two-dimensional sine-cosine embedding of a grid, float32[grid * grid, width], times `scale`.
+
+    Source: ViT without class tokens (MoCo v3 form): a quarter of the width each for sin/cos of y and x.
+    """
+    y, x = jnp.meshgrid(jnp.arange(grid, dtype=jnp.float32), jnp.arange(grid, dtype=jnp.float32), indexing="ij")
+    omega = 1.0 / (10000.0 ** (jnp.arange(width // 4, dtype=jnp.float32) / max(width // 4, 1)))
+    parts = [f(p.reshape(-1, 1) * omega) for p in (y, x) for f in (jnp.sin, jnp.cos)]
+    table = jnp.concatenate(parts, axis=-1)
+    return scale * jnp.pad(table, ((0, 0), (0, width - table.shape[-1])))

@@ -1,0 +1,126 @@
+"""Training from the command line.
+
+    python -m alto_jax.main --config=configs/stage1.py:tiny --workdir=DIR [--config.optim.lr=1e-3] [--mode=evaluate]
+
+The configuration file's `get_config(size)` gives the fields; every field, also one that the file leaves at
+its default, can be set with --config.GROUP.FIELD=VALUE.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+import typing
+from typing import Any
+
+from absl import flags
+
+from alto_jax import cli
+from alto_jax.config import ConfigError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory: checkpoints, metrics, results.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "evaluate"], "Train (and evaluate at the end), or evaluate the newest checkpoint."
+)
+_USAGE = "usage: python -m alto_jax.main --config=FILE[:SIZE] --workdir=DIR [--config.GROUP.FIELD=VALUE ...]"
+
+
+def load_config(spec: str) -> Any:
+    """The ConfigDict of "FILE" or "FILE:ARGUMENT", completed with the defaults of all fields.
+
+    Raises:
+      ConfigError: no such file, no `get_config` in it, or values that do not fit.
+    """
+    import ml_collections
+
+    file, _, argument = spec.partition(":")
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise ConfigError(f"--config={spec}: no such file {file}")
+    root = str(path.resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)  # Note: configuration files import their neighbours as `configs.NAME`.
+    module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"--config={spec}: {file} has no function get_config")
+    values = module.get_config(argument) if argument else module.get_config()
+    plain = values.to_dict()
+    if "stages" in plain:
+        for name in plain["stages"]:
+            plain[name] = _completed(plain[name], f"config.{name}")
+    else:
+        plain = _completed(plain, "config")
+    return ml_collections.ConfigDict(plain)
+
+
+def _completed(plain: dict, where: str) -> dict:
+    """The fields with all defaults, as values that flags can change."""
+    from alto_jax.config import build
+    from alto_jax.experiment import ExperimentConfig
+
+    return _flaggable(build(ExperimentConfig, plain, where))
+
+
+def _flaggable(value: Any) -> Any:
+    """Dataclasses as dicts; an optional plain field that is None as a placeholder of its type."""
+    from ml_collections import config_dict
+
+    if not dataclasses.is_dataclass(value):
+        return value
+    hints, fields = typing.get_type_hints(type(value)), {}
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if item is None:
+            plain = [t for t in typing.get_args(hints[field.name]) if t in (int, float, str)]
+            item = config_dict.placeholder(plain[0]) if plain else None
+        fields[field.name] = _flaggable(item)
+    return fields
+
+
+def main() -> int:
+    """Parses the command line and runs."""
+    from ml_collections import config_flags
+
+    arguments, spec = [sys.argv[0]], None
+    for argument in sys.argv[1:]:
+        name, _, value = argument.partition("=")
+        if name in ("--help", "-h", "-help", "--helpfull"):
+            print(f"{__doc__}\n{_USAGE}\n\n{flags.FLAGS.get_help() if name == '--helpfull' else _own_help()}")
+            return 0
+        if name in ("--config", "-config"):
+            spec = value
+        else:
+            arguments.append(argument)
+    if not spec:
+        raise ConfigError(f"--config is required; {_USAGE}")
+    config_flag = config_flags.DEFINE_config_dict("config", load_config(spec), sys_argv=arguments)
+    try:
+        rest = flags.FLAGS(arguments)
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+    if len(rest) > 1:
+        raise ConfigError(f"unexpected argument {rest[1]!r}; {_USAGE}")
+    if not _WORKDIR.value:
+        raise ConfigError(f"--workdir is required; {_USAGE}")
+    values = config_flag.value.to_dict()
+    if "stages" in values:
+        from alto_jax import quickstart
+
+        quickstart.run(values, _WORKDIR.value)
+        return 0
+    from alto_jax.experiment import make_experiment
+    from alto_jax.train import evaluate, train
+
+    config = make_experiment(values)
+    (train if _MODE.value == "train" else evaluate)(config, _WORKDIR.value)
+    return 0
+
+
+def _own_help() -> str:
+    return flags.FLAGS.module_help(sys.modules[__name__])
+
+
+if __name__ == "__main__":
+    cli.run(main)

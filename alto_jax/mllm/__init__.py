@@ -1,0 +1,1 @@
+"""The multimodal language model: vision tower, language model, generation, text and mask tokens."""

@@ -1,0 +1,183 @@
+"""ALToLLM: InternViT, projector and language model around the mask tokenizer.
+
+    image ─► vision ─► pixel shuffle ─► projector ─► image tokens ┐
+    ids (with <IMG_CONTEXT> where the image goes) ─► embed ───────┴─► language_model ─► hidden ─► logits
+
+Source: ALTo (NeurIPS 2025), section 3.3; InternVL 2.5.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from alto_jax.batch import PromptBatch
+from alto_jax.config import require
+from alto_jax.mllm.generate import Controls, GenerateConfig, Generated, generate, mask_state
+from alto_jax.mllm.intern_vit import InternViT, InternViTConfig, Projector, imagenet_normalise, pixel_shuffle
+from alto_jax.mllm.language_model import LanguageModel, LanguageModelConfig
+from alto_jax.mllm.mask_tokens import ParsedMask, parse_completion
+from alto_jax.mllm.text import SpecialIds
+from alto_jax.tokenizer.alto import ALTo, TokenizerConfig
+from alto_jax.tokenizer.sam_encoder import mllm_to_unit
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A mask tokenizer, and with `vision` and `language_model` a whole ALToLLM.
+
+    pixel_input: "mllm" gives the SAM encoder the MLLM's image, resized up (Compat: what the reference
+      does in stages 2 and 3); "native" gives it the image at its own resolution, as in stage 1.
+    """
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    vision: InternViTConfig | None = None
+    language_model: LanguageModelConfig | None = None
+    pixel_input: Literal["mllm", "native"] = "mllm"
+    pixel_shuffle_version: Literal["v1", "v2"] = "v2"
+
+    def __post_init__(self):
+        require((self.vision is None) == (self.language_model is None), "vision, language_model",
+                (self.vision is not None, self.language_model is not None), "both or neither")  # fmt: skip
+        if self.vision is not None:
+            require(self.vision.grid % 2 == 0, "vision.image_size", self.vision.image_size, "an even number of patches")
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of one image in the language model: a quarter of the patches."""
+        return (self.vision.grid // 2) ** 2
+
+
+class ALToLLM(nn.Module):
+    """The whole model; call its methods with `module.apply({"params": p}, ..., method="embed")`."""
+
+    cfg: ModelConfig
+
+    def setup(self):
+        cfg = self.cfg
+        language = cfg.language_model
+        self.tokenizer = ALTo(cfg.tokenizer)
+        self.vision = InternViT(cfg.vision)
+        self.projector = Projector(language.embed_dim, jnp.dtype(language.dtype), jnp.dtype(language.param_dtype))
+        self.language_model = LanguageModel(language)
+
+    def image_tokens(self, image: Array, drop_path_key: Array | None = None) -> Array:
+        """image uint8[B, V, V, 3] → float[B, num_image_tokens, D]."""
+        x = self.vision(imagenet_normalise(image), drop_path_key)
+        grid = self.cfg.vision.grid
+        x = pixel_shuffle(x.reshape(x.shape[0], grid, grid, x.shape[-1]), version=self.cfg.pixel_shuffle_version)
+        return self.projector(x.reshape(x.shape[0], -1, x.shape[-1]))
+
+    def image_features(self, image: Array, pixel_image: Array) -> Array | None:
+        """What the de-tokenizer sees of the images [B, V, V, 3] and [B, S, S, 3] (uint8): SAM features."""
+        if self.cfg.pixel_input == "mllm":
+            size = self.cfg.tokenizer.image_size
+            pixel_image = mllm_to_unit(imagenet_normalise(image), size) * 255.0
+        return self.tokenizer.image_features(pixel_image)
+
+    def embed(self, ids: Array, image_tokens: Array, img_context: int) -> Array:
+        """Token embeddings with the image tokens at the `<IMG_CONTEXT>` positions, in order.
+
+        Args:
+          ids: int32[B, T]; image_tokens: float[B, I, D]; img_context: id of `<IMG_CONTEXT>`.
+
+        Returns:
+          float[B, T, D].
+        """
+        is_image = ids == img_context
+        index = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, image_tokens.shape[1] - 1)
+        placed = jnp.take_along_axis(image_tokens, index[..., None], axis=1)
+        embedded = self.language_model.embed(ids)
+        return jnp.where(is_image[..., None], placed.astype(embedded.dtype), embedded)
+
+    def embed_text(self, ids: Array) -> Array:
+        """ids int32[B, T] without image tokens → float[B, T, D]."""
+        return self.language_model.embed(ids)
+
+    def hidden(self, inputs: Array, positions: Array, attn_mask: Array | None, *args: Any, **kwargs: Any) -> Any:
+        """The language model's forward pass, see `LanguageModel.__call__`."""
+        return self.language_model(inputs, positions, attn_mask, *args, **kwargs)
+
+    def logits(self, hidden: Array) -> Array:
+        """hidden float[..., D] → float32[..., V]."""
+        return self.language_model.logits(hidden)
+
+    def __call__(self, mask: Array, pixel_image: Array, image: Array, ids: Array) -> Array:
+        """Touches every parameter (for initialisation)."""
+        masks = self.tokenizer(mask, pixel_image)
+        inputs = self.embed(ids, self.image_tokens(image), 0)
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        hidden, _ = self.hidden(inputs, positions, None)
+        return self.logits(hidden), masks
+
+
+def init_params(cfg: ModelConfig, key: Array) -> dict:
+    """Parameters of a whole model from scratch; traceable."""
+    tokenizer, vision = cfg.tokenizer, cfg.vision
+    mask = jnp.zeros((1, tokenizer.mask_size, tokenizer.mask_size))
+    pixel_image = jnp.zeros((1, tokenizer.image_size, tokenizer.image_size, 3), jnp.uint8)
+    if vision is None:
+        return {"tokenizer": ALTo(tokenizer).init(key, mask, pixel_image)["params"]}
+    image = jnp.zeros((1, vision.image_size, vision.image_size, 3), jnp.uint8)
+    return ALToLLM(cfg).init(key, mask, pixel_image, image, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+@struct.dataclass
+class Segmentation:
+    """Answers with their masks; leading axes [B], or [B, G] if `num_samples` was given.
+
+    generated: the new tokens. parsed: their mask. mask_logits float32[..., H, W]: the decoded mask; where
+    the answer is malformed, what no codes at all decode to. image_tokens float[B, I, D].
+    """
+
+    generated: Generated
+    parsed: ParsedMask
+    mask_logits: Array
+    image_tokens: Array
+
+
+def segment(
+    cfg: ModelConfig,
+    params: dict,
+    batch: PromptBatch,
+    generate_cfg: GenerateConfig,
+    special: SpecialIds,
+    rng: Array,
+    num_samples: int | None = None,
+    controls: Controls | None = None,
+) -> Segmentation:
+    """Answers prompts about images and decodes the masks in the answers; jittable.
+
+    Prediction, evaluation and the GRPO rollout are this one function. Vision and prompt run once per
+    image, whatever the number of samples.
+
+    Args:
+      cfg: the model; params: its parameters.
+      batch: images and prompts (its target mask is not used).
+      generate_cfg, special, rng, num_samples, controls: see `generate.generate`.
+    """
+    model, variables = ALToLLM(cfg), {"params": params}
+    image_tokens = model.apply(variables, batch.image, method="image_tokens")
+    inputs = model.apply(variables, batch.prompt_ids, image_tokens, special.img_context, method="embed")
+    generated = generate(
+        LanguageModel(cfg.language_model), params["language_model"], inputs, batch.prompt_mask, generate_cfg, special, rng,
+        num_samples, prompt_ids=batch.prompt_ids, controls=controls,
+    )  # fmt: skip
+    # A prompt may end with <ALTo_Start> (a forced answer prefix); the mask's format counts from there.
+    inside, _ = mask_state(batch.prompt_ids, special)
+    inside = jnp.broadcast_to(inside.reshape(-1, *(1,) * (generated.ids.ndim - 1)), (*generated.ids.shape[:-1], 1))
+    ids = jnp.concatenate([jnp.where(inside, special.mask_start, special.pad), generated.ids], axis=-1)
+    parsed = parse_completion(
+        ids, jnp.concatenate([inside, generated.mask], axis=-1), special, cfg.tokenizer.num_latent_tokens
+    )
+    features = model.apply(variables, batch.image, batch.pixel_image, method="image_features")
+    codes, length = parsed.codes.reshape(-1, parsed.codes.shape[-1]), parsed.length.reshape(-1)
+    if num_samples is not None and features is not None:
+        features = jnp.repeat(features, num_samples, axis=0)
+    logits = ALTo(cfg.tokenizer).apply({"params": params["tokenizer"]}, codes, length, features, method="decode_codes")
+    return Segmentation(generated, parsed, logits.reshape(*parsed.length.shape, *logits.shape[1:]), image_tokens)

@@ -1,0 +1,368 @@
+"""Text generation with mask tokens: one jitted call of prefill and a `while_loop` of cached steps.
+
+Comes in: the prompt's embeddings (image features already in place), left padded. Goes out: token ids with
+their log-probabilities. Shapes are static and nothing is read back to the host inside; the loop ends as
+soon as every row is done.
+
+The prompt runs once per row of the batch; its keys and values are one prefix that all `num_samples`
+samples of the row attend to, and each sample has its own cache for the new tokens only.
+
+Masks: a row is *inside* a mask between `<ALTo_Start>` and `<ALTo_End>`. The grammar allows, inside, only
+codes (1..max_length of them) and the end; outside, ordinary text and the start. Length control works
+inside masks: bias on the end's logit, minimum, budget and exact length (paper, adaptive length).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from alto_jax.config import require
+from alto_jax.mllm.language_model import DTYPES, KVCache, LanguageModel
+
+if TYPE_CHECKING:
+    from alto_jax.mllm.text import SpecialIds
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How to generate. Only max_new_tokens, greedy or not, top_k, top_p, grammar, stop_at_mask_end,
+    share_prompt and cache_dtype are compiled in; the others can change without recompilation.
+
+    Attributes:
+      max_new_tokens: T, length of the result; longer answers are cut. With the grammar a mask is only
+        started where it can still be ended.
+      temperature: 0 takes the most likely token; else logits are divided by it before sampling.
+      top_k: sample among this many likeliest tokens; 0: all.
+      top_p: sample among the likeliest tokens that hold this much probability; 1: all.
+      grammar: allow only well-formed masks.
+      min_length: codes per mask at least; needs the grammar.
+      max_length: codes per mask at most (the budget; L of the mask tokenizer); needs the grammar.
+      forced_length: exactly so many codes per mask; overrides both; needs the grammar.
+      end_logit_bias: added to the logit of `<ALTo_End>` inside a mask; positive shortens masks.
+      stop_at_mask_end: a row is done at its first `<ALTo_End>` that ends a mask, not only at `<|im_end|>`.
+      share_prompt: False computes and stores the prompt once per sample (same result; the oracle).
+      cache_dtype: type of keys and values; None: the model's.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    grammar: bool = False
+    min_length: int = 1
+    max_length: int = 32
+    forced_length: int | None = None
+    end_logit_bias: float = 0.0
+    stop_at_mask_end: bool = False
+    share_prompt: bool = True
+    cache_dtype: str | None = None
+
+    def __post_init__(self):
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        require(self.temperature >= 0, "temperature", self.temperature, "a number of at least 0")
+        require(self.top_k >= 0, "top_k", self.top_k, "at least 0")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
+        low, high, forced = self.min_length, self.max_length, self.forced_length
+        require(low >= 1, "min_length", low, "at least 1")
+        require(high >= low, "max_length", high, f"at least min_length {low}")
+        require(forced is None or forced >= 1, "forced_length", forced, "at least 1, or None")
+        if self.grammar:
+            fits = self.max_new_tokens > (forced or low)
+            require(fits, "max_new_tokens", self.max_new_tokens, f"at least {(forced or low) + 1}, a mask and its end")
+        else:
+            require(forced is None, "forced_length", forced, "None without grammar=True")
+            require(low == 1, "min_length", low, "1 without grammar=True")
+        require(self.cache_dtype in (None, *DTYPES), "cache_dtype", self.cache_dtype, f"None or one of {DTYPES}")
+
+    def controls(self) -> Controls:
+        """Returns the values that may differ per row and call, as scalars."""
+        low, high = (self.min_length, self.max_length) if self.forced_length is None else (self.forced_length,) * 2
+        return Controls(
+            temperature=jnp.float32(self.temperature or 1.0),
+            min_length=jnp.int32(low),
+            max_length=jnp.int32(high),
+            end_logit_bias=jnp.float32(self.end_logit_bias),
+        )
+
+
+@struct.dataclass
+class Controls:
+    """What a request may change without recompilation; each a scalar or one value per prompt ([B]).
+
+    temperature: float32, > 0 (ignored by a greedy config); min_length, max_length: int32, codes per mask
+    (equal: an exact length), 1 <= min_length <= max_length, min_length < max_new_tokens;
+    end_logit_bias: float32.
+    """
+
+    temperature: Array
+    min_length: Array
+    max_length: Array
+    end_logit_bias: Array
+
+
+@struct.dataclass
+class Generated:
+    """The new tokens. Leading axes are [B], or [B, G] if `num_samples` was given.
+
+    ids: int32[..., T], pad where mask is False. mask: bool[..., T], True up to and including the token
+    that ended the row. per_token_logps: float32[..., T], log-probability of each token under the model
+    as it is: full vocabulary, temperature 1, no constraint. sampling_logps: float32[..., T], under the
+    distribution that was sampled from (bias, grammar, temperature, top-k, top-p; 0 for greedy). Both are
+    0 where mask is False. num_steps: int32 scalar, tokens generated by the longest row.
+    """
+
+    ids: Array
+    mask: Array
+    per_token_logps: Array
+    sampling_logps: Array
+    num_steps: Array
+
+
+@struct.dataclass
+class _State:
+    """The loop's state; R = B * G rows. `cache` holds the new tokens only; inside, count: see mask_state."""
+
+    step: Array
+    ids: Array
+    mask: Array
+    per_token_logps: Array
+    sampling_logps: Array
+    done: Array
+    inside: Array
+    count: Array
+    cache: KVCache
+
+
+def mask_state(ids: Array, special: SpecialIds) -> tuple[Array, Array]:
+    """Tells whether rows of ids end inside a mask, as with a forced answer prefix.
+
+    Args:
+      ids: int32[..., P], left padded.
+      special: ids of the special tokens.
+
+    Returns:
+      (inside bool[...], count int32[...]): the last `<ALTo_Start>` is not followed by an end; tokens after it.
+    """
+    index = jnp.arange(ids.shape[-1])
+    last = lambda token: jnp.max(jnp.where(ids == token, index, -1), axis=-1)
+    start, end = last(special.mask_start), last(special.mask_end)
+    inside = start > end
+    return inside, jnp.where(inside, ids.shape[-1] - 1 - start, 0).astype(jnp.int32)
+
+
+def allowed_tokens(
+    vocab_size: int, special: SpecialIds, inside: Array, count: Array, remaining: Array, low: Array, high: Array
+) -> Array:
+    """The grammar: which tokens may come next.
+
+    Outside a mask: all but codes, the end, padding, begin of text, begin of turn and image tokens; the
+    start only if the shortest allowed mask still fits. Inside: codes, up to `high` of them and with room
+    left for the end; the end after at least `low`.
+
+    Args:
+      vocab_size: V. special: ids of the special tokens.
+      inside, count: bool[R], int32[R], see `mask_state`.
+      remaining: int32 scalar, tokens that may still be generated, this one included.
+      low, high: int32, broadcastable to [R, 1], limits of the number of codes.
+
+    Returns:
+      bool[R, V].
+    """
+    token = jnp.arange(vocab_size)
+    is_code = (token >= special.code_0) & (token < special.code_0 + special.num_codes)
+    is_start, is_end = token == special.mask_start, token == special.mask_end
+    structural = {special.pad, special.bos, special.im_start, special.img, special.img_end, special.img_context}
+    is_text = ~(is_code | is_end | is_start) & ~jnp.isin(token, jnp.array(sorted(structural - {None, special.im_end})))
+    inside, count = inside[:, None], count[:, None]
+    last = remaining <= 1
+    may_code, may_end = (count < high) & ~last, (count >= low) | last
+    when_inside = (is_code & may_code) | (is_end & may_end)
+    when_outside = is_text | (is_start & (remaining >= low + 2))
+    return jnp.where(inside, when_inside, when_outside)
+
+
+def choose(logits: Array, keys: Array, cfg: GenerateConfig, temperature: Array) -> tuple[Array, Array]:
+    """Takes one token per row.
+
+    Args:
+      logits: float32[R, V], -inf where not allowed.
+      keys: random keys [R], one per row.
+      cfg: greedy if its temperature is 0; top_k and top_p (applied in this order after the temperature).
+      temperature: float32, broadcastable to [R, 1].
+
+    Returns:
+      (ids int32[R], logps float32[R] under the distribution sampled from, 0 for greedy).
+    """
+    if cfg.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[:1], jnp.float32)
+    scaled, tokens = logits / temperature, None
+    top_k = min(cfg.top_k, logits.shape[-1])
+    if top_k or cfg.top_p < 1:
+        scaled, tokens = jax.lax.top_k(scaled, top_k or logits.shape[-1])
+    if cfg.top_p < 1:
+        probs = jax.nn.softmax(scaled, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        scaled = jnp.where(before < cfg.top_p, scaled, -jnp.inf)
+    index = jax.vmap(jax.random.categorical)(keys, scaled)[:, None]
+    logps = jnp.take_along_axis(jax.nn.log_softmax(scaled, axis=-1), index, axis=-1)[:, 0]
+    ids = index if tokens is None else jnp.take_along_axis(tokens, index, axis=-1)
+    return ids[:, 0].astype(jnp.int32), logps
+
+
+def generate(
+    model: LanguageModel,
+    params: Any,
+    inputs_embeds: Array,
+    prompt_mask: Array,
+    cfg: GenerateConfig,
+    special: SpecialIds,
+    rng: Array,
+    num_samples: int | None = None,
+    *,
+    prompt_ids: Array | None = None,
+    controls: Controls | None = None,
+) -> Generated:
+    """Generates answers to a batch of prompts.
+
+    Args:
+      model: the language model (unbound); params: its parameters.
+      inputs_embeds: [B, P, D], the prompts' embeddings, left padded: the last position is never padding.
+      prompt_mask: bool[B, P], True where not padding.
+      cfg: how to generate.
+      special: ids of the special tokens.
+      rng: one random key, or one per prompt ([B]; a row's result then depends on nothing but its own
+        prompt and key).
+      num_samples: G, samples per prompt, which share one prefill and one prompt cache. None: one sample,
+        and no G axis in the result.
+      prompt_ids: int32[B, P], the prompts' ids. Needed if a prompt ends inside a mask (forced answer
+        prefix); None: none does.
+      controls: overrides `cfg.controls()`, e.g. with one value per prompt.
+
+    Returns:
+      Generated.
+    """
+    require(num_samples is None or num_samples >= 1, "num_samples", num_samples, "at least 1, or None")
+    batch = inputs_embeds.shape[0]
+    rng = jax.random.split(rng, batch) if rng.ndim == 0 else rng
+    if prompt_ids is None:
+        start = jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32)
+    else:
+        start = mask_state(jnp.asarray(prompt_ids), special)
+    controls = cfg.controls() if controls is None else controls
+    neutral = dict(temperature=1.0 if cfg.temperature else 0.0, min_length=1, max_length=32, forced_length=None)
+    static = dataclasses.replace(cfg, end_logit_bias=0.0, **neutral)
+    out = _generate(model, static, special, num_samples or 1, params, inputs_embeds, prompt_mask, start, controls, rng)
+    if num_samples is not None:
+        group = lambda a: a.reshape(batch, num_samples, *a.shape[1:]) if a.ndim else a
+        out = jax.tree.map(group, out)
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _generate(
+    model: LanguageModel,
+    cfg: GenerateConfig,
+    special: SpecialIds,
+    num_samples: int,
+    params: Any,
+    inputs_embeds: Array,
+    prompt_mask: Array,
+    start: tuple[Array, Array],
+    controls: Controls,
+    keys: Array,
+) -> Generated:
+    """The compiled part of `generate`; results have R = B * G rows."""
+    rows = inputs_embeds.shape[0] * num_samples
+    repeat = lambda a: jnp.repeat(a, num_samples, axis=0)
+    keys = jax.vmap(lambda key: jax.random.split(key, num_samples))(keys).reshape(rows)
+    inside, count = jax.tree.map(repeat, start)
+    controls = jax.tree.map(lambda a: repeat(a)[:, None] if jnp.ndim(a) else a, controls)
+    apply = functools.partial(model.apply, {"params": params})
+    if not cfg.share_prompt:
+        inputs_embeds, prompt_mask = repeat(inputs_embeds), repeat(prompt_mask)
+    prefix, first_logits = _prefill(apply, model, cfg, inputs_embeds, prompt_mask)
+    lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
+    if cfg.share_prompt:
+        first_logits, lengths = repeat(first_logits), repeat(lengths)
+
+    shape = (rows, cfg.max_new_tokens)
+    zeros = jnp.zeros(shape, jnp.float32)
+    state = _State(
+        step=jnp.int32(0),
+        ids=jnp.full(shape, special.pad, jnp.int32),
+        mask=jnp.zeros(shape, bool),
+        per_token_logps=zeros,
+        sampling_logps=zeros,
+        done=jnp.zeros(rows, bool),
+        inside=inside,
+        count=count,
+        cache=KVCache.create(model.cfg, rows, cfg.max_new_tokens, cfg.cache_dtype),
+    )
+
+    def body(state: _State) -> _State:
+        previous = state.step - 1
+        token = jax.lax.dynamic_index_in_dim(state.ids, previous, axis=1)
+        hidden, cache = apply(
+            apply(token, method="embed"), (lengths + previous)[:, None], cache=state.cache, cache_index=previous,
+            prefix=prefix, prefix_mask=prompt_mask,
+        )  # fmt: skip
+        logits = apply(hidden[:, 0], method="logits")
+        return _append(state.replace(cache=cache), logits, cfg, special, controls, keys)
+
+    state = _append(state, first_logits, cfg, special, controls, keys)
+    state = jax.lax.while_loop(lambda s: (s.step < cfg.max_new_tokens) & ~jnp.all(s.done), body, state)
+    return Generated(state.ids, state.mask, state.per_token_logps, state.sampling_logps, state.step)
+
+
+def _prefill(
+    apply: Any, model: LanguageModel, cfg: GenerateConfig, inputs_embeds: Array, prompt_mask: Array
+) -> tuple[KVCache, Array]:
+    """Runs the prompts; returns their keys and values and the logits float32[B, V] after the last position."""
+    batch, length = prompt_mask.shape
+    positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1, dtype=jnp.int32) - 1, 0)
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    cache = KVCache.create(model.cfg, batch, length, cfg.cache_dtype)
+    hidden, prefix = apply(inputs_embeds, positions, causal & prompt_mask[:, None], cache, 0)
+    return prefix, apply(hidden[:, -1], method="logits")
+
+
+def _append(
+    state: _State, logits: Array, cfg: GenerateConfig, special: SpecialIds, controls: Controls, keys: Array
+) -> _State:
+    """Chooses the token of the current step from logits float32[R, V] and writes it into the state."""
+    token = jnp.arange(logits.shape[-1])
+    bias = jnp.where(state.inside[:, None] & (token == special.mask_end), controls.end_logit_bias, 0.0)
+    shaped = logits + bias
+    if cfg.grammar:
+        remaining = cfg.max_new_tokens - state.step
+        limits = controls.min_length, controls.max_length
+        allowed = allowed_tokens(logits.shape[-1], special, state.inside, state.count, remaining, *limits)
+        shaped = jnp.where(allowed, shaped, -jnp.inf)
+    step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
+    ids, sampling_logps = choose(shaped, step_keys, cfg, controls.temperature)
+    logps = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), ids[:, None], axis=-1)[:, 0]
+
+    alive = ~state.done
+    ids = jnp.where(alive, ids, special.pad)
+    ends_mask = state.inside & (ids == special.mask_end)
+    finished = (ids == special.im_end) | (ends_mask if cfg.stop_at_mask_end else False)
+    begins = ids == special.mask_start
+    write = lambda buffer, column: jax.lax.dynamic_update_index_in_dim(buffer, column, state.step, axis=1)
+    return state.replace(
+        step=state.step + 1,
+        ids=write(state.ids, ids),
+        mask=write(state.mask, alive),
+        per_token_logps=write(state.per_token_logps, jnp.where(alive, logps, 0.0)),
+        sampling_logps=write(state.sampling_logps, jnp.where(alive, sampling_logps, 0.0)),
+        done=state.done | finished,
+        inside=(state.inside | begins) & ~ends_mask,
+        count=jnp.where(begins | ~state.inside, 0, state.count + 1),
+    )

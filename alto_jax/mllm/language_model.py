@@ -1,0 +1,316 @@
+"""Decoder-only language model of the InternLM2, Qwen2 and Llama shapes, with an explicit KV cache.
+
+Comes in: embeddings [B, T, D] (text embeddings with image features put in), positions, attention mask.
+Goes out: hidden states after the final norm [B, T, D], and from those, where asked for, float32 logits.
+Pre-norm blocks, RMSNorm, rotary positions ("rotate half"), grouped queries, SwiGLU.
+
+The three families differ by numbers only: InternLM2 and Llama have no biases, Qwen2 has q/k/v biases;
+InternLM2 uses dynamic NTK scaling of the rotary base beyond its trained length.
+
+Letters beside those of `alto_jax.batch`: S keys (cache size), P prefix keys, N heads, K key/value heads,
+Hd head width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from alto_jax import layers
+from alto_jax.config import require
+
+Array = jax.Array
+INIT = nn.initializers.normal(0.02)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """Sizes and numerics of the language model; the defaults are a debug size.
+
+    Attributes:
+      head_dim: None means embed_dim / num_heads.
+      rope_scaling_factor: factor of the dynamic NTK scaling beyond max_position_embeddings; None: no scaling.
+      dtype, param_dtype: of the computation and of the parameters.
+      remat, unroll: see `layers.Stack`.
+    """
+
+    vocab_size: int = 512
+    embed_dim: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int | None = None
+    mlp_dim: int = 128
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    tie_embeddings: bool = False
+    max_position_embeddings: int = 32768
+    rope_scaling_factor: float | None = None
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 1
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "unroll")
+        for name in (*sizes, "max_position_embeddings"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        groups = self.num_heads % self.num_kv_heads == 0
+        require(groups, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads {self.num_heads}")
+        divides = self.head_dim is not None or self.embed_dim % self.num_heads == 0
+        require(divides, "num_heads", self.num_heads, f"a divisor of embed_dim {self.embed_dim}, or head_dim set")
+        require(self.head_width >= 2 and self.head_width % 2 == 0, "head_dim", self.head_width, "an even number")
+        require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number")
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "a positive number")
+        factor = self.rope_scaling_factor
+        require(factor is None or factor >= 1, "rope_scaling_factor", factor, "at least 1, or None")
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {DTYPES}")
+        require(self.param_dtype in DTYPES, "param_dtype", self.param_dtype, f"one of {DTYPES}")
+        require(self.remat in layers.REMAT_POLICIES, "remat", self.remat, f"one of {layers.REMAT_POLICIES}")
+
+    @property
+    def head_width(self) -> int:
+        """Hd, with the default resolved."""
+        return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+
+@struct.dataclass
+class KVCache:
+    """Keys (already rotated) and values of all layers: k, v [num_layers, B, S, K, Hd]."""
+
+    k: Array
+    v: Array
+
+    @classmethod
+    def create(cls, cfg: LanguageModelConfig, batch: int, size: int, dtype: Any = None) -> "KVCache":
+        """Returns an empty cache for `batch` rows of `size` positions, in `dtype` (default: cfg.dtype)."""
+        shape = (cfg.num_layers, batch, size, cfg.num_kv_heads, cfg.head_width)
+        dtype = jnp.dtype(cfg.dtype if dtype is None else dtype)
+        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+    def repeat(self, num_samples: int) -> "KVCache":
+        """Returns a cache of B*G rows, row b*G + g holding what row b holds."""
+        return jax.tree.map(lambda a: jnp.repeat(a, num_samples, axis=1), self)
+
+
+def ntk_inv_freq(cfg: LanguageModelConfig, current_length: int | Array) -> Array:
+    """Inverse rotary frequencies at a sequence length, with dynamic NTK scaling.
+
+    Up to max_position_embeddings, or without rope_scaling_factor, plain ones; beyond, the base becomes
+    theta * (f * n / max - (f - 1)) ^ (Hd / (Hd - 2)), n the length, f the factor.
+
+    Compat: the reference keeps the scaled table for later, shorter sequences of the same process. Here
+    the table depends on `current_length` alone; who needs the sticky one keeps this function's result
+    and passes it on as `inv_freq`.
+
+    Args:
+      cfg: language model config.
+      current_length: int or int32 scalar (may be traced), number of keys attended to, padding included.
+
+    Returns:
+      float32[Hd / 2].
+    """
+    theta = cfg.rope_theta
+    if cfg.rope_scaling_factor is not None:
+        factor, width = cfg.rope_scaling_factor, cfg.head_width
+        length = jnp.maximum(jnp.asarray(current_length, jnp.float32), cfg.max_position_embeddings)
+        stretch = factor * length / cfg.max_position_embeddings - (factor - 1)
+        theta = theta * stretch ** (width / max(width - 2, 1))
+    return layers.rope_frequencies(cfg.head_width, theta)
+
+
+def prefix_attention(
+    q: Array, k: Array, v: Array, mask: Array, prefix_k: Array, prefix_v: Array, prefix_mask: Array
+) -> Array:
+    """Attention of G rows per prefix over their own keys and one shared copy of the prefix.
+
+    The scores over both sets of keys share one softmax, so the result equals attention over the repeated
+    prefix concatenated with the own keys.
+
+    Args:
+      q: [B*G, T, N, Hd], row b*G + g; k, v: [B*G, S, K, Hd].
+      mask: bool, broadcastable to [B*G, 1, T, S], True = may attend.
+      prefix_k, prefix_v: [B, P, K, Hd]; prefix_mask: bool[B, P].
+
+    Returns:
+      [B*G, T, N, Hd] in q's dtype.
+    """
+    rows, length, num_heads, width = q.shape
+    batch, prefix_length, num_kv_heads, _ = prefix_k.shape
+    group = rows // batch
+    split = lambda x: x.reshape(batch, group, *x.shape[1:])
+    q = q.reshape(batch, group, length, num_kv_heads, num_heads // num_kv_heads, width)
+    k, v = split(k), split(v)
+    mask = split(jnp.broadcast_to(mask, (rows, 1, length, k.shape[2])))[:, :, :, None]
+    prefix_mask = prefix_mask[:, None, None, None, None]
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    floor = 0.7 * jnp.finfo(jnp.float32).min  # Note: finite, so that rows without any key are free of NaN.
+    prefix_scores = jnp.where(prefix_mask, einsum("bgtkrh,bpkh->bgkrtp", q, prefix_k) * width**-0.5, floor)
+    own_scores = jnp.where(mask, einsum("bgtkrh,bgskh->bgkrts", q, k) * width**-0.5, floor)
+    weights = jax.nn.softmax(jnp.concatenate([prefix_scores, own_scores], axis=-1), axis=-1).astype(v.dtype)
+    prefix_weights, own_weights = jnp.split(weights, [prefix_length], axis=-1)
+    out = einsum("bgkrtp,bpkh->bgtkrh", prefix_weights, prefix_v) + einsum("bgkrts,bgskh->bgtkrh", own_weights, v)
+    return out.astype(q.dtype).reshape(rows, length, num_heads, width)
+
+
+class DecoderAttention(nn.Module):
+    """Grouped-query self-attention with rotary positions, a cache and an optional shared prefix."""
+
+    cfg: LanguageModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        cache: KVCache | None,
+        positions: Array,
+        inv_freq: Array,
+        mask: Array,
+        cache_index: Array | None,
+        prefix_mask: Array | None,
+        layer: Array,
+        prefix: KVCache | None,
+    ) -> tuple[Array, KVCache | None]:
+        """Arguments as for `DecoderBlock`; returns (the attention's output [B, T, D], cache)."""
+        cfg = self.cfg
+        kwargs = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, kernel_init=INIT)
+        q = nn.DenseGeneral((cfg.num_heads, cfg.head_width), use_bias=cfg.qkv_bias, name="q", **kwargs)(x)
+        kv = nn.DenseGeneral((2, cfg.num_kv_heads, cfg.head_width), use_bias=cfg.qkv_bias, name="kv", **kwargs)(x)
+        q = layers.apply_rope(q, positions, inv_freq)
+        k, v = layers.apply_rope(kv[..., 0, :, :], positions, inv_freq), kv[..., 1, :, :]
+        if cache is not None:
+
+            def update(buffer, new):
+                start = (layer, 0, cache_index, 0, 0)
+                return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start)
+
+            cache = KVCache(update(cache.k, k), update(cache.v, v))
+            k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(q.dtype) for a in (cache.k, cache.v))
+        if prefix is None:
+            out = layers.attention(q, k, v, mask=mask)
+        else:
+            out = prefix_attention(q, k, v, mask, prefix.k.astype(q.dtype), prefix.v.astype(q.dtype), prefix_mask)
+        return nn.DenseGeneral(cfg.embed_dim, axis=(-2, -1), use_bias=False, name="out", **kwargs)(out), cache
+
+
+class DecoderBlock(nn.Module):
+    """One pre-norm block: `x += attn(attn_norm(x)); x += mlp(mlp_norm(x))`."""
+
+    cfg: LanguageModelConfig
+
+    @nn.compact
+    def __call__(self, carry: tuple[Array, KVCache | None], *args: Any):
+        """Applies the block, in the form that `layers.Stack` wants.
+
+        Args:
+          carry: (x [B, T, D], cache of all layers or None).
+          *args: positions int32[B, T]; inv_freq float32[Hd / 2]; mask bool[B or 1, 1, T, S]; cache_index
+            int32 scalar or None; prefix_mask bool[B / G, P] or None; layer int32 scalar, this block's row
+            in the cache; prefix: KVCache of this layer, [B / G, P, K, Hd], or None.
+
+        Returns:
+          ((x, cache), None).
+        """
+        x, cache = carry
+        cfg = self.cfg
+        norm = functools.partial(layers.RMSNorm, cfg.norm_eps, cfg.dtype, cfg.param_dtype)
+        branch, cache = DecoderAttention(cfg, name="attn")(norm(name="attn_norm")(x), cache, *args)
+        x = x + branch
+        mlp = layers.GatedMlp(cfg.mlp_dim, cfg.dtype, cfg.param_dtype, kernel_init=INIT, name="mlp")
+        return (x + mlp(norm(name="mlp_norm")(x)), cache), None
+
+
+class LanguageModel(nn.Module):
+    """The language model. `embed`, `__call__` and `logits` are separate, so that image features can be put
+    between the first two and only the needed positions reach the vocabulary.
+
+    Initialise with `method="forward"`, which touches every parameter.
+    """
+
+    cfg: LanguageModelConfig
+
+    def setup(self):
+        cfg = self.cfg
+        types = dict(param_dtype=cfg.param_dtype)
+        # Note: the table is looked up in its own type; casting the few rows is cheaper than the table.
+        self.embedder = nn.Embed(
+            cfg.vocab_size, cfg.embed_dim, dtype=cfg.param_dtype, embedding_init=INIT, name="embed", **types
+        )
+        self.blocks = layers.Stack(functools.partial(DecoderBlock, cfg), cfg.num_layers, cfg.remat, cfg.unroll)
+        self.norm = layers.RMSNorm(cfg.norm_eps, cfg.dtype, cfg.param_dtype)
+        if not cfg.tie_embeddings:
+            dot_general = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+            self.head = nn.Dense(
+                cfg.vocab_size, use_bias=False, dtype=cfg.dtype, kernel_init=INIT, dot_general=dot_general, **types
+            )
+
+    def embed(self, ids: Array) -> Array:
+        """ids int32[...] -> embeddings [..., D] in the compute type."""
+        return self.embedder(ids).astype(self.cfg.dtype)
+
+    def __call__(
+        self,
+        inputs_embeds: Array,
+        positions: Array,
+        attn_mask: Array | None = None,
+        cache: KVCache | None = None,
+        cache_index: int | Array | None = None,
+        inv_freq: Array | None = None,
+        prefix: KVCache | None = None,
+        prefix_mask: Array | None = None,
+    ) -> tuple[Array, KVCache | None]:
+        """Runs the blocks and the final norm.
+
+        Args:
+          inputs_embeds: [B, T, D].
+          positions: int32[B, T], rotary positions of the inputs (prefix positions come before them).
+          attn_mask: bool[B or 1, T, S], True = may attend; S = T without a cache, else the cache's size.
+            None: causal; with a cache, key j is seen by input i where j <= cache_index + i.
+          cache: keys and values of earlier inputs; the new ones are written at cache_index.. and the
+            updated cache is returned.
+          cache_index: int32 scalar, position in the cache of the first input (0 if None), the same for all rows.
+          inv_freq: float32[Hd / 2], rotary frequencies; None computes them from the config and the
+            number of keys (`ntk_inv_freq`).
+          prefix: keys and values that every input sees beside its own, with B / G rows: input rows
+            b*G .. b*G + G - 1 share prefix row b. Not updated.
+          prefix_mask: bool[B / G, P], True where the prefix is not padding; None: all of it.
+
+        Returns:
+          (hidden [B, T, D], cache): hidden is after the final norm; cache is None if none was given.
+        """
+        cfg = self.cfg
+        length = inputs_embeds.shape[1]
+        if cache is not None:
+            cache_index = jnp.asarray(0 if cache_index is None else cache_index, jnp.int32)
+        offset = 0 if cache is None else cache_index
+        prefix_length = 0 if prefix is None else prefix.k.shape[2]
+        if inv_freq is None:
+            inv_freq = ntk_inv_freq(cfg, prefix_length + offset + length)
+        if attn_mask is None:
+            num_keys = length if cache is None else cache.k.shape[2]
+            attn_mask = (jnp.arange(num_keys) <= offset + jnp.arange(length)[:, None])[None]
+        if prefix is not None and prefix_mask is None:
+            prefix_mask = jnp.ones((prefix.k.shape[1], prefix_length), bool)
+        shared = (positions, inv_freq, attn_mask[:, None], cache_index, prefix_mask)
+        per_layer = (jnp.arange(cfg.num_layers), prefix)
+        (x, cache), _ = self.blocks((inputs_embeds.astype(cfg.dtype), cache), *shared, per_layer=per_layer)
+        return self.norm(x), cache
+
+    def logits(self, hidden: Array) -> Array:
+        """hidden [..., D] -> float32[..., V]."""
+        if self.cfg.tie_embeddings:
+            table = self.embedder.embedding.astype(self.cfg.dtype)
+            return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        return self.head(hidden).astype(jnp.float32)
+
+    def forward(self, ids: Array, positions: Array | None = None, attn_mask: Array | None = None) -> Array:
+        """Text only, without a cache: ids int32[B, T] -> logits float32[B, T, V]."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        return self.logits(self(self.embed(ids), positions, attn_mask)[0])

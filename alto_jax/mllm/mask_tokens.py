@@ -1,0 +1,249 @@
+"""Mask tokens inside token sequences: the one joint of SFT targets, inference and rewards.
+
+In a sequence a mask is `<ALTo_Start> <TOK_c1> .. <TOK_ck> <ALTo_End>` with 1..L codes (paper, section
+3.2). Training files hold placeholders instead: L times `<TOK_0>` (mask of fixed length L) or L times
+`<TOK_1>` (adaptive length). What comes in are ids, labels, codes and lengths; what goes out are rows
+with real codes, or the codes, length and validity of a completion. Every array function is jittable and
+vectorised over its leading axes; ids come from the tokenizer's `SpecialIds` and are never hard-coded.
+"""
+
+from collections.abc import Iterable
+import re
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from alto_jax.mllm.text import IGNORE, MASK_END, MASK_START, SpecialIds, code_token
+
+# The inverse of `code_token`.
+_CODE_PATTERN = re.compile(r"<TOK_(\d+)>")
+_SPAN_PATTERN = re.compile(rf"{re.escape(MASK_START)}((?:<TOK_\d+>)*){re.escape(MASK_END)}")
+
+
+@struct.dataclass
+class ParsedMask:
+    """What `parse_completion` read from each completion; all fields share the leading axes `...`.
+
+    codes: int32[..., L], the codes in order, 0 from `length` on (and everywhere if not valid).
+    code_mask: bool[..., L], True for the first `length` entries.
+    length: int32[...], number of codes, in 1..L where valid, else 0.
+    valid: bool[...], well formed: one start, one end after it, 1..L tokens between, all of them codes.
+    num_starts, num_ends: int32[...], counts of the two delimiters.
+    num_between: int32[...], tokens between the delimiters, 0 unless there is exactly one of each
+      (may exceed L).
+    in_range: bool[...], one start, one end and 1 <= num_between <= L; the tokens may be any.
+    """
+
+    codes: jax.Array
+    code_mask: jax.Array
+    length: jax.Array
+    valid: jax.Array
+    num_starts: jax.Array
+    num_ends: jax.Array
+    num_between: jax.Array
+    in_range: jax.Array
+
+
+@struct.dataclass
+class SupervisedMasks:
+    """Where a batch of label rows predicts mask codes.
+
+    positions: int32[B, M, L], index of the hidden state that predicts code l of mask m; clipped to the
+      row, meaningful where l < length.
+    length: int32[B, M], number of codes of the mask in the row, 0..L.
+    valid: bool[B, M], the mask exists, is supervised and has at least one code.
+    """
+
+    positions: jax.Array
+    length: jax.Array
+    valid: jax.Array
+
+
+def parse_completion(
+    ids: jax.Array,
+    completion_mask: jax.Array | None,
+    special_ids: SpecialIds,
+    num_latent_tokens: int,
+) -> ParsedMask:
+    """Reads the mask of each completion and checks its format.
+
+    Tokens before the start and after the end are free text. Delimiters outside `completion_mask` do not
+    count.
+
+    Args:
+      ids: int32[..., T], completions (any number of leading axes).
+      completion_mask: bool[..., T], True up to and including the end of turn; None means all.
+      special_ids: the tokenizer's special ids.
+      num_latent_tokens: L, the largest number of codes.
+
+    Returns:
+      A `ParsedMask` with leading axes `...`.
+    """
+    ids = jnp.asarray(ids)
+    is_start = ids == special_ids.mask_start
+    is_end = ids == special_ids.mask_end
+    if completion_mask is not None:
+        is_start &= completion_mask
+        is_end &= completion_mask
+    num_starts = jnp.sum(is_start, axis=-1, dtype=jnp.int32)
+    num_ends = jnp.sum(is_end, axis=-1, dtype=jnp.int32)
+    start = jnp.argmax(is_start, axis=-1).astype(jnp.int32)
+    end = jnp.argmax(is_end, axis=-1).astype(jnp.int32)
+
+    one_of_each = (num_starts == 1) & (num_ends == 1)
+    num_between = jnp.where(one_of_each, jnp.maximum(end - start - 1, 0), 0)
+    in_range = one_of_each & (num_between >= 1) & (num_between <= num_latent_tokens)
+
+    offsets = jnp.arange(num_latent_tokens, dtype=jnp.int32)
+    positions = jnp.minimum(start[..., None] + 1 + offsets, ids.shape[-1] - 1)
+    codes = jnp.take_along_axis(ids, positions, axis=-1) - special_ids.code_0
+    inside = offsets < num_between[..., None]
+    is_code = (codes >= 0) & (codes < special_ids.num_codes)
+    valid = in_range & jnp.all(is_code | ~inside, axis=-1)
+    code_mask = inside & valid[..., None]
+    return ParsedMask(
+        codes=jnp.where(code_mask, codes, 0).astype(jnp.int32),
+        code_mask=code_mask,
+        length=jnp.where(valid, num_between, 0),
+        valid=valid,
+        num_starts=num_starts,
+        num_ends=num_ends,
+        num_between=num_between,
+        in_range=in_range,
+    )
+
+
+def replace_mask_tokens(
+    ids: jax.Array,
+    labels: jax.Array,
+    codes: jax.Array,
+    lengths: jax.Array,
+    mask_valid: jax.Array,
+    special_ids: SpecialIds,
+    *,
+    text_mask: jax.Array | None = None,
+    compat_first_mask_only: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Turns placeholder spans into the masks' codes, closes the gaps and pads on the right.
+
+    The m-th `<ALTo_Start>` of a row belongs to mask m, whether it stands in a prompt or an answer. Its L
+    placeholders become L codes if the first one is `<TOK_0>`, and `lengths[m]` codes if it is `<TOK_1>`.
+    Labels move with their ids; a placeholder that is not supervised stays so. A span without a valid mask
+    is left as it is.
+
+    Args:
+      ids: int32[B, T], right padded with `special_ids.pad`.
+      labels: int32[B, T], -100 where not supervised.
+      codes: int32[B, M, L], codes of each mask, in 0..num_codes-1.
+      lengths: int32[B, M], adaptive length of each mask, in 0..L.
+      mask_valid: bool[B, M], which masks exist.
+      special_ids: the tokenizer's special ids.
+      text_mask: bool[B, T], True at real tokens; None takes everything up to the last id that is not pad.
+      compat_first_mask_only: Compat: the reference replaces only the first mask of a row and, if that one
+        is not supervised, leaves the labels where they were while the ids move.
+
+    Returns:
+      ids int32[B, T], labels int32[B, T] (padded with -100) and text_mask bool[B, T] of the new rows.
+    """
+    num_masks, num_latent_tokens = codes.shape[1:]
+    row_length = ids.shape[1]
+    time = jnp.arange(row_length, dtype=jnp.int32)
+    is_start = ids == special_ids.mask_start
+    last_start = jax.lax.cummax(jnp.where(is_start, time, -1), axis=1)
+    mask_index = jnp.cumsum(is_start, axis=1, dtype=jnp.int32) - 1
+    offset = time - last_start - 1
+    num_usable = 1 if compat_first_mask_only else num_masks
+
+    at_mask = jnp.clip(mask_index, 0, num_masks - 1)
+    at_code = jnp.clip(offset, 0, num_latent_tokens - 1)
+    first_placeholder = jnp.take_along_axis(ids, jnp.clip(last_start + 1, 0, row_length - 1), axis=1)
+    is_adaptive = first_placeholder == special_ids.code_0 + 1
+    is_placeholder = is_adaptive | (first_placeholder == special_ids.code_0)
+    in_span = (last_start >= 0) & (offset >= 0) & (offset < num_latent_tokens) & is_placeholder
+    in_span &= (mask_index < num_usable) & jnp.take_along_axis(mask_valid, at_mask, axis=1)
+
+    kept_codes = jnp.where(is_adaptive, jnp.take_along_axis(lengths, at_mask, axis=1), num_latent_tokens)
+    keep = ~in_span | (offset < kept_codes)
+    flat_codes = codes.reshape(codes.shape[0], num_masks * num_latent_tokens)
+    code_ids = special_ids.code_0 + jnp.take_along_axis(flat_codes, at_mask * num_latent_tokens + at_code, axis=1)
+    new_ids = jnp.where(in_span, code_ids, ids)
+    new_labels = jnp.where(in_span & (labels != IGNORE), code_ids, labels)
+    if text_mask is None:
+        text_mask = time < _last_true(ids != special_ids.pad)
+
+    # A stable sort of the dropped flag is a compaction that needs no scatter, so rows stay on their shard.
+    order = jnp.argsort(~keep, axis=1, stable=True)
+    num_kept = jnp.sum(keep, axis=1, keepdims=True)
+    filled = time < num_kept
+    out_ids = jnp.where(filled, jnp.take_along_axis(new_ids, order, axis=1), special_ids.pad)
+    out_labels = jnp.where(filled, jnp.take_along_axis(new_labels, order, axis=1), IGNORE)
+    out_mask = filled & jnp.take_along_axis(text_mask, order, axis=1)
+    if compat_first_mask_only:
+        first = jnp.argmax(is_start, axis=1)[:, None]
+        unsupervised = jnp.take_along_axis(labels, first, axis=1) == IGNORE
+        out_labels = jnp.where(unsupervised & jnp.any(is_start, axis=1, keepdims=True), labels, out_labels)
+    return out_ids.astype(ids.dtype), out_labels.astype(labels.dtype), out_mask
+
+
+def _last_true(flags: jax.Array) -> jax.Array:
+    """Returns int32[B, 1]: one past the last True of bool[B, T], 0 if there is none."""
+    time = jnp.arange(flags.shape[1], dtype=jnp.int32)
+    return jnp.max(jnp.where(flags, time + 1, 0), axis=1, keepdims=True)
+
+
+def find_supervised_masks(
+    ids: jax.Array,
+    labels: jax.Array,
+    special_ids: SpecialIds,
+    num_latent_tokens: int,
+    max_masks: int,
+) -> SupervisedMasks:
+    """Finds the hidden states that predict the codes of each supervised mask (for the mask loss).
+
+    Args:
+      ids: int32[B, T], rows with real codes (after `replace_mask_tokens`).
+      labels: int32[B, T], unshifted: the state at t-1 predicts labels[t].
+      special_ids: the tokenizer's special ids.
+      num_latent_tokens: L.
+      max_masks: M, masks per row; the m-th start of a row is mask m.
+
+    Returns:
+      A `SupervisedMasks`.
+    """
+    row_length = ids.shape[1]
+    time = jnp.arange(row_length, dtype=jnp.int32)
+    is_start = ids == special_ids.mask_start
+    starts = jnp.sort(jnp.where(is_start, time, row_length), axis=1)[:, :max_masks]
+    starts = jnp.pad(starts, ((0, 0), (0, max_masks - starts.shape[1])), constant_values=row_length)
+    exists = starts < row_length
+    at_start = jnp.minimum(starts, row_length - 1)
+    is_supervised = jnp.take_along_axis(labels, at_start, axis=1) == special_ids.mask_start
+
+    positions = starts[..., None] + jnp.arange(num_latent_tokens, dtype=jnp.int32)
+    targets = jnp.minimum(positions + 1, row_length - 1)
+    tokens = jnp.take_along_axis(ids[:, None, :], targets, axis=2) - special_ids.code_0
+    is_code = (tokens >= 0) & (tokens < special_ids.num_codes) & (positions + 1 < row_length)
+    length = jnp.sum(jnp.cumprod(is_code.astype(jnp.int32), axis=2), axis=2)
+    return SupervisedMasks(
+        positions=jnp.minimum(positions, row_length - 1),
+        length=length,
+        valid=exists & is_supervised & (length > 0),
+    )
+
+
+def codes_to_text(codes: Iterable[int]) -> str:
+    """Writes codes as `<ALTo_Start><TOK_c1>..<TOK_ck><ALTo_End>`.
+
+    Raises:
+      ValueError: a code is negative.
+    """
+    codes = [int(c) for c in codes]
+    if any(c < 0 for c in codes):
+        raise ValueError(f"codes: expected values >= 0, got {codes!r}")
+    return MASK_START + "".join(map(code_token, codes)) + MASK_END
+
+
+def text_to_codes(text: str) -> list[list[int]]:
+    """Returns the codes of each complete mask span in `text`, in order; text around them is free."""
+    return [[int(c) for c in _CODE_PATTERN.findall(span)] for span in _SPAN_PATTERN.findall(text)]

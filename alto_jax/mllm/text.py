@@ -1,0 +1,400 @@
+"""Text of the language model: special tokens, the tokenizer, the chat template and the task's sentences.
+
+Comes in: questions, phrases, conversations (host strings). Goes out: token ids (and labels) as Python
+lists. This is the one place for every fixed string of the task: data readers, training, prediction and
+evaluation take their questions and answers from here.
+
+Source: InternVL 2.5's chat template with ALTo's tokens appended to the vocabulary. Imports neither jax
+nor transformers; `tokenizers` is imported when a tokenizer is loaded or trained.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import functools
+from pathlib import Path
+import re
+from typing import Any
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+IMAGE = "<image>"  # Where the image stands in a conversation; never a token.
+IMG, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+REF, REF_END = "<ref>", "</ref>"
+BOX, BOX_END = "<box>", "</box>"
+MASK_START, MASK_END = "<ALTo_Start>", "<ALTo_End>"
+PAD = "<pad>"
+
+# Note: the order in which the reference appends tokens to a vocabulary; converted weights depend on it.
+VISION_TOKENS = (IMG, IMG_END, IMG_CONTEXT, "<quad>", "</quad>", REF, REF_END, BOX, BOX_END)
+MASK_TOKENS = (MASK_START, MASK_END)
+PAD_CANDIDATES = (PAD, "</s>", "<|endoftext|>")  # The first in the vocabulary (built-in, InternLM2, Qwen2).
+BOS = "<s>"  # Put in front of a text once, where the vocabulary has it (InternLM2).
+
+SYSTEM_MESSAGE = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+TURN_END = IM_END + "\n"
+HEADERS = {"system": IM_START + "system\n", "human": IM_START + "user\n", "gpt": IM_START + "assistant\n"}
+
+IGNORE = -100  # Label of a position that is not supervised.
+NUM_FILE_PLACEHOLDERS = 32  # Per mask in conversation files, whatever number of latents the model has.
+
+FIXED_TEMPLATE = "Segment {}."
+ADAPTIVE_TEMPLATES = (
+    "Segment {} by adaptive length.",
+    "Create a mask for {} by adaptive length.",
+    "Generate a mask for {} by adaptive length.",
+    "Do segmentation for {} by adaptive length.",
+    "Please give the mask for {} by adaptive length.",
+    "What is the mask for {} by adaptive length?",
+    "Can you segment {} by adaptive length?",
+)
+NO_TARGET_TEMPLATE = 'Does the image contain {}?\nAnswer "yes" or "no" directly.'
+YES, NO = "Yes", "No"
+ANSWER_PREFIX = "The mask appears at "
+FORCED_ANSWER_PREFIX = ANSWER_PREFIX + MASK_START
+
+
+def code_token(index: int) -> str:
+    """Returns the token of mask code `index`, e.g. "<TOK_7>"."""
+    return f"<TOK_{index}>"
+
+
+# --- The task's sentences ---------------------------------------------------------------------------
+
+
+def reference(phrase: str) -> str:
+    """Returns `<ref>phrase</ref>`; a phrase that already carries `<ref>` or `<box>` is kept as it is.
+
+    Raises:
+      ValueError: the phrase has no text.
+    """
+    if not phrase.strip():
+        raise ValueError(f"phrase: expected the name or description of an object, got {phrase!r}")
+    return phrase if REF in phrase or BOX in phrase else f"{REF}{phrase}{REF_END}"
+
+
+def question(phrase: str, *, adaptive: bool, template: int = 0) -> str:
+    """Returns the request for the mask of `phrase`.
+
+    Args:
+      phrase: what to segment ("the red apple").
+      adaptive: True asks for as many mask tokens as needed, False for all of them.
+      template: which of the seven adaptive wordings (taken modulo 7); the fixed one has one wording.
+    """
+    wording = ADAPTIVE_TEMPLATES[template % len(ADAPTIVE_TEMPLATES)] if adaptive else FIXED_TEMPLATE
+    return wording.replace("{}", reference(phrase))
+
+
+def no_target_question(phrase: str) -> str:
+    """Returns the yes/no question whether the image contains `phrase` (asked before a mask that may not exist)."""
+    return NO_TARGET_TEMPLATE.replace("{}", reference(phrase))
+
+
+def answer(num_placeholders: int = NUM_FILE_PLACEHOLDERS, *, adaptive: bool) -> str:
+    """Returns the answer with one mask: `num_placeholders` x `<TOK_1>` (adaptive) or `<TOK_0>` (fixed)."""
+    return f"{FORCED_ANSWER_PREFIX}{code_token(int(adaptive)) * num_placeholders}{MASK_END}."
+
+
+def join_descriptions(sentences: Sequence[str]) -> str:
+    """Returns several sentences about one object as one phrase.
+
+    Compat: the trailing space is the reference's.
+    """
+    return "Meet all the descriptions: " + "".join(f"{i}. {s}. " for i, s in enumerate(sentences, 1))
+
+
+def join_classes(names: Sequence[str]) -> str:
+    """Returns several class names as one phrase (open vocabulary, several classes)."""
+    return ", ".join(names)
+
+
+def find_reference(text: str) -> str | None:
+    """Returns the first `<ref>…</ref>` or `<box>…</box>` of a human turn with its tags, None without one."""
+    found = re.search(rf"{REF}.*?{REF_END}|{BOX}.*?{BOX_END}", text, flags=re.DOTALL)
+    return found.group(0) if found else None
+
+
+def resize_placeholders(text: str, num_placeholders: int) -> str:
+    """Rewrites every mask of a conversation turn to `num_placeholders` placeholders of the same kind.
+
+    Raises:
+      ValueError: a mask whose placeholders are not all `<TOK_0>` or all `<TOK_1>`, or that does not end.
+    """
+
+    def replace(found: re.Match) -> str:
+        kinds = set(re.findall(r"<TOK_\d+>", found.group(1)))
+        if kinds not in ({code_token(0)}, {code_token(1)}) or re.sub(r"<TOK_\d+>", "", found.group(1)):
+            raise ValueError(
+                f"conversation: expected {MASK_START}, {code_token(0)} or {code_token(1)} repeated, {MASK_END}, "
+                f"got {found.group(0)[:80]!r}"
+            )
+        return f"{MASK_START}{kinds.pop() * num_placeholders}{MASK_END}"
+
+    if text.count(MASK_START) != text.count(MASK_END):
+        raise ValueError(f"conversation: {MASK_START} and {MASK_END} do not match in {text[:80]!r}")
+    return re.sub(rf"{MASK_START}(.*?){MASK_END}", replace, text, flags=re.DOTALL)
+
+
+# --- The tokenizer ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the special tokens; mask code c has id `code_0 + c`, c in 0..num_codes-1. `bos` may be None."""
+
+    pad: int
+    bos: int | None
+    im_start: int
+    im_end: int
+    img: int
+    img_end: int
+    img_context: int
+    ref: int
+    ref_end: int
+    box: int
+    box_end: int
+    mask_start: int
+    mask_end: int
+    code_0: int
+    num_codes: int
+
+
+class TextTokenizer:
+    """A `tokenizers.Tokenizer` whose vocabulary has the special tokens of the task.
+
+    Attributes:
+      ids: SpecialIds of this vocabulary.
+      vocab_size: number of tokens, special ones included.
+    """
+
+    def __init__(self, tokenizer: Any, source: str = "tokenizer"):
+        """Wraps `tokenizer`, which comes from `source`; ValueError names a special token that is missing."""
+        self._tokenizer = tokenizer
+        self.ids = _special_ids(tokenizer, source)
+        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def load(cls, path: str | Path, *, num_codes: int | None = None) -> "TextTokenizer":
+        """Reads `tokenizer.json`.
+
+        Args:
+          path: the file or its folder.
+          num_codes: if given, vision and mask tokens that are missing are appended in the reference's
+            order, with this many codes (an InternVL vocabulary before stage 2).
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: not a tokenizer file, or a special token is missing.
+        """
+        from tokenizers import Tokenizer
+
+        file = Path(path)
+        file = file / "tokenizer.json" if file.is_dir() else file
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such tokenizer file")
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # Note: the library raises plain `Exception`.
+            raise ValueError(f"{file}: not a tokenizer.json ({error})") from error
+        if num_codes is not None:
+            _append(tokenizer, (*VISION_TOKENS, *MASK_TOKENS, *map(code_token, range(num_codes))))
+        return cls(tokenizer, str(file))
+
+    @classmethod
+    def train_builtin(cls, texts: Iterable[str], vocab_size: int, num_codes: int) -> "TextTokenizer":
+        """Trains a byte-level BPE and appends the special tokens.
+
+        Args:
+          texts: training text; the fixed strings of this module are added to it.
+          vocab_size: upper limit of the text vocabulary (bytes and merges, without special tokens), >= 256.
+          num_codes: number of mask codes.
+
+        Returns:
+          A tokenizer whose ids are: text vocabulary, `<pad> <|im_start|> <|im_end|>`, then the
+          reference's tokens in its order.
+        """
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        if vocab_size < 256:
+            raise ValueError(f"vocab_size: expected at least 256 (the bytes), got {vocab_size}")
+        if num_codes < 1:
+            raise ValueError(f"num_codes: expected at least 1, got {num_codes}")
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+        sentences = (FIXED_TEMPLATE, *ADAPTIVE_TEMPLATES, NO_TARGET_TEMPLATE, YES, NO, ANSWER_PREFIX)
+        headers = (header.removeprefix(IM_START) for header in HEADERS.values())
+        tokenizer.train_from_iterator([*texts, *(s.replace("{}", " ") for s in sentences), *headers], trainer)
+        _append(tokenizer, (PAD, IM_START, IM_END, *VISION_TOKENS, *MASK_TOKENS, *map(code_token, range(num_codes))))
+        return cls(tokenizer, "built-in tokenizer")
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes `directory/tokenizer.json` and returns its path."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        file = directory / "tokenizer.json"
+        self._tokenizer.save(str(file), pretty=False)
+        return file
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`; special tokens in it become their ids, nothing is added."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids`, special tokens written out."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def _append(tokenizer: Any, tokens: Iterable[str]) -> None:
+    """Appends the tokens that the vocabulary lacks, in order, as special tokens."""
+    from tokenizers import AddedToken
+
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in tokens])
+
+
+def _special_ids(tokenizer: Any, source: str) -> SpecialIds:
+    def find(*candidates: str) -> int:
+        for token in candidates:
+            index = tokenizer.token_to_id(token)
+            if index is not None:
+                return index
+        raise ValueError(f"{source}: special token {' or '.join(candidates)} is missing from the vocabulary")
+
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    ids = dict(im_start=find(IM_START), im_end=find(IM_END), img=find(IMG), img_end=find(IMG_END))
+    ids |= dict(img_context=find(IMG_CONTEXT), ref=find(REF), ref_end=find(REF_END), box=find(BOX))
+    ids |= dict(box_end=find(BOX_END), mask_start=find(MASK_START), mask_end=find(MASK_END), code_0=find(code_token(0)))
+    num_codes = 1
+    while vocabulary.get(code_token(num_codes)) == ids["code_0"] + num_codes:
+        num_codes += 1
+    total = sum(re.fullmatch(r"<TOK_\d+>", token) is not None for token in vocabulary)
+    if total != num_codes:
+        raise ValueError(
+            f"{source}: special token {code_token(num_codes)} should have id {ids['code_0'] + num_codes}, "
+            f"got {vocabulary.get(code_token(num_codes))}: the {total} mask codes must have consecutive ids"
+        )
+    return SpecialIds(pad=find(*PAD_CANDIDATES), bos=vocabulary.get(BOS), num_codes=num_codes, **ids)
+
+
+# --- The chat template ------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+def image_text(num_image_tokens: int) -> str:
+    """Returns what `<image>` becomes: `<img>`, `num_image_tokens` x `<IMG_CONTEXT>`, `</img>`."""
+    return IMG + IMG_CONTEXT * num_image_tokens + IMG_END
+
+
+def template_text(conversations: Sequence[Mapping[str, str]], system: str | None = SYSTEM_MESSAGE) -> list[str]:
+    """Returns the turn strings of a conversation; a last human turn is followed by an open assistant header.
+
+    Args:
+      conversations: `{"from": "system" | "human" | "gpt", "value": text}`; a leading system turn
+        replaces `system`.
+      system: the system message, None leaves the system segment out.
+
+    Raises:
+      ValueError: no turn, or a speaker that is not known or not in turn.
+    """
+    turns = list(conversations)
+    if turns and turns[0]["from"] == "system":
+        system = turns.pop(0)["value"]
+    if not turns:
+        raise ValueError("conversations: expected at least one turn, got none")
+    texts = [] if system is None else [HEADERS["system"] + system + TURN_END]
+    for index, turn in enumerate(turns):
+        speaker = ("human", "gpt")[index % 2]
+        if turn["from"] != speaker:
+            raise ValueError(f"conversations[{index}].from: expected {speaker!r}, got {turn['from']!r}")
+        texts.append(HEADERS[speaker] + turn["value"] + TURN_END)
+    if len(turns) % 2:
+        texts.append(HEADERS["gpt"])
+    return texts
+
+
+def render_prompt(
+    tok: TextTokenizer,
+    question: str,
+    num_image_tokens: int,
+    system: str | None = SYSTEM_MESSAGE,
+    answer_prefix: str = "",
+) -> list[int]:
+    """Returns the ids of a single-turn prompt that ends where the assistant's answer begins.
+
+    Args:
+      tok: tokenizer.
+      question: the human turn; `<image>` and a line break are put in front if it has no `<image>`.
+      num_image_tokens: `<IMG_CONTEXT>` tokens of the image; 0 for a prompt without an image.
+      system: the system message, None leaves the system segment out.
+      answer_prefix: start of the answer, e.g. FORCED_ANSWER_PREFIX, so that generation goes on inside a mask.
+    """
+    turns = _with_image([{"from": "human", "value": question}], num_image_tokens)
+    texts = template_text(turns, system)
+    texts[-1] += answer_prefix
+    return _bos(tok) + [i for text in texts for i in tok.encode(text)]
+
+
+def render_conversation(
+    tok: TextTokenizer,
+    conversations: Sequence[Mapping[str, str]],
+    num_image_tokens: int,
+    system: str | None = SYSTEM_MESSAGE,
+) -> tuple[list[int], list[int]]:
+    """Returns the ids and labels of a conversation.
+
+    Every turn is tokenised on its own. Supervised are the answers, mask tokens included, with their
+    `<|im_end|>`; not supervised (IGNORE) are system and human turns, the assistant's header and the last
+    token of its turn (the line break).
+
+    Args:
+      tok: tokenizer.
+      conversations: turns as for `template_text`; `<image>` is put in front of the first human turn if
+        no turn has it.
+      num_image_tokens: `<IMG_CONTEXT>` tokens of the image; 0 for text only.
+      system: the system message, None leaves the system segment out.
+
+    Returns:
+      (ids, labels), of equal length, unpadded.
+    """
+    ids = _bos(tok)
+    labels = [IGNORE] * len(ids)
+    header_length = len(tok.encode(HEADERS["gpt"]))
+    for text in template_text(_with_image(conversations, num_image_tokens), system):
+        turn = tok.encode(text)
+        ids += turn
+        if text.startswith(HEADERS["gpt"]):
+            labels += [IGNORE] * header_length + turn[header_length:-1] + [IGNORE] * (len(turn) > header_length)
+        else:
+            labels += [IGNORE] * len(turn)
+    return ids, labels
+
+
+def answer_text(tok: TextTokenizer, ids: Iterable[int]) -> str:
+    """Returns generated ids as text, special tokens written out, cut before `<|im_end|>` and stripped."""
+    return tok.decode(ids).split(IM_END)[0].strip()
+
+
+def _bos(tok: TextTokenizer) -> list[int]:
+    return [] if tok.ids.bos is None else [tok.ids.bos]
+
+
+def _with_image(conversations: Sequence[Mapping[str, str]], num_image_tokens: int) -> list[dict[str, str]]:
+    """Puts the image tokens at `<image>`, which is added to the first human turn where it is missing."""
+    turns = [dict(turn) for turn in conversations]
+    count = sum(turn["value"].count(IMAGE) for turn in turns)
+    if count > 1:
+        raise ValueError(f"conversations: expected at most one {IMAGE}, got {count}")
+    if num_image_tokens == 0:
+        if count:
+            raise ValueError(f"num_image_tokens: expected at least 1 for a text with {IMAGE}, got 0")
+        return turns
+    if count == 0:
+        first = next((turn for turn in turns if turn["from"] == "human"), None)
+        if first is not None:
+            first["value"] = f"{IMAGE}\n{first['value']}"
+    for turn in turns:
+        turn["value"] = turn["value"].replace(IMAGE, image_text(num_image_tokens))
+    return turns

@@ -1,0 +1,308 @@
+"""Prediction: image + phrase → mask, as a library call and as a command.
+
+model = alto_jax.load("runs/quickstart/stage3")
+result = model.segment(image, "the red apple")      # result.mask is bool, at the image's size
+
+python -m alto_jax.predict --checkpoint DIR --image FILE --text "the red apple" --out mask.png
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+
+from alto_jax import cli
+from alto_jax.config import ConfigError
+
+_PROMPT_BUCKET = 32  # Note: prompts are padded to a multiple of this, so that few lengths are ever compiled.
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What `Segmenter.segment` gives.
+
+    mask: bool[H, W] at the image's size (all False if the answer holds no mask). probability: float32[H, W].
+    text: the answer, special tokens written out. token_ids: its ids. codes: the mask's codes. length: their
+    number, 0 if the answer holds no well-formed mask. seconds: wall time. iou: with the target, if given.
+    """
+
+    mask: np.ndarray
+    probability: np.ndarray
+    text: str
+    token_ids: list[int]
+    codes: list[int]
+    length: int
+    seconds: float
+    iou: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the arrays, JSON-compatible."""
+        names = ("text", "token_ids", "codes", "length", "seconds", "iou")
+        return {name: getattr(self, name) for name in names}
+
+
+class TokenizerModel:
+    """A mask tokenizer from a checkpoint: `encode` and `decode`."""
+
+    def __init__(self, cfg: Any, params: dict, directory: str):
+        self.cfg, self.params, self.directory = cfg, params, directory
+
+    def encode(self, mask: np.ndarray, length: str | int = "adaptive") -> list[int]:
+        """Codes of a mask.
+
+        Args:
+          mask: bool or uint8[H, W], not zero in the mask; any size.
+          length: "adaptive" (the predictor's), "full", or a number of leading codes.
+
+        Raises:
+          ValueError: an empty mask, or a length out of range.
+        """
+        import jax
+
+        from alto_jax.data import transforms
+        from alto_jax.tokenizer.alto import ALTo
+
+        tokenizer = self.cfg.tokenizer
+        mask = np.asarray(mask)
+        if mask.ndim != 2:
+            raise ValueError(f"mask: expected an array [H, W], got shape {mask.shape}")
+        if not mask.any():
+            raise ValueError("mask: it is empty, there is nothing to encode")
+        count = _token_count(length, tokenizer.num_latent_tokens)
+        small = transforms.soft_mask((mask > 0).astype(np.uint8) * 255, tokenizer.mask_size)
+        tokenize = jax.jit(lambda p, m: ALTo(tokenizer).apply({"params": p}, m, method="tokenize"))
+        codes, predicted = tokenize(self.params["tokenizer"], small[None])
+        return np.asarray(codes)[0, : int(predicted[0]) if count is None else count].tolist()
+
+    def decode(self, codes: list[int], size: tuple[int, int], image: np.ndarray | None = None) -> np.ndarray:
+        """The mask bool[H, W] of `size` that codes stand for.
+
+        Args:
+          codes: 1..L codes.
+          size: (height, width) of the result.
+          image: uint8[H, W, 3], whose features sharpen the mask; None: none.
+
+        Raises:
+          ValueError: too many or too few codes, or one out of range.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        from alto_jax.data import transforms
+        from alto_jax.tokenizer.alto import ALTo
+
+        tokenizer = self.cfg.tokenizer
+        if not 1 <= len(codes) <= tokenizer.num_latent_tokens:
+            raise ValueError(f"codes: expected 1..{tokenizer.num_latent_tokens} codes, got {len(codes)}")
+        bad = [c for c in codes if not 0 <= c < tokenizer.codebook_size]
+        if bad:
+            raise ValueError(f"codes: expected values in 0..{tokenizer.codebook_size - 1}, got {bad[0]!r}")
+        model, variables = ALTo(tokenizer), {"params": self.params["tokenizer"]}
+        features = None
+        if image is not None and tokenizer.sam is not None:
+            pixels = transforms.squash(image, tokenizer.image_size)[None]
+            features = jax.jit(lambda v, x: model.apply(v, x, method="image_features"))(variables, pixels)
+        padded = np.zeros((1, tokenizer.num_latent_tokens), np.int32)
+        padded[0, : len(codes)] = codes
+        decode = jax.jit(lambda v, c, n, f: model.apply(v, c, n, f, method="decode_codes"))
+        logits = decode(variables, padded, jnp.array([len(codes)]), features)[0]
+        probability = transforms.resize_probability(np.asarray(jax.nn.sigmoid(logits)), *size)
+        return probability > 0.5
+
+
+class Segmenter(TokenizerModel):
+    """A whole ALToLLM from a checkpoint: `segment` answers a request about an image."""
+
+    def __init__(self, cfg: Any, params: dict, directory: str, text: Any, system: str | None):
+        super().__init__(cfg, params, directory)
+        self.text, self.system = text, system
+
+    def segment(
+        self,
+        image: np.ndarray,
+        text: str = "",
+        *,
+        length: str | int = "adaptive",
+        prompt: str | None = None,
+        target: np.ndarray | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Prediction:
+        """Segments what `text` names.
+
+        Args:
+          image: uint8[H, W, 3] RGB, any size from 2 x 2 up.
+          text: the object ("the red apple"); not used if `prompt` is given.
+          length: "adaptive", "full" (all mask tokens), or an exact number of mask tokens.
+          prompt: the whole question instead of the built-in wording.
+          target: bool or uint8[H, W], the true mask, for `iou`.
+          max_new_tokens: longest answer; None: enough for one mask and a sentence.
+
+        Raises:
+          ValueError: no object named, an image or target that does not fit, or a length out of range.
+        """
+        import jax
+
+        from alto_jax.batch import PromptBatch
+        from alto_jax.data import transforms
+        from alto_jax.mllm import text as words
+        from alto_jax.mllm.generate import GenerateConfig
+
+        began = time.monotonic()
+        num_tokens = self.cfg.tokenizer.num_latent_tokens
+        count = _token_count(length, num_tokens)
+        if prompt is None:
+            if not any(c.isalnum() for c in text):
+                raise ValueError(f"text: expected the name or description of an object, got {text!r}")
+            prompt = words.question(text, adaptive=length != "full")
+        elif not prompt.strip():
+            raise ValueError(f"prompt: expected a question, got {prompt!r}")
+        image = np.asarray(image)
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"image: expected uint8[H, W, 3], got {image.dtype}{list(image.shape)}")
+        transforms.check_size(image, "given")
+        if target is not None and np.shape(target) != image.shape[:2]:
+            raise ValueError(f"target: expected the image's size {image.shape[:2]}, got {np.shape(target)}")
+
+        ids = words.render_prompt(self.text, prompt, self.cfg.num_image_tokens, system=self.system)
+        padding = -len(ids) % _PROMPT_BUCKET
+        size = self.cfg.tokenizer.mask_size
+        batch = PromptBatch(
+            image=transforms.squash(image, self.cfg.vision.image_size)[None],
+            pixel_image=transforms.squash(image, self.cfg.tokenizer.image_size)[None],
+            prompt_ids=np.array([self.text.ids.pad] * padding + ids, np.int32)[None],
+            prompt_mask=(np.arange(padding + len(ids)) >= padding)[None],
+            mask=np.zeros((1, size, size), np.float32),
+        )
+        config = GenerateConfig(
+            max_new_tokens=max_new_tokens or num_tokens + 32,
+            grammar=True,
+            max_length=num_tokens,
+            forced_length=count if isinstance(length, int) else None,
+        )
+        found = self._compiled(config)(self.params, batch, jax.random.key(0))
+        tokens = np.asarray(found.generated.ids)[0][np.asarray(found.generated.mask)[0]].tolist()
+        kept = int(found.parsed.length[0])
+        probability = np.asarray(jax.nn.sigmoid(found.mask_logits))[0]
+        probability = transforms.resize_probability(probability, *image.shape[:2])
+        mask = (probability > 0.5) & (kept > 0)
+        iou = None
+        if target is not None:
+            wanted = np.asarray(target) > 0
+            union = np.sum(mask | wanted)
+            iou = float(np.sum(mask & wanted) / union) if union else 1.0
+        return Prediction(
+            mask=mask,
+            probability=probability,
+            text=words.answer_text(self.text, tokens),
+            token_ids=tokens,
+            codes=np.asarray(found.parsed.codes)[0, :kept].tolist(),
+            length=kept,
+            seconds=round(time.monotonic() - began, 4),
+            iou=iou,
+        )
+
+    def _compiled(self, config: Any) -> Any:
+        """`segment` for a generation configuration, compiled once per shape."""
+        import jax
+
+        from alto_jax.mllm.alto_llm import segment
+
+        if not hasattr(self, "_functions"):
+            self._functions = {}
+        if config not in self._functions:
+            cfg, special = self.cfg, self.text.ids
+            self._functions[config] = jax.jit(lambda p, b, key: segment(cfg, p, b, config, special, key))
+        return self._functions[config]
+
+
+def _token_count(length: str | int, num_tokens: int) -> int | None:
+    """Number of mask tokens of "full" or an int; None for "adaptive"."""
+    if length == "adaptive":
+        return None
+    if length == "full":
+        return num_tokens
+    if isinstance(length, int) and 1 <= length <= num_tokens:
+        return length
+    raise ValueError(f"length: expected 'adaptive', 'full' or a number in 1..{num_tokens}, got {length!r}")
+
+
+def load(directory: str | os.PathLike) -> TokenizerModel:
+    """Opens a run's directory: a `Segmenter` (stages 2 and 3), or a `TokenizerModel` (stages 1 and 1.5).
+
+    Raises:
+      FileNotFoundError: no complete checkpoint there.
+      ValueError: the checkpoint lacks parameters of its own model.
+    """
+    import jax
+
+    from alto_jax import checkpoint
+    from alto_jax.config import build
+    from alto_jax.mllm.alto_llm import ModelConfig, init_params
+    from alto_jax.mllm.text import TextTokenizer
+
+    root, _ = checkpoint.find_run(
+        directory, made_by="python -m alto_jax.main --config=configs/quickstart.py --workdir=DIR"
+    )
+    meta = checkpoint.load_meta(root)
+    cfg = build(ModelConfig, meta["model"], f"{root}: model")
+    if meta["stage"] in ("stage1", "stage1_5"):
+        cfg = dataclasses.replace(cfg, vision=None, language_model=None)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0)),
+    )
+    params = checkpoint.load_params(root, abstract)
+    checkpoint.require_complete(params, abstract, str(directory))
+    if cfg.language_model is None:
+        return TokenizerModel(cfg, params, str(directory))
+    return Segmenter(cfg, params, str(directory), TextTokenizer.load(root), meta["data"]["system"])
+
+
+def main() -> int:
+    """The command; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m alto_jax.predict", description="Segment what a phrase names.")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory (stage 2 or 3)")
+    parser.add_argument("--image", required=True, metavar="FILE")
+    parser.add_argument("--text", default="", help='the object, such as "the red apple"')
+    parser.add_argument("--length", default="adaptive", help="adaptive, full, or a number of mask tokens")
+    parser.add_argument("--prompt", metavar="RAW", help="the whole question, instead of --text")
+    parser.add_argument("--target", metavar="FILE", help="the true mask, to report the IoU")
+    parser.add_argument("--out", metavar="FILE", help="the mask as a PNG, 0 and 255, at the image's size")
+    parser.add_argument("--overlay", metavar="FILE", help="the image with the mask drawn on it")
+    parser.add_argument("--json", metavar="FILE", help="text, token_ids, codes, length, iou, seconds")
+    options = parser.parse_args()
+    from PIL import Image
+
+    from alto_jax.data import transforms
+
+    image = transforms.open_image(options.image)
+    target = transforms.open_mask(options.target) if options.target else None
+    length = int(options.length) if options.length.isdigit() else options.length
+    model = load(options.checkpoint)
+    if not isinstance(model, Segmenter):
+        raise ConfigError(
+            f"--checkpoint={options.checkpoint}: a mask tokenizer alone; predict needs stage 2 or 3 (see alto_jax.tokenize)"
+        )
+    result = model.segment(image, options.text, length=length, prompt=options.prompt, target=target)
+    if options.out:
+        Image.fromarray(result.mask.astype(np.uint8) * 255).save(options.out)
+    if options.overlay:
+        from alto_jax.report import save_overlay
+
+        save_overlay(options.overlay, image, result.mask)
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    note = "" if result.length else "  (the answer holds no mask)"
+    print(f"{result.text}\nmask tokens: {result.length}{note}  pixels: {int(result.mask.sum())}  {result.seconds:.2f} s"
+          + (f"  IoU {result.iou:.3f}" if result.iou is not None else ""))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,140 @@
+"""Rewards of stage 3 and what becomes of them: format, IoU, length; advantages inside a group.
+
+What comes in are completions parsed by `mllm.mask_tokens.parse_completion` and the masks decoded from
+their codes; what goes out are rewards, their parts (for logging) and advantages. Paper section 3.3;
+the PyTorch code's form is NUMERICS section 7. Everything is jittable float32, [B, G] per prompt and
+sample.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from alto_jax.config import require
+from alto_jax.mllm.mask_tokens import ParsedMask
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """Form and weights of `compute_rewards`.
+
+    kind: "paper": `format_weight * format + iou_weight * IoU - length_weight * n`, where format is 1 for a
+        well-formed completion and else 0; a malformed one gets 0 in all.
+      "reference": Compat: `0.1 * (number of the four format checks passed) + (L - n) * length_weight + IoU`;
+        a malformed completion keeps its length bonus.
+    length_weight: lambda of the paper, reward per mask token; the reference's script uses 1e-3.
+    """
+
+    kind: Literal["paper", "reference"] = "paper"
+    format_weight: float = 1.0
+    iou_weight: float = 1.0
+    length_weight: float = 1e-3
+
+    def __post_init__(self):
+        kinds = ("paper", "reference")
+        require(self.kind in kinds, "reward.kind", self.kind, f"one of {kinds}")
+        for name in ("format_weight", "iou_weight", "length_weight"):
+            require(getattr(self, name) >= 0, f"reward.{name}", getattr(self, name), "a weight >= 0")
+
+
+def iou_reward(masks: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+    """IoU of each sample's mask with its prompt's target, both thresholded at > 0.5.
+
+    Args:
+      masks: float[B, G, H, W], decoded mask probabilities.
+      target: float[B, H, W] in 0..1.
+      valid: bool[B, G], well-formed completions; the others get 0.
+
+    Returns:
+      float32[B, G] in 0..1; 1 where both masks are empty.
+    """
+    prediction = masks > 0.5
+    wanted = (target > 0.5)[:, None]
+    intersection = jnp.sum(prediction & wanted, axis=(-2, -1), dtype=jnp.float32)
+    union = jnp.sum(prediction | wanted, axis=(-2, -1), dtype=jnp.float32)
+    iou = jnp.where(union > 0, intersection / jnp.maximum(union, 1), 1.0)
+    return jnp.where(valid, iou, 0.0)
+
+
+def format_checks(parsed: ParsedMask) -> jax.Array:
+    """The four checks of the reference's partial credit.
+
+    Returns:
+      bool[..., 4]: exactly one start; exactly one end; (both and) 1..L tokens between; (all that and) only
+      codes between.
+    """
+    return jnp.stack([parsed.num_starts == 1, parsed.num_ends == 1, parsed.in_range, parsed.valid], axis=-1)
+
+
+def compute_rewards(parsed: ParsedMask, iou: jax.Array, cfg: RewardConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Combines format, IoU and length into the reward of each sample.
+
+    Args:
+      parsed: the completions' masks, leading axes [B, G].
+      iou: float32[B, G] from `iou_reward`.
+      cfg: form and weights.
+
+    Returns:
+      rewards float32[B, G], and its parts, each float32[B, G]: format, iou and length_reward, which sum to
+      the reward, and length (mask tokens, 0 if malformed) and valid (1 if well formed).
+    """
+    valid = parsed.valid.astype(jnp.float32)
+    if cfg.kind == "paper":
+        format_part = cfg.format_weight * valid
+        iou_part = cfg.iou_weight * iou * valid
+        length_part = -cfg.length_weight * parsed.length.astype(jnp.float32)
+    else:
+        num_latent_tokens = parsed.codes.shape[-1]
+        format_part = 0.1 * jnp.sum(format_checks(parsed), axis=-1, dtype=jnp.float32)
+        iou_part = iou * valid
+        unused = num_latent_tokens - parsed.num_between
+        length_part = unused.astype(jnp.float32) * cfg.length_weight
+    rewards = format_part + length_part + iou_part
+    components = {
+        "format": format_part,
+        "iou": iou_part,
+        "length_reward": length_part,
+        "length": parsed.length.astype(jnp.float32),
+        "valid": valid,
+    }
+    return rewards, components
+
+
+def group_advantages(
+    rewards: jax.Array,
+    normalization: Literal["paper", "reference", "none"] = "paper",
+    eps: float = 1e-4,
+) -> jax.Array:
+    """Centres, and usually scales, the rewards inside each group.
+
+    Args:
+      rewards: float32[B, G], G >= 2.
+      normalization: "paper" divides by `std + eps`, "reference" by `std + 0.1 + eps` (Compat: damps the
+        advantages of groups whose rewards hardly differ), "none" does not divide (dr_grpo). The standard
+        deviation is the unbiased one.
+      eps: keeps a group of equal rewards at 0.
+
+    Returns:
+      float32[B, G].
+
+    Raises:
+      ValueError: unknown `normalization`, or fewer than two samples in a group.
+    """
+    offsets = {"paper": eps, "reference": 0.1 + eps, "none": None}
+    require(normalization in offsets, "grpo.advantage_normalization", normalization, f"one of {tuple(offsets)}")
+    require(rewards.shape[-1] >= 2, "grpo.num_generations", rewards.shape[-1], "at least 2")
+    rewards = rewards.astype(jnp.float32)
+    centred = rewards - jnp.mean(rewards, axis=-1, keepdims=True)
+    if normalization == "none":
+        return centred
+    return centred / (jnp.std(rewards, axis=-1, keepdims=True, ddof=1) + offsets[normalization])
+
+
+def informative_groups(rewards: jax.Array, tolerance: float = 1e-6) -> jax.Array:
+    """Which groups of float32[B, G] have rewards that differ by more than `tolerance`; bool[B].
+
+    The others have no gradient: "dapo" leaves their tokens out of its mean (and of the completion mask).
+    """
+    return jnp.max(rewards, axis=-1) - jnp.min(rewards, axis=-1) > tolerance

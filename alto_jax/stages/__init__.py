@@ -1,0 +1,76 @@
+"""The stages of training as thin modules on one loop.
+
+A stage says how parameters begin, which batches come, what the loss is and how to evaluate; the loop in
+`alto_jax.train` does the rest. Stage 3 adds a rollout between the batch and the loss.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What the loop needs of a stage.
+
+    Attributes:
+      init: `init(key) -> params`, all parameters from scratch; traceable.
+      data: `data(process_index, process_count) -> iterator` of host batches with get_state/set_state.
+      loss_fn: `loss_fn(params, batch, rng, step) -> (loss, (metrics, aux))`; metrics are float scalars,
+        aux is handed to `after_update`.
+      inherits: top-level parameter names taken from the start checkpoint where it has them; () if the
+        stage starts from nothing.
+      requires: names among them that the start checkpoint must have.
+      reset: regex of paths that keep their fresh values all the same.
+      finish_init: `finish_init(params) -> params` after the start checkpoint is read; traceable.
+      rollout: `rollout(params, batch, rng) -> batch` for the loss, or None; jitted by the loop.
+      init_stats: `init_stats() -> dict` of arrays kept between steps.
+      after_update: `after_update(state, aux, rng) -> state`, inside the jitted step, or None.
+      evaluate: `evaluate(params) -> dict` of floats (and lists) on held-out data, or None.
+      previous: the command that makes the start checkpoint, for messages.
+      check: `check(metrics)` raises if the logged means show a misconfiguration, or None.
+      save_files: `save_files(workdir)` writes what the checkpoint needs beside arrays.
+    """
+
+    init: Callable
+    data: Callable
+    loss_fn: Callable
+    inherits: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    reset: str | None = None
+    finish_init: Callable | None = None
+    rollout: Callable | None = None
+    init_stats: Callable[[], dict] = dict
+    after_update: Callable | None = None
+    evaluate: Callable | None = None
+    previous: str = ""
+    check: Callable | None = None
+    save_files: Callable | None = None
+
+
+def make_stage(config: Any, mesh: jax.sharding.Mesh) -> Stage:
+    """The stage that `config.stage` names."""
+    return STAGES[config.stage](config, mesh)
+
+
+def _tokenizer(config, mesh):
+    from alto_jax.stages import tokenizer
+
+    return tokenizer.make(config, mesh)
+
+
+def _sft(config, mesh):
+    from alto_jax.stages import sft
+
+    return sft.make(config, mesh)
+
+
+def _grpo(config, mesh):
+    from alto_jax.stages import grpo
+
+    return grpo.make(config, mesh)
+
+
+STAGES: dict[str, Callable] = {"stage1": _tokenizer, "stage1_5": _tokenizer, "stage2": _sft, "stage3": _grpo}

@@ -1,0 +1,147 @@
+"""Stage 3: GRPO. Roll out G answers per prompt, reward format, IoU and length, update the language model.
+
+The group shares its prompt: vision, prompt and SAM features are computed once per image in the rollout,
+and the policy and reference passes let the G completions attend to one copy of the prompt's keys and
+values (gradients equal those of G separate rows). Source: ALTo, section 3.4; DeepSeekMath (GRPO).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alto_jax import losses, rewards
+from alto_jax.batch import PromptBatch, Rollout
+from alto_jax.data import sources
+from alto_jax.experiment import ExperimentConfig
+from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, init_params, segment
+from alto_jax.mllm.language_model import KVCache
+from alto_jax.stages import Stage
+from alto_jax.stages.sft import make_evaluate
+
+
+def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
+    """The stage for `config.stage` "stage3"."""
+    del mesh
+    text = sources.text_tokenizer(config)
+    names = ("tokenizer", "vision", "projector", "language_model")
+
+    def finish_init(params):
+        return {**params, "reference": params["language_model"]} if config.grpo.loss.beta > 0 else params
+
+    return Stage(
+        init=lambda key: init_params(config.model, key),
+        finish_init=finish_init,
+        data=lambda process, count: sources.prompt_iterator(config, text, process, count),
+        loss_fn=make_loss(config, text.ids),
+        rollout=functools.partial(rollout, config, text.ids),
+        inherits=names,
+        requires=names,
+        evaluate=make_evaluate(config, text),
+        previous="python -m alto_jax.main --config=configs/stage2.py --init_from=DIR --workdir=DIR",
+        save_files=text.save,
+    )
+
+
+def rollout(config: ExperimentConfig, special: Any, params: dict, batch: PromptBatch, rng: jax.Array) -> Rollout:
+    """Samples G completions per prompt and rewards them.
+
+    Args:
+      config: the run; special: the tokenizer's special ids.
+      params: all parameters, with the frozen "reference" language model if beta > 0.
+      batch: prompts with images and target masks.
+      rng: random key.
+    """
+    cfg = config.grpo
+    policy = {k: v for k, v in params.items() if k != "reference"}
+    found = segment(config.model, policy, batch, cfg.generate, special, rng, cfg.num_generations)
+    iou = rewards.iou_reward(jax.nn.sigmoid(found.mask_logits), batch.mask, found.parsed.valid)
+    reward, components = rewards.compute_rewards(found.parsed, iou, cfg.reward)
+    generated = found.generated
+    reference_logps = jnp.zeros_like(generated.per_token_logps)
+    if "reference" in params:
+        reference = {**policy, "language_model": params["reference"]}
+        reference_logps, _ = completion_logps(
+            config.model, reference, special, batch, found.image_tokens, generated.ids
+        )
+    return Rollout(
+        prompt=batch,
+        completion_ids=generated.ids,
+        completion_mask=generated.mask,
+        old_per_token_logps=generated.per_token_logps,
+        ref_per_token_logps=reference_logps,
+        advantages=rewards.group_advantages(reward, cfg.advantage_normalization),
+        rewards=reward,
+        components=components,
+        image_tokens=found.image_tokens,
+    )
+
+
+def completion_logps(
+    cfg: ModelConfig,
+    params: dict,
+    special: Any,
+    batch: PromptBatch,
+    image_tokens: jax.Array,
+    completion_ids: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of G completions per prompt, with one pass over each prompt.
+
+    Args:
+      cfg: the model; params: its parameters; special: the tokenizer's special ids.
+      batch: B prompts, left padded; image_tokens float[B, I, D].
+      completion_ids: int32[B, G, T].
+
+    Returns:
+      (logps, entropy), float32[B, G, T]: of the untempered full-vocabulary distribution, at padding too;
+      entropy without gradient.
+    """
+    model = ALToLLM(cfg)
+    apply = lambda *args, method, **kwargs: model.apply({"params": params}, *args, method=method, **kwargs)
+    batch_size, group, length = completion_ids.shape
+    prompt_mask, prompt_length = batch.prompt_mask, batch.prompt_mask.shape[1]
+
+    inputs = apply(batch.prompt_ids, image_tokens, special.img_context, method="embed")
+    positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
+    causal = jnp.tril(jnp.ones((prompt_length, prompt_length), bool))
+    cache = KVCache.create(cfg.language_model, batch_size, prompt_length)
+    hidden, prefix = apply(inputs, positions, causal & prompt_mask[:, None], cache=cache, method="hidden")
+    first = jnp.broadcast_to(hidden[:, None, -1:], (batch_size, group, 1, hidden.shape[-1]))
+
+    ids = completion_ids.reshape(batch_size * group, length)
+    offset = jnp.repeat(jnp.sum(prompt_mask, axis=1), group)
+    inputs = apply(ids[:, :-1], method="embed_text")
+    positions = offset[:, None] + jnp.arange(length - 1)
+    hidden, _ = apply(inputs, positions, None, prefix=prefix, prefix_mask=prompt_mask, method="hidden")
+    hidden = jnp.concatenate([first, hidden.reshape(batch_size, group, length - 1, -1)], axis=2)
+    logits = apply(hidden, method="logits")
+    logps = losses.token_log_probs(logits, completion_ids)
+    entropy = jax.lax.stop_gradient(losses.token_entropy(logits))
+    return logps, entropy
+
+
+def make_loss(config: ExperimentConfig, special: Any) -> Any:
+    """`loss_fn(params, rollout, rng, step)` of stage 3."""
+    cfg = config.grpo
+
+    def loss_fn(params, batch: Rollout, rng, step):
+        del rng, step
+        logps, entropy = completion_logps(
+            config.model, params, special, batch.prompt, batch.image_tokens, batch.completion_ids
+        )
+        reference = batch.ref_per_token_logps if cfg.loss.beta > 0 else None
+        loss, logged = losses.grpo_loss(
+            logps,
+            batch.old_per_token_logps,
+            reference,
+            batch.advantages,
+            batch.completion_mask,
+            cfg.loss,
+            entropy=entropy,
+        )
+        parts = {f"reward_{k}" if not k.startswith("reward") else k: jnp.mean(v) for k, v in batch.components.items()}
+        spread = jnp.mean(jnp.std(batch.rewards, axis=1))
+        return loss, ({"reward": jnp.mean(batch.rewards), "reward_std": spread, **parts, **logged}, ())
+
+    return loss_fn

@@ -1,0 +1,123 @@
+"""Stage 2: supervised fine-tuning of the MLLM on text and mask tokens, with the mask tokenizer frozen."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alto_jax import losses
+from alto_jax.batch import ChatBatch
+from alto_jax.data import sources
+from alto_jax.experiment import ExperimentConfig
+from alto_jax.mllm import mask_tokens
+from alto_jax.mllm.alto_llm import ALToLLM, init_params, segment
+from alto_jax.mllm.generate import GenerateConfig
+from alto_jax.stages import Stage
+from alto_jax.stages.tokenizer import mask_iou, tokenizer_apply
+from alto_jax.tokenizer.alto import ALTo
+
+
+def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
+    """The stage for `config.stage` "stage2"."""
+    del mesh
+    text = sources.text_tokenizer(config)
+    return Stage(
+        init=lambda key: init_params(config.model, key),
+        data=lambda process, count: sources.chat_iterator(config, text, process, count),
+        loss_fn=make_loss(config, text.ids),
+        inherits=("tokenizer", "vision", "projector", "language_model"),
+        requires=("tokenizer",),
+        evaluate=make_evaluate(config, text),
+        previous="python -m alto_jax.main --config=configs/stage1_5.py --workdir=DIR",
+        check=check_supervised,
+        save_files=text.save,
+    )
+
+
+def check_supervised(means: dict[str, float]) -> None:
+    """Raises ValueError if supervised tokens did not fit into `config.sft.max_supervised`."""
+    if means.get("supervised_overflow", 0) > 0:
+        raise ValueError(
+            "config.sft.max_supervised: rows have more supervised tokens than it allows"
+            f" ({means['supervised_overflow']:.1f} of a batch were left out); raise it"
+        )
+
+
+def make_loss(config: ExperimentConfig, special: Any) -> Any:
+    """`loss_fn(params, batch, rng, step)` of stage 2: token cross-entropy and the mask loss."""
+    cfg, size, model = config.sft, config.model.tokenizer, ALToLLM(config.model)
+
+    def loss_fn(params, batch: ChatBatch, rng, step):
+        del step
+        apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
+        batch_size, num_masks = batch.mask_valid.shape
+        masks = batch.masks.reshape(-1, size.mask_size, size.mask_size)
+        codes, length = jax.lax.stop_gradient(tokenizer_apply(ALTo(size), params)(masks, method="tokenize"))
+        ids, labels, _ = mask_tokens.replace_mask_tokens(
+            batch.ids, batch.labels, codes.reshape(batch_size, num_masks, -1), length.reshape(batch_size, num_masks),
+            batch.mask_valid, special, text_mask=batch.text_mask,
+        )  # fmt: skip
+        inputs = apply(ids, apply(batch.image, rng, method="image_tokens"), special.img_context, method="embed")
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        # Note: rows are padded on the right, so that the causal mask alone hides the padding.
+        hidden, _ = apply(inputs, positions, None, method="hidden")
+        logits_fn = lambda h: apply(h, method="logits")
+        loss, logged = losses.token_cross_entropy(hidden, labels, logits_fn, max_supervised=cfg.max_supervised)
+        logged = {"token_loss": loss, **logged, "length": jnp.sum(length * batch.mask_valid.reshape(-1)) / jnp.maximum(
+            jnp.sum(batch.mask_valid), 1)}  # fmt: skip
+        if cfg.mask_loss_weight > 0:
+            found = mask_tokens.find_supervised_masks(ids, labels, special, size.num_latent_tokens, num_masks)
+            at = found.positions.reshape(batch_size, -1, 1)
+            code_logits = logits_fn(jnp.take_along_axis(hidden, at, axis=1))
+            code_logits = code_logits[..., special.code_0 : special.code_0 + special.num_codes]
+            code_logits = code_logits.reshape(batch_size * num_masks, size.num_latent_tokens, -1)
+            probs = losses.mask_token_probabilities(code_logits, found.length.reshape(-1))
+            features = apply(batch.image, batch.pixel_image, method="image_features")
+            if features is not None:
+                features = jnp.repeat(features, num_masks, axis=0)
+            mask_logits = tokenizer_apply(ALTo(size), params)(probs, features, method="decode_probs")
+            valid = (found.valid & batch.mask_valid).reshape(-1)
+            term, parts = losses.mask_loss(mask_logits, masks, valid, cfg.mask_loss)
+            loss = loss + cfg.mask_loss_weight * term
+            logged |= parts
+        return loss, (logged, ())
+
+    return loss_fn
+
+
+def make_evaluate(config: ExperimentConfig, text: Any) -> Any:
+    """Greedy answers to held-out adaptive prompts, as the model gives them (no grammar).
+
+    The result holds giou (a malformed answer counts 0), format_rate, giou_no_codes (the mask decoded from
+    no codes, the baseline that an MLLM must beat), mean_length, std_length and the lengths.
+    """
+    generate_cfg = GenerateConfig(max_new_tokens=config.eval.max_new_tokens)
+    size = config.model.tokenizer
+
+    @jax.jit
+    def answer(params, batch):
+        found = segment(config.model, params, batch, generate_cfg, text.ids, jax.random.key(0))
+        features = ALToLLM(config.model).apply(
+            {"params": params}, batch.image, batch.pixel_image, method="image_features"
+        )
+        empty = jnp.zeros((batch.mask.shape[0], size.num_latent_tokens, size.token_size))
+        baseline = tokenizer_apply(ALTo(size), params)(empty, features, method="decode")
+        iou = jnp.where(found.parsed.valid, mask_iou(found.mask_logits, batch.mask), 0.0)
+        return iou, found.parsed.valid, found.parsed.length, mask_iou(baseline, batch.mask)
+
+    def evaluate(params):
+        params = {k: v for k, v in params.items() if k != "reference"}
+        parts = [jax.device_get(answer(params, batch)) for batch in sources.held_out_prompts(config, text)]
+        iou, valid, length, baseline = (np.concatenate(p) for p in zip(*parts))
+        lengths = length[valid]
+        return {
+            "giou": float(iou.mean()),
+            "format_rate": float(valid.mean()),
+            "giou_no_codes": float(baseline.mean()),
+            "mean_length": float(lengths.mean()) if len(lengths) else 0.0,
+            "std_length": float(lengths.std()) if len(lengths) else 0.0,
+            "lengths": lengths.tolist(),
+        }
+
+    return evaluate if config.eval.num_samples else None

@@ -1,0 +1,67 @@
+"""Masks to codes and back, from the command line.
+
+    python -m alto_jax.tokenize encode --checkpoint DIR --mask mask.png --out codes.json [--length adaptive|full|N]
+    python -m alto_jax.tokenize decode --checkpoint DIR --codes codes.json --out mask.png [--image FILE]
+
+The JSON file holds codes, length, and size ([height, width] of the mask).
+"""
+
+import argparse
+import json
+import pathlib
+
+import numpy as np
+
+from alto_jax import cli, predict
+
+
+def main() -> int:
+    """The command; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m alto_jax.tokenize", description="Masks to codes and back.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    encode = actions.add_parser("encode", help="a mask file to codes")
+    encode.add_argument("--mask", required=True, metavar="FILE", help="an image, not zero in the mask")
+    encode.add_argument("--length", default="adaptive", help="adaptive, full, or a number of mask tokens")
+    decode = actions.add_parser("decode", help="codes to a mask file")
+    decode.add_argument("--codes", required=True, metavar="FILE", help="the JSON file that encode wrote")
+    decode.add_argument("--image", metavar="FILE", help="the image, whose features sharpen the mask")
+    for action in (encode, decode):
+        action.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory (any stage)")
+        action.add_argument("--out", required=True, metavar="FILE")
+    options = parser.parse_args()
+    if options.action == "encode":
+        _encode(options)
+    else:
+        _decode(options)
+    return 0
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from alto_jax.data import transforms
+
+    mask = transforms.open_mask(options.mask)
+    length = int(options.length) if options.length.isdigit() else options.length
+    codes = predict.load(options.checkpoint).encode(mask, length)
+    result = {"codes": codes, "length": len(codes), "size": list(mask.shape)}
+    pathlib.Path(options.out).write_text(json.dumps(result) + "\n")
+    print(f"{len(codes)} codes: {' '.join(map(str, codes))}")
+
+
+def _decode(options: argparse.Namespace) -> None:
+    from PIL import Image
+
+    from alto_jax.data import transforms
+
+    try:
+        saved = json.loads(pathlib.Path(options.codes).read_text())
+        codes, size = [int(c) for c in saved["codes"]], tuple(int(s) for s in saved["size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{options.codes}: expected the JSON that encode writes (codes, size): {error!r}") from error
+    image = transforms.open_image(options.image) if options.image else None
+    mask = predict.load(options.checkpoint).decode(codes, size, image)
+    Image.fromarray(mask.astype(np.uint8) * 255).save(options.out)
+    print(f"{int(mask.sum())} pixels of {size[1]}x{size[0]} in {options.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

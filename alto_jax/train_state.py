@@ -1,0 +1,129 @@
+"""TrainState, the split into trainable and frozen parameters, and the optimizer."""
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+from flax import struct, traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+
+from alto_jax import schedules
+from alto_jax.config import require
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a training run must remember.
+
+    step: int32 scalar, updates done. params: trainable parameters (nested dict without the frozen ones).
+    frozen: the rest; no gradient, no optimizer state. opt_state: optax state of `params`. stats: what a
+    stage keeps between steps beside parameters (such as code usage), a nested dict of arrays.
+    """
+
+    step: jax.Array
+    params: Any
+    frozen: Any
+    opt_state: Any
+    stats: Any
+
+    def all_params(self) -> dict:
+        """Trainable and frozen parameters as one nested dict."""
+        return merge_params(self.params, self.frozen)
+
+
+def split_params(params: dict, trainable: str) -> tuple[dict, dict]:
+    """Splits a nested dict by a regex on "a/b/c" paths into (trainable, frozen).
+
+    Raises:
+      ValueError: the regex matches no parameter.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    chosen = {path for path in flat if re.search(trainable, path)}
+    if not chosen:
+        raise ValueError(f"config.optim.trainable: {trainable!r} matches no parameter; top level: {sorted(params)}")
+
+    def pick(keep):
+        return traverse_util.unflatten_dict({p: v for p, v in flat.items() if (p in chosen) == keep}, sep="/")
+
+    return pick(True), pick(False)
+
+
+def merge_params(*trees: dict) -> dict:
+    """Joins nested dicts with disjoint leaves."""
+    flat: dict = {}
+    for tree in trees:
+        flat.update(traverse_util.flatten_dict(tree, sep="/"))
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule.
+
+    schedule: "cosine" (one warm-up, then cosine to `final_ratio`), "constant" (no warm-up), or
+    "reference" (the reference's stage 1, with its second warm-up). trainable, no_decay: regexes on
+    parameter paths. clip_norm: global L2 norm of the gradient.
+    """
+
+    lr: float = 1e-5
+    schedule: Literal["cosine", "constant", "reference"] = "cosine"
+    warmup_steps: int = 1000
+    final_ratio: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    trainable: str = ".*"
+    no_decay: str = "^$"
+
+    def __post_init__(self):
+        require(self.lr >= 0, "lr", self.lr, "at least 0")
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
+        require(0 <= self.final_ratio <= 1, "final_ratio", self.final_ratio, "0..1")
+        require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, "b1, b2", (self.b1, self.b2), "0 <= b < 1")
+        require(self.clip_norm > 0, "clip_norm", self.clip_norm, "more than 0")
+        for name in ("trainable", "no_decay"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not a regular expression: {error}") from error
+
+
+def make_schedule(cfg: OptimConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate of each update, as a function of the number of updates done before it."""
+    if cfg.schedule == "reference":
+        return schedules.reference_stage1_schedule(cfg.lr, cfg.warmup_steps, total_steps, cfg.final_ratio)
+    if cfg.schedule == "constant":
+        return schedules.constant_schedule(cfg.lr)
+    return schedules.cosine_with_warmup(cfg.lr, cfg.warmup_steps, total_steps, cfg.final_ratio)
+
+
+def make_optimizer(cfg: OptimConfig, total_steps: int) -> optax.GradientTransformation:
+    """Global-norm clipping, AdamW, schedule; weight decay everywhere but on paths that match `no_decay`."""
+
+    def decay_mask(params):
+        flat = traverse_util.flatten_dict(params, sep="/")
+        return traverse_util.unflatten_dict({p: not re.search(cfg.no_decay, p) for p in flat}, sep="/")
+
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.adamw(
+            make_schedule(cfg, total_steps),
+            b1=cfg.b1,
+            b2=cfg.b2,
+            eps=cfg.eps,
+            weight_decay=cfg.weight_decay,
+            mask=decay_mask,
+        ),
+    )
+
+
+def create_state(params: dict, trainable: str, optimizer: optax.GradientTransformation, stats: dict) -> TrainState:
+    """A state at step 0; pure, so that it can be traced for shapes and shardings."""
+    chosen, frozen = split_params(params, trainable)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=chosen, frozen=frozen, opt_state=optimizer.init(chosen), stats=stats
+    )

@@ -1,0 +1,44 @@
+"""Stage 1: the mask tokenizer (encoder, quantizer, decoder) on a random number of leading tokens.
+
+    python -m alto_jax.main --config=configs/stage1.py:tiny --workdir=runs/stage1
+
+Sizes: base (the paper's, from a converted TiTok + SAM start; not yet run), tiny (a laptop; measured as part
+of configs/quickstart.py, see there), debug (seconds). On SA-1B: --config.data.source=sa1b
+--config.data.root=DIR.
+"""
+
+from configs import common
+
+SIZES = ("base", "tiny", "debug")
+TRAINED = "^tokenizer/(encoder|quantizer|decoder)/"
+
+
+def get_config(size=None):
+    """The configuration for one of SIZES."""
+    size = common.check_size(size, SIZES, "stage1.py")
+    if size == "base":
+        config = common.base_config("stage1", common.large_model_types({"tokenizer": common.tokenizer()}))
+        # Note: the reference trains 300k steps at batch 8 on 8 GPUs.
+        config.optim = {"lr": 1e-5, "schedule": "reference", "warmup_steps": 1000, "final_ratio": 0.5,
+                        "weight_decay": 0.1, "trainable": TRAINED}  # fmt: skip
+        config.train = {"steps": 300_000, "batch_size": 8, "log_every": 50, "checkpoint_every": 5000}
+        config.eval = {"every": 5000, "num_samples": 1000, "batch_size": 8, "token_counts": [8, 16, 24, 32]}
+        config.tokenizer = {"keep_tokens": "random", "commitment_cost": 0.01,
+                            "loss": {"edge_weighted_mse": 1.0, "edge": 0.2, "length": 0.01}}  # fmt: skip
+        return config
+    config = common.base_config("stage1", {"tokenizer": common.tokenizer(size)})
+    # From scratch everything trains but the length predictor, which has its own stage.
+    config.optim = {"lr": 2e-3, "schedule": "cosine", "warmup_steps": 100, "b2": 0.98, "weight_decay": 0.05,
+                    "trainable": "^tokenizer/(?!length/)"}  # fmt: skip
+    config.train = {"steps": 1600, "batch_size": 16, "log_every": 100, "checkpoint_every": 400}
+    config.eval = {"every": 0, "num_samples": 256, "batch_size": 64, "token_counts": [1, 2, 4, 8, 16, 32]}
+    config.tokenizer = {
+        "keep_tokens": "random",
+        "commitment_cost": 0.25,
+        "loss": {"edge_weighted_mse": 0.0, "edge": 0.0, "bce": 1.0, "dice": 0.5, "length": 0.0},
+        "unquantized_steps": 160,
+        "reseed_every": 50,
+        "reseed_until": 1100,
+        "reseed_threshold": 0.1,
+    }
+    return common.debug_run(config) if size == "debug" else config

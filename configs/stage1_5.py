@@ -1,0 +1,25 @@
+"""Stage 1.5: the token length predictor, through the straight-through chunking; all else is frozen.
+
+    python -m alto_jax.main --config=configs/stage1_5.py:tiny --config.init_from=runs/stage1 --workdir=runs/stage1_5
+
+Sizes: base (the paper's; not yet run), tiny (a laptop; measured as part of configs/quickstart.py), debug.
+"""
+
+from configs import common, stage1
+
+SIZES = stage1.SIZES
+
+
+def get_config(size=None):
+    """The configuration for one of SIZES."""
+    size = common.check_size(size, SIZES, "stage1_5.py")
+    config = stage1.get_config(size)
+    config.stage = "stage1_5"
+    config.optim.trainable = "^tokenizer/length/"
+    config.tokenizer.update({"keep_tokens": "adaptive", "unquantized_steps": 0, "reseed_every": 0, "reseed_until": 0})
+    if size != "base":
+        config.optim.update({"lr": 3e-4, "weight_decay": 0.0})
+        config.tokenizer.loss.length = 0.05
+    if size == "tiny":
+        config.train.update({"steps": 300, "checkpoint_every": 150})
+    return config

@@ -1,0 +1,42 @@
+"""Stage 2: supervised fine-tuning of the MLLM on text and mask tokens.
+
+    python -m alto_jax.main --config=configs/stage2.py:tiny --config.init_from=runs/stage1_5 --workdir=runs/stage2
+
+Sizes: 8b (the paper's, from a converted InternVL2.5 + ALTo start; not yet run), 1b, 2b, 4b, 26b (the same
+family; not yet run), tiny (a laptop; measured as part of configs/quickstart.py), debug. On your own files:
+--config.data.source=jsonl --config.data.meta=FILE.
+"""
+
+from configs import common
+
+SIZES = ("8b", "1b", "2b", "4b", "26b", "tiny", "debug")
+# Hugging Face's grouping: no decay for biases and layer norms; RMSNorm, layer scales and embeddings do decay.
+NO_DECAY = r"(/bias|^vision/.*norm\d/scale|^projector/norm/scale)$"
+
+
+def get_config(size=None):
+    """The configuration for one of SIZES."""
+    size = common.check_size(size, SIZES, "stage2.py")
+    model = common.mllm(size)
+    if size not in common.DEMO_SIZES:
+        config = common.base_config("stage2", common.large_model_types(model))
+        config.data.update({"source": "scenes", "max_length": 1024, "max_masks": 1, "system": common.SYSTEM})
+        config.optim = {"lr": 4e-5, "schedule": "cosine", "warmup_steps": 300, "weight_decay": 0.05, "no_decay": NO_DECAY,
+                        "trainable": "^(vision|projector|language_model)/"}  # fmt: skip
+        config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+        config.train = {"steps": 10_000, "batch_size": 64, "log_every": 10, "checkpoint_every": 500}
+        config.eval = {"every": 0, "num_samples": 256, "batch_size": 32}
+        config.sft = {"max_supervised": 96, "mask_loss_weight": 1.0}
+        return config
+    config = common.base_config("stage2", model)
+    config.data.update({"max_length": 192, "max_masks": 1, "base_vocab_size": 400})
+    config.optim = {"lr": 2e-3, "schedule": "cosine", "warmup_steps": 50, "b2": 0.98, "weight_decay": 0.05,
+                    "no_decay": NO_DECAY, "trainable": "^(vision|projector|language_model)/"}  # fmt: skip
+    config.train = {"steps": 500, "batch_size": 16, "log_every": 25, "checkpoint_every": 250}
+    config.eval = {"every": 0, "num_samples": 128, "batch_size": 32, "max_new_tokens": 56}
+    config.sft = {"max_supervised": 64, "mask_loss_weight": 0.0}
+    if size == "debug":
+        config = common.debug_run(config)
+        config.data.update({"max_length": 160})
+        config.sft.mask_loss_weight = 1.0
+    return config

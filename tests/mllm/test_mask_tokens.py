@@ -1,0 +1,262 @@
+"""Mask tokens against the reference's replacement and against plain Python on random sequences."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alto_jax.mllm import mask_tokens
+from tests.golden_io import golden
+
+START, END, CODE_0, NUM_CODES, PAD = 10, 11, 12, 6, 0
+IDS = types.SimpleNamespace(pad=PAD, mask_start=START, mask_end=END, code_0=CODE_0, num_codes=NUM_CODES)
+L = 4
+
+
+# --- parse_completion ------------------------------------------------------------------------------
+
+
+def _parse_plain(row, mask):
+    """The format in words: one start, one end behind it, 1..L tokens between, all codes."""
+    row = [t for t, keep in zip(row, mask) if keep]
+    num_starts, num_ends = row.count(START), row.count(END)
+    between = None
+    if num_starts == 1 and num_ends == 1:
+        between = row[row.index(START) + 1 : row.index(END)]
+    in_range = between is not None and 1 <= len(between) <= L
+    valid = in_range and all(CODE_0 <= t < CODE_0 + NUM_CODES for t in between)
+    codes = [t - CODE_0 for t in between] if valid else []
+    return num_starts, num_ends, len(between or []), in_range, valid, codes
+
+
+def _random_completions(seed, count, time):
+    """Half noise, half well-formed answers with a few random edits."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(1, CODE_0 + NUM_CODES + 2, (count, time))
+    for row in ids[::2]:
+        row[(row == START) | (row == END)] = 5
+        length = rng.integers(0, L + 2)
+        start = rng.integers(0, time - length - 1)
+        row[start], row[start + length + 1] = START, END
+        row[start + 1 : start + 1 + length] = rng.integers(CODE_0, CODE_0 + NUM_CODES, length)
+        if rng.uniform() < 0.3:
+            row[rng.integers(time)] = rng.integers(1, CODE_0 + NUM_CODES + 2)
+    mask = np.arange(time) < rng.integers(0, time + 1, (count, 1))
+    return ids.astype(np.int32), mask
+
+
+def test_parse_completion_equals_plain_parser():
+    count, time = 6000, 10
+    ids, mask = _random_completions(0, count, time)
+    parse = jax.jit(lambda i, m: mask_tokens.parse_completion(i, m, IDS, L))
+    for m in (mask, np.ones_like(mask)):
+        shaped = parse(ids.reshape(20, 300, time), m.reshape(20, 300, time))
+        parsed = jax.tree.map(lambda x: np.asarray(x).reshape(count, *x.shape[2:]), shaped)
+        num_valid = 0
+        for i in range(count):
+            num_starts, num_ends, between, in_range, valid, codes = _parse_plain(ids[i].tolist(), m[i])
+            ours = (
+                parsed.num_starts[i],
+                parsed.num_ends[i],
+                parsed.num_between[i],
+                parsed.in_range[i],
+                parsed.valid[i],
+            )
+            assert ours == (num_starts, num_ends, between, in_range, valid), ids[i]
+            assert parsed.length[i] == len(codes)
+            assert parsed.codes[i].tolist() == codes + [0] * (L - len(codes))
+            assert parsed.code_mask[i].tolist() == [True] * len(codes) + [False] * (L - len(codes))
+            num_valid += valid
+        assert num_valid > 500
+
+
+def test_parse_completion_edges():
+    parse = lambda row: mask_tokens.parse_completion(jnp.array(row), None, IDS, L)
+    full = parse([3, START, 12, 13, 14, 17, END, 7])
+    assert bool(full.valid) and full.codes.tolist() == [0, 1, 2, 5]
+    assert not bool(parse([END, 12, START]).valid)
+    assert int(parse([END, 12, START]).num_between) == 0
+    assert not bool(parse([START, 12, 13, 14, 15, 16, END]).valid)
+    assert int(parse([START, 12, 13, 14, 15, 16, END]).num_between) == 5
+    assert not bool(parse([START, CODE_0 + NUM_CODES, END]).valid)
+    assert not bool(parse([START, END]).valid)
+
+
+def test_parse_completion_of_the_reference_group():
+    arrays = golden("grpo")
+    special = types.SimpleNamespace(pad=2, mask_start=521, mask_end=522, code_0=523, num_codes=1024)
+    parse = jax.jit(lambda x: mask_tokens.parse_completion(x, None, special, 32))
+    parsed = parse(arrays["completion_ids"].astype(np.int32))
+    np.testing.assert_array_equal(parsed.valid, arrays["valid_mask"])
+    np.testing.assert_array_equal(parsed.num_between, arrays["lengths"])
+
+
+# --- replace_mask_tokens ---------------------------------------------------------------------------
+
+
+def _golden_replace():
+    arrays = {k: jnp.asarray(v) for k, v in golden("replace_tokens").items()}
+    start, end, code_0, pad = (int(i) for i in arrays["ids"])
+    special = types.SimpleNamespace(pad=pad, mask_start=start, mask_end=end, code_0=code_0, num_codes=1024)
+    return arrays, special
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_replace_mask_tokens_golden(compat):
+    arrays, special = _golden_replace()
+    codes, lengths = arrays["mask_codes"][:, None], arrays["length_indices"][:, None]
+    replace = jax.jit(lambda *a: mask_tokens.replace_mask_tokens(*a, special, compat_first_mask_only=compat))
+    ids, labels, _ = replace(arrays["input_ids"], arrays["labels"], codes, lengths, jnp.ones((3, 1), bool))
+    np.testing.assert_array_equal(ids, arrays["new_input_ids"])
+    np.testing.assert_array_equal(labels, arrays["new_labels"])
+    user = slice(0, 1)
+    labels = jnp.full_like(arrays["labels"][user], -100)
+    ids, labels, _ = replace(arrays["input_ids"][user], labels, codes[user], lengths[user], jnp.ones((1, 1), bool))
+    np.testing.assert_array_equal(ids, arrays["user_adaptive_ids"])
+    np.testing.assert_array_equal(labels, arrays["user_adaptive_labels"])
+
+
+def test_compat_leaves_labels_of_a_user_mask_unshifted_and_default_moves_them():
+    ids = jnp.array([[START, 13, 13, 13, 13, END, 5, 6]])
+    labels = jnp.array([[-100, -100, -100, -100, -100, -100, 5, 6]])
+    args = (ids, labels, jnp.array([[[3, 2, 1, 0]]]), jnp.array([[2]]), jnp.ones((1, 1), bool), IDS)
+    new_ids, new_labels, text_mask = mask_tokens.replace_mask_tokens(*args)
+    assert new_ids.tolist() == [[START, 15, 14, END, 5, 6, PAD, PAD]]
+    assert new_labels.tolist() == [[-100, -100, -100, -100, 5, 6, -100, -100]]
+    assert text_mask.tolist() == [[True] * 6 + [False] * 2]
+    compat_ids, compat_labels, _ = mask_tokens.replace_mask_tokens(*args, compat_first_mask_only=True)
+    assert compat_ids.tolist() == new_ids.tolist()
+    assert compat_labels.tolist() == labels.tolist()
+
+
+def _replace_plain(ids, labels, length, codes, lengths, valid, first_only=False):
+    """Row by row and token by token."""
+    out_ids, out_labels, t, mask = [], [], 0, 0
+    shift_labels = True
+    while t < length:
+        out_ids.append(ids[t])
+        out_labels.append(labels[t])
+        t += 1
+        if ids[t - 1] != START:
+            continue
+        if mask == 0 and labels[t - 1] == -100:
+            shift_labels = not first_only
+        if mask < len(codes) and valid[mask] and not (first_only and mask > 0):
+            adaptive = ids[t] == CODE_0 + 1
+            kept = lengths[mask] if adaptive else L
+            for j in range(kept):
+                out_ids.append(CODE_0 + codes[mask][j])
+                out_labels.append(-100 if labels[t + j] == -100 else CODE_0 + codes[mask][j])
+            t += L
+        mask += 1
+    real = len(out_ids)
+    pad = len(ids) - real
+    out_labels = out_labels + [-100] * pad if shift_labels else list(labels)
+    return out_ids + [PAD] * pad, out_labels, [True] * real + [False] * pad
+
+
+def _random_chat(rng, time, num_masks):
+    """A row of turns: text, some with a mask (fixed or adaptive), supervised or not, then padding."""
+    ids, labels = [], []
+    for _ in range(rng.integers(0, num_masks + 2)):
+        turn = rng.integers(1, START, rng.integers(0, 4)).tolist()
+        if ids.count(START) < num_masks and rng.uniform() < 0.8:
+            turn += [START] + [CODE_0 + int(rng.integers(2))] * L + [END]
+        turn += rng.integers(1, START, rng.integers(0, 3)).tolist()
+        ids += turn
+        labels += turn if rng.uniform() < 0.6 else [-100] * len(turn)
+    ids, labels = ids[:time], labels[:time]
+    pad = time - len(ids)
+    return ids + [PAD] * pad, labels + [-100] * pad, len(ids)
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_replace_mask_tokens_equals_plain_python(first_only):
+    rng = np.random.default_rng(7)
+    count, time, num_masks = 600, 48, 3
+    rows = [_random_chat(rng, time, num_masks) for _ in range(count)]
+    ids, labels = (np.array([r[i] for r in rows], np.int32) for i in (0, 1))
+    codes = rng.integers(0, NUM_CODES, (count, num_masks, L))
+    lengths = rng.integers(0, L + 1, (count, num_masks))
+    valid = rng.uniform(size=(count, num_masks)) < 0.8
+    replace = jax.jit(lambda *a: mask_tokens.replace_mask_tokens(*a, IDS, compat_first_mask_only=first_only))
+    new_ids, new_labels, text_mask = replace(ids, labels, codes, lengths, valid)
+    assert new_ids.dtype == new_labels.dtype == jnp.int32 and text_mask.dtype == bool
+    for i, (row_ids, row_labels, length) in enumerate(rows):
+        expected = _replace_plain(row_ids, row_labels, length, codes[i], lengths[i], valid[i], first_only)
+        assert new_ids[i].tolist() == expected[0]
+        assert new_labels[i].tolist() == expected[1]
+        assert text_mask[i].tolist() == expected[2]
+
+
+def test_text_mask_argument_wins_over_the_pad_id():
+    ids = jnp.array([[5, PAD, 6, PAD]])
+    args = (
+        ids,
+        jnp.full_like(ids, -100),
+        jnp.zeros((1, 1, L), int),
+        jnp.ones((1, 1), int),
+        jnp.ones((1, 1), bool),
+    )
+    given = jnp.array([[True, False, True, True]])
+    assert mask_tokens.replace_mask_tokens(*args, IDS, text_mask=given)[2].tolist() == given.tolist()
+    assert mask_tokens.replace_mask_tokens(*args, IDS)[2].tolist() == [[True, True, True, False]]
+
+
+# --- find_supervised_masks -------------------------------------------------------------------------
+
+
+def test_find_supervised_masks_points_at_the_states_that_predict_the_codes():
+    rng = np.random.default_rng(3)
+    count, time, num_masks = 200, 48, 3
+    rows = [_random_chat(rng, time, num_masks) for _ in range(count)]
+    ids, labels = (np.array([r[i] for r in rows], np.int32) for i in (0, 1))
+    codes = rng.integers(0, NUM_CODES, (count, num_masks, L))
+    lengths = rng.integers(1, L + 1, (count, num_masks))
+    ids, labels, _ = mask_tokens.replace_mask_tokens(
+        ids, labels, codes, lengths, np.ones((count, num_masks), bool), IDS
+    )
+    found = jax.jit(lambda *rows: mask_tokens.find_supervised_masks(*rows, IDS, L, num_masks))(ids, labels)
+    ids, labels = np.asarray(ids), np.asarray(labels)
+    num_valid = 0
+    for i in range(count):
+        starts = np.flatnonzero(ids[i] == START)
+        for m in range(num_masks):
+            if m >= len(starts) or labels[i, starts[m]] != START:
+                assert not found.valid[i, m]
+                continue
+            length = int(found.length[i, m])
+            assert bool(found.valid[i, m]) == (length > 0)
+            predicted = labels[i, np.asarray(found.positions[i, m, :length]) + 1]
+            np.testing.assert_array_equal(predicted - CODE_0, codes[i, m, :length])
+            after = starts[m] + 1 + length
+            assert after == time or ids[i, after] == END
+            num_valid += length > 0
+    assert num_valid > 50
+
+
+def test_find_supervised_masks_golden():
+    arrays = golden("mask_loss_probs")
+    start, end, code_0 = (int(i) for i in arrays["ids"])
+    special = types.SimpleNamespace(pad=2, mask_start=start, mask_end=end, code_0=code_0, num_codes=1024)
+    # The fixture's labels are already shifted: one column in front undoes it.
+    labels = jnp.pad(jnp.asarray(arrays["labels"]), ((0, 0), (1, 0)), constant_values=-100)
+    found = jax.jit(lambda x: mask_tokens.find_supervised_masks(x, x, special, 32, 1))(labels)
+    np.testing.assert_array_equal(found.valid[:, 0], arrays["valid"])
+    np.testing.assert_array_equal(found.length[:2, 0], arrays["lengths"][:2])
+    np.testing.assert_array_equal(found.positions[:2, 0, 0], [6, 4])
+
+
+# --- text ------------------------------------------------------------------------------------------
+
+
+def test_codes_and_text_round_trip():
+    first, second = [3, 1023, 0], [7]
+    text = f"The mask appears at {mask_tokens.codes_to_text(first)}. Also {mask_tokens.codes_to_text(second)}."
+    assert mask_tokens.codes_to_text(first) == "<ALTo_Start><TOK_3><TOK_1023><TOK_0><ALTo_End>"
+    assert mask_tokens.text_to_codes(text) == [first, second]
+    assert mask_tokens.text_to_codes("<ALTo_Start><TOK_3> no end") == []
+    with pytest.raises(ValueError, match="-1"):
+        mask_tokens.codes_to_text([-1])

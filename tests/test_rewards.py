@@ -1,0 +1,86 @@
+"""Rewards and advantages against the reference's group and plain formulas."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alto_jax import rewards
+from alto_jax.mllm.mask_tokens import parse_completion
+from tests.golden_io import golden, tolerance
+
+SPECIAL = types.SimpleNamespace(pad=2, mask_start=521, mask_end=522, code_0=523, num_codes=1024)
+
+
+def _group():
+    arrays = golden("grpo")
+    parsed = parse_completion(jnp.asarray(arrays["completion_ids"])[None], None, SPECIAL, 32)
+    return arrays, parsed, jnp.asarray(arrays["ious"], jnp.float32)[None]
+
+
+def test_reference_reward_golden():
+    arrays, parsed, iou = _group()
+    np.testing.assert_array_equal(rewards.format_checks(parsed)[0], arrays["format_rewards"])
+    cfg = rewards.RewardConfig(kind="reference", length_weight=1e-3)
+    values, parts = jax.jit(lambda p, i: rewards.compute_rewards(p, i, cfg))(parsed, iou)
+    np.testing.assert_allclose(values[0], arrays["rewards"], rtol=0, atol=tolerance("grpo", "rewards"))
+    np.testing.assert_allclose(parts["format"] + parts["iou"] + parts["length_reward"], values, rtol=1e-6)
+
+
+def test_reference_advantages_golden():
+    arrays = golden("grpo")
+    values = jnp.asarray(arrays["rewards"])[None]
+    ours = rewards.group_advantages(values, "reference")[0]
+    np.testing.assert_allclose(ours, arrays["advantages"], rtol=0, atol=tolerance("grpo", "advantages"))
+
+
+def test_paper_reward_charges_tokens_and_gives_nothing_to_malformed():
+    arrays, parsed, iou = _group()
+    cfg = rewards.RewardConfig(length_weight=1e-2)
+    values, parts = rewards.compute_rewards(parsed, iou, cfg)
+    valid = arrays["valid_mask"]
+    expected = np.where(valid, 1 + arrays["ious"] - 1e-2 * arrays["lengths"], 0)
+    np.testing.assert_allclose(values[0], expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(parts["valid"][0], valid)
+    np.testing.assert_array_equal(parts["length"][0], np.where(valid, arrays["lengths"], 0))
+
+
+def test_iou_reward_golden():
+    group = golden("grpo")
+    masks, target = jnp.asarray(group["mask_images_row012"])[None], jnp.asarray(group["target_mask"])
+    ours = rewards.iou_reward(masks, target, jnp.ones((1, 3), bool))[0]
+    np.testing.assert_allclose(ours, group["ious"][:3], rtol=0, atol=tolerance("grpo", "ious"))
+
+
+def test_iou_reward_by_hand():
+    target = jnp.array([[[1.0, 1.0, 0.0, 0.0]], [[0.0] * 4]])
+    masks = jnp.array([[[[0.9, 0.0, 0.8, 0.5]], [[1.0, 1.0, 0.0, 0.0]]], [[[0.2] * 4], [[0.0, 0.0, 0.0, 0.6]]]])
+    ours = rewards.iou_reward(masks, target, jnp.ones((2, 2), bool))
+    np.testing.assert_allclose(ours, [[1 / 3, 1], [1, 0]])
+    none = rewards.iou_reward(masks, target, jnp.zeros((2, 2), bool))
+    assert not np.any(none)
+
+
+def test_group_advantages():
+    values = np.random.default_rng(0).uniform(size=(3, 5))
+    values[2] = 0.7
+    centred = values - values.mean(1, keepdims=True)
+    std = values.std(1, ddof=1, keepdims=True)
+    given = jnp.asarray(values)
+    np.testing.assert_allclose(rewards.group_advantages(given), centred / (std + 1e-4), rtol=1e-4, atol=2e-3)
+    np.testing.assert_allclose(rewards.group_advantages(given[:2]), (centred / (std + 1e-4))[:2], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rewards.group_advantages(given, "none"), centred, atol=1e-6)
+    np.testing.assert_array_equal(rewards.informative_groups(given), [True, True, False])
+    with pytest.raises(ValueError, match="at least 2"):
+        rewards.group_advantages(jnp.ones((2, 1)))
+    with pytest.raises(ValueError, match="robust"):
+        rewards.group_advantages(given, "robust")
+
+
+def test_config_names_the_field():
+    with pytest.raises(ValueError, match=r"reward\.kind.*'best'"):
+        rewards.RewardConfig(kind="best")
+    with pytest.raises(ValueError, match=r"reward\.length_weight.*-1"):
+        rewards.RewardConfig(length_weight=-1.0)
