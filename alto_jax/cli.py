@@ -1,6 +1,7 @@
-"""What the commands share: one clear line for bad input, and the persistent cache of compiled programs."""
+"""What the commands share: one clear line for bad input, instead of a stack trace."""
 
 from collections.abc import Callable
+import logging
 import os
 import sys
 import traceback
@@ -11,6 +12,8 @@ def run(main: Callable[[], int | None]) -> None:
 
     ALTO_TRACEBACK=1 in the environment shows the stack trace as well.
     """
+    # Note: Orbax reports every file that a checkpoint of another kind would have.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         sys.exit(main() or 0)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -25,9 +25,10 @@ class DataConfig:
 
     source: "scenes" (built in), "sa1b" (a folder of SA-1B images and annotations; stages 1 and 1.5) or
     "jsonl" (a stage-2/3 meta file). root: the folder ("sa1b"); meta: the meta file ("jsonl").
-    scenes, scene_masks, scene_chats: what the built-in data looks like. max_length: tokens of a row (stage 2) or prompt (stage
-    3). max_masks: masks of a conversation. system: system prompt; None leaves it out. base_vocab_size:
-    size of the tokenizer that is trained on the built-in data when the start checkpoint brings none.
+    scenes, scene_masks, scene_chats: what the built-in data looks like. max_length: tokens of a row (stage
+    2) or prompt (stage 3). max_masks: masks of a conversation. system: system prompt; None leaves it out.
+    base_vocab_size: size of the tokenizer that is trained on the built-in data when the start checkpoint
+    brings none.
     """
 
     source: Literal["scenes", "sa1b", "jsonl"] = "scenes"

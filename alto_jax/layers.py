@@ -69,7 +69,7 @@ class SelfAttention(nn.Module):
     qk_norm_eps: float | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    kernel_init: Callable = nn.initializers.xavier_uniform()
+    kernel_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
@@ -104,7 +104,7 @@ class Mlp(nn.Module):
     mlp_dim: int
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    kernel_init: Callable = nn.initializers.xavier_uniform()
+    kernel_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -146,7 +146,7 @@ class ViTBlock(nn.Module):
     layer_scale: float | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    kernel_init: Callable = nn.initializers.xavier_uniform()
+    kernel_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None, drop_path: Array | None = None):
@@ -259,8 +259,8 @@ def apply_rope(x: Array, positions: Array, inv_freq: Array) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def sincos_position_embedding(grid: int, width: int, scale: float) -> Array:
-    """Two-dimensional sine-cosine embedding of a grid, float32[grid * grid, width], times `scale`.
+def sincos_position_embedding(grid: int, width: int) -> Array:
+    """Two-dimensional sine-cosine embedding of a grid, float32[grid * grid, width], in -1..1.
 
     Source: ViT without class tokens (MoCo v3 form): a quarter of the width each for sin/cos of y and x.
     """
@@ -268,4 +268,4 @@ def sincos_position_embedding(grid: int, width: int, scale: float) -> Array:
     omega = 1.0 / (10000.0 ** (jnp.arange(width // 4, dtype=jnp.float32) / max(width // 4, 1)))
     parts = [f(p.reshape(-1, 1) * omega) for p in (y, x) for f in (jnp.sin, jnp.cos)]
     table = jnp.concatenate(parts, axis=-1)
-    return scale * jnp.pad(table, ((0, 0), (0, width - table.shape[-1])))
+    return jnp.pad(table, ((0, 0), (0, width - table.shape[-1])))

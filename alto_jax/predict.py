@@ -286,9 +286,7 @@ def main() -> int:
     length = int(options.length) if options.length.isdigit() else options.length
     model = load(options.checkpoint)
     if not isinstance(model, Segmenter):
-        raise ConfigError(
-            f"--checkpoint={options.checkpoint}: a mask tokenizer alone; predict needs stage 2 or 3 (see alto_jax.tokenize)"
-        )
+        raise ConfigError(f"--checkpoint={options.checkpoint}: a mask tokenizer alone; predict needs stage 2 or 3")
     result = model.segment(image, options.text, length=length, prompt=options.prompt, target=target)
     if options.out:
         Image.fromarray(result.mask.astype(np.uint8) * 255).save(options.out)

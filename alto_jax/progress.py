@@ -67,16 +67,13 @@ class Progress:
 
     def line(self, step: int, metrics: dict[str, float]) -> None:
         """Prints one line for `step` of the total."""
-        done = max(step - self._start, 1)
-        rate = done / max(time.monotonic() - self._began, 1e-9)
-        left = (self._total - step) / rate
         values = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-        speed = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
-        print(
-            f"[{self._name}] {step}/{self._total}  {values}  {speed}  ETA {duration(left)}",
-            file=self._stream,
-            flush=True,
-        )
+        text = f"[{self._name}] {step}/{self._total}  {values}"
+        if step > self._start:
+            rate = (step - self._start) / max(time.monotonic() - self._began, 1e-9)
+            speed = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
+            text += f"  {speed}  ETA {duration((self._total - step) / rate)}"
+        print(text, file=self._stream, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -23,7 +23,7 @@ from alto_jax.config import to_dict
 from alto_jax.experiment import ExperimentConfig, claim_workdir
 from alto_jax.progress import MetricWriter, Progress, duration
 from alto_jax.stages import Stage, make_stage
-from alto_jax.train_state import TrainState, create_state, make_optimizer, merge_params
+from alto_jax.train_state import TrainState, create_state, make_optimizer, make_schedule, merge_params
 
 
 def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
@@ -142,7 +142,7 @@ def _sharding(path: str, leaf: Any, mesh: Any) -> Any:
     return jax.sharding.NamedSharding(mesh, sharding.param_spec(path, leaf.shape, mesh))
 
 
-def make_step(stage: Stage, optimizer: Any, seed: int, shardings: TrainState) -> Any:
+def make_step(stage: Stage, optimizer: Any, schedule: Any, seed: int, shardings: TrainState) -> Any:
     """The jitted update `(state, batch) -> (state, metrics)`; the state is donated and keeps its `shardings`."""
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
@@ -153,7 +153,12 @@ def make_step(stage: Stage, optimizer: Any, seed: int, shardings: TrainState) ->
 
         (loss, (metrics, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = {"loss": loss, **metrics, "grad_norm": optax.global_norm(grads)}
+        metrics = {
+            "loss": loss,
+            **metrics,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedule(state.step),
+        }
         state = state.replace(
             step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
         )
@@ -177,7 +182,8 @@ def make_rollout(stage: Stage, seed: int) -> Any:
 def _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path) -> tuple[TrainState, dict]:
     """Steps until config.train.steps; returns the state and the last evaluation."""
     total, start = config.train.steps, int(state.step)
-    step_fn = make_step(stage, optimizer, config.seed, jax.tree.map(lambda a: a.sharding, state))
+    schedule = make_schedule(config.optim, total)
+    step_fn = make_step(stage, optimizer, schedule, config.seed, jax.tree.map(lambda a: a.sharding, state))
     rollout_fn = make_rollout(stage, config.seed) if stage.rollout is not None else None
     repeats = config.grpo.updates_per_rollout if stage.rollout is not None else 1
     meta = {"stage": config.stage, "model": to_dict(config.model), "data": {"system": config.data.system}}
@@ -204,7 +210,7 @@ def _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path) ->
                 stage.check(means)
             if writer is not None:
                 writer.write(step, means)
-                progress.line(step, means)
+                progress.line(step, {name: means[name] for name in stage.headline if name in means})
         # Note: a rollout in progress is not part of the checkpoint, so saves fall between rollouts.
         save = config.train.checkpoint_every and step % config.train.checkpoint_every == 0 and step % repeats == 0
         if save or step == total:

@@ -39,7 +39,7 @@ def internvit(size: str = "300m") -> dict:
 
 
 def language_model(size: str, num_codes: int = NUM_CODES) -> dict:
-    """The language model of InternVL2.5-`size`, with `num_codes` mask codes appended to its vocabulary (0: as published)."""
+    """The language model of InternVL2.5-`size`; its vocabulary has `num_codes` mask codes (0: as published)."""
     cfg = dict(LANGUAGE_MODELS[size])
     extra = num_codes + 2 if num_codes else 0
     if cfg.pop("qwen", False):
@@ -71,10 +71,10 @@ def tokenizer(size: str = "base") -> dict:
     return {
         "mask_size": 64, "patch_size": 8, "num_latent_tokens": 32, "codebook_size": 512, "token_size": 12,
         "encoder": vit, "decoder": vit,
-        "sam": {"image_size": 128, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2,
-                "global_attn_indexes": [1], "window_size": 8, "out_channels": 48},
-        "pixel_decoder": {"z_channels": 96, "hidden_channels": 96, "channel_mult": [1], "num_res_blocks": 1,
-                          "out_channels": 1, "out_patch": 8, "legacy_shortcut": False},
+        "sam": {"image_size": 128, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 2,
+                "global_attn_indexes": [1], "window_size": 4, "out_channels": 48},
+        "pixel_decoder": {"z_channels": 96, "hidden_channels": 32, "channel_mult": [1], "num_res_blocks": 1,
+                          "num_groups": 8, "out_channels": 1, "out_patch": 8, "legacy_shortcut": False},
         **corrected,
     }  # fmt: skip
 
@@ -84,7 +84,8 @@ def mllm(size: str) -> dict:
     if size == "debug":
         return {
             "tokenizer": tokenizer("debug"),
-            "vision": {"image_size": 56, "patch_size": 14, "embed_dim": 32, "num_layers": 1, "num_heads": 2, "mlp_dim": 64},
+            "vision": {"image_size": 56, "patch_size": 14, "embed_dim": 32, "num_layers": 1, "num_heads": 2,
+                       "mlp_dim": 64},
             "language_model": {"vocab_size": 512, "embed_dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
                                "mlp_dim": 64},
             "pixel_input": "native",
@@ -92,7 +93,8 @@ def mllm(size: str) -> dict:
     if size == "tiny":
         return {
             "tokenizer": tokenizer("tiny"),
-            "vision": {"image_size": 128, "patch_size": 8, "embed_dim": 96, "num_layers": 3, "num_heads": 2, "mlp_dim": 384},
+            "vision": {"image_size": 128, "patch_size": 8, "embed_dim": 96, "num_layers": 3, "num_heads": 2,
+                       "mlp_dim": 384},
             "language_model": {"vocab_size": 1152, "embed_dim": 192, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
                                "mlp_dim": 512},
             "pixel_input": "native",

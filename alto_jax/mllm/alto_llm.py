@@ -164,9 +164,10 @@ def segment(
     model, variables = ALToLLM(cfg), {"params": params}
     image_tokens = model.apply(variables, batch.image, method="image_tokens")
     inputs = model.apply(variables, batch.prompt_ids, image_tokens, special.img_context, method="embed")
+    language_model = LanguageModel(cfg.language_model), params["language_model"]
     generated = generate(
-        LanguageModel(cfg.language_model), params["language_model"], inputs, batch.prompt_mask, generate_cfg, special, rng,
-        num_samples, prompt_ids=batch.prompt_ids, controls=controls,
+        *language_model, inputs, batch.prompt_mask, generate_cfg, special, rng, num_samples,
+        prompt_ids=batch.prompt_ids, controls=controls,
     )  # fmt: skip
     # A prompt may end with <ALTo_Start> (a forced answer prefix); the mask's format counts from there.
     inside, _ = mask_state(batch.prompt_ids, special)

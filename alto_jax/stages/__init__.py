@@ -30,6 +30,7 @@ class Stage:
       after_update: `after_update(state, aux, rng) -> state`, inside the jitted step, or None.
       evaluate: `evaluate(params) -> dict` of floats (and lists) on held-out data, or None.
       previous: the command that makes the start checkpoint, for messages.
+      headline: names of the metrics that the progress line shows (all go to metrics.jsonl).
       check: `check(metrics)` raises if the logged means show a misconfiguration, or None.
       save_files: `save_files(workdir)` writes what the checkpoint needs beside arrays.
     """
@@ -46,6 +47,7 @@ class Stage:
     after_update: Callable | None = None
     evaluate: Callable | None = None
     previous: str = ""
+    headline: tuple[str, ...] = ("loss",)
     check: Callable | None = None
     save_files: Callable | None = None
 

@@ -40,6 +40,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
         requires=names,
         evaluate=make_evaluate(config, text),
         previous="python -m alto_jax.main --config=configs/stage2.py --init_from=DIR --workdir=DIR",
+        headline=("loss", "reward", "format", "iou", "length", "kl"),
         save_files=text.save,
     )
 
@@ -140,7 +141,7 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
             cfg.loss,
             entropy=entropy,
         )
-        parts = {f"reward_{k}" if not k.startswith("reward") else k: jnp.mean(v) for k, v in batch.components.items()}
+        parts = {name: jnp.mean(value) for name, value in batch.components.items()}
         spread = jnp.mean(jnp.std(batch.rewards, axis=1))
         return loss, ({"reward": jnp.mean(batch.rewards), "reward_std": spread, **parts, **logged}, ())
 

@@ -30,6 +30,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
         requires=("tokenizer",),
         evaluate=make_evaluate(config, text),
         previous="python -m alto_jax.main --config=configs/stage1_5.py --workdir=DIR",
+        headline=("loss", "token_loss", "token_accuracy", "mask_dice", "length"),
         check=check_supervised,
         save_files=text.save,
     )

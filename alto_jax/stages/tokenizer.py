@@ -78,6 +78,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
         inherits=("tokenizer",),
         requires=() if is_first else ("tokenizer",),
         reset=None if is_first else "^tokenizer/length/",
+        headline=("loss", "iou", "kept") if is_first else ("loss", "iou", "kept", "length_std"),
         init_stats=lambda: {"code_usage": jnp.full(size.codebook_size, 1.0 / size.codebook_size)} if reseeds else {},
         after_update=after_update if reseeds else None,
         evaluate=make_evaluate(config, model, adaptive=not is_first),

@@ -94,8 +94,8 @@ class ALTo(nn.Module):
             "latent_tokens", nn.initializers.normal(width**-0.5), (cfg.num_latent_tokens, width), types["param_dtype"]
         )
         self.encoder = MaskEncoder(
-            cfg.encoder, cfg.mask_size, cfg.patch_size, cfg.num_latent_tokens, cfg.token_size, cfg.legacy_reshape, cfg.remat,
-            **types,
+            cfg.encoder, cfg.mask_size, cfg.patch_size, cfg.num_latent_tokens, cfg.token_size, cfg.legacy_reshape,
+            cfg.remat, **types,
         )  # fmt: skip
         self.quantizer = VectorQuantizer(cfg.codebook_size, cfg.token_size, param_dtype=types["param_dtype"])
         self.length = LengthPredictor(

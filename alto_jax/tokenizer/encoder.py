@@ -71,7 +71,7 @@ def grid_position_init(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
     """Position embedding [1 + g^2, W]: sine-cosine on the grid, noise for the class token."""
     grid = round((shape[0] - 1) ** 0.5)
     cls = jax.random.normal(key, (1, shape[1])) * shape[1] ** -0.5
-    return jnp.concatenate([cls, layers.sincos_position_embedding(grid, shape[1], 0.5)]).astype(dtype)
+    return jnp.concatenate([cls, layers.sincos_position_embedding(grid, shape[1])]).astype(dtype)
 
 
 class MaskEncoder(nn.Module):

