@@ -197,7 +197,8 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig) -> pathl
     path = pathlib.Path(workdir)
     path.mkdir(parents=True, exist_ok=True)
     file, plain = path / "config.json", to_dict(config)
-    if file.exists():
+    # Note: a run that failed before its first checkpoint leaves nothing to protect.
+    if file.exists() and any(p.name.isdigit() for p in path.glob("checkpoints/*")):
         try:
             old = json.loads(file.read_text())
         except ValueError as error:

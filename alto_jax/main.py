@@ -6,6 +6,7 @@ The configuration file's `get_config(size)` gives the fields; every field, also 
 its default, can be set with --config.GROUP.FIELD=VALUE.
 """
 
+from collections.abc import Mapping, Sequence
 import dataclasses
 import importlib.util
 import pathlib
@@ -79,6 +80,20 @@ def _flaggable(value: Any) -> Any:
     return fields
 
 
+def _check_fields(values: Mapping, arguments: Sequence[str]) -> None:
+    """Raises ConfigError for a --config.GROUP.FIELD that `values` lacks (ml_collections ends in a stack trace)."""
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0]
+        if not name.startswith("config."):
+            continue
+        group, where = values, "config"
+        for part in name.split("[")[0].split(".")[1:]:
+            if not isinstance(group, Mapping) or part not in group:
+                known = ", ".join(sorted(group)) if isinstance(group, Mapping) else f"none, {where} is a value"
+                raise ConfigError(f"--{where}.{part}: unknown field; known: {known}")
+            group, where = group[part], f"{where}.{part}"
+
+
 def main() -> int:
     """Parses the command line and runs."""
     from ml_collections import config_flags
@@ -95,7 +110,9 @@ def main() -> int:
             arguments.append(argument)
     if not spec:
         raise ConfigError(f"--config is required; {_USAGE}")
-    config_flag = config_flags.DEFINE_config_dict("config", load_config(spec), sys_argv=arguments)
+    values = load_config(spec)
+    _check_fields(values.to_dict(), arguments)
+    config_flag = config_flags.DEFINE_config_dict("config", values, sys_argv=arguments)
     try:
         rest = flags.FLAGS(arguments)
     except flags.Error as error:

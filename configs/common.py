@@ -93,8 +93,8 @@ def mllm(size: str) -> dict:
     if size == "tiny":
         return {
             "tokenizer": tokenizer("tiny"),
-            "vision": {"image_size": 128, "patch_size": 8, "embed_dim": 96, "num_layers": 3, "num_heads": 2,
-                       "mlp_dim": 384},
+            "vision": {"image_size": 128, "patch_size": 16, "embed_dim": 128, "num_layers": 4, "num_heads": 4,
+                       "mlp_dim": 512},
             "language_model": {"vocab_size": 1152, "embed_dim": 192, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
                                "mlp_dim": 512},
             "pixel_input": "native",

@@ -29,14 +29,14 @@ def get_config(size=None):
         config.sft = {"max_supervised": 96, "mask_loss_weight": 1.0}
         return config
     config = common.base_config("stage2", model)
-    config.data.update({"max_length": 192, "max_masks": 1, "base_vocab_size": 400})
+    config.data.update({"max_length": 128, "max_masks": 1, "base_vocab_size": 512})
+    config.data.scenes.update({"max_objects": 2, "min_size": 0.35})
     config.optim = {"lr": 2e-3, "schedule": "cosine", "warmup_steps": 50, "b2": 0.98, "weight_decay": 0.05,
                     "no_decay": NO_DECAY, "trainable": "^(vision|projector|language_model)/"}  # fmt: skip
-    config.train = {"steps": 500, "batch_size": 16, "log_every": 25, "checkpoint_every": 250}
+    config.train = {"steps": 600, "batch_size": 16, "log_every": 25, "checkpoint_every": 200}
     config.eval = {"every": 0, "num_samples": 128, "batch_size": 32, "max_new_tokens": 56}
-    config.sft = {"max_supervised": 64, "mask_loss_weight": 0.0}
+    config.sft = {"max_supervised": 64, "mask_loss_weight": 1.0}
     if size == "debug":
         config = common.debug_run(config)
-        config.data.update({"max_length": 160})
-        config.sft.mask_loss_weight = 1.0
+        config.data.update({"max_length": 160, "base_vocab_size": 400})
     return config

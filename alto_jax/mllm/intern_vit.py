@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from typing import Any, Literal
 
+import einops
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -151,14 +152,13 @@ def pixel_shuffle(x: Array, scale: float = 0.5, version: Literal["v1", "v2"] = "
       [B, H/r, W/r, r*r*D], channels ordered (dy, dx, D); [B, W/r, H/r, ...] for "v1".
     """
     r = round(1 / scale)
-    batch, height, width, dim = x.shape
+    height, width = x.shape[1:3]
     if abs(r * scale - 1) > 1e-6 or height % r or width % r:
         raise ValueError(f"scale: expected 1/r with r a divisor of {height} and {width}, got {scale!r}")
     if version not in ("v1", "v2"):
         raise ValueError(f"version: expected 'v1' or 'v2', got {version!r}")
-    x = x.reshape(batch, height // r, r, width // r, r, dim)
-    x = x.transpose((0, 1, 3, 2, 4, 5) if version == "v2" else (0, 3, 1, 2, 4, 5))
-    return x.reshape(*x.shape[:3], r * r * dim)
+    rows_and_columns = "y x" if version == "v2" else "x y"
+    return einops.rearrange(x, f"b (y dy) (x dx) d -> b {rows_and_columns} (dy dx d)", dy=r, dx=r)
 
 
 class Projector(nn.Module):

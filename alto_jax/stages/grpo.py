@@ -39,7 +39,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
         inherits=names,
         requires=names,
         evaluate=make_evaluate(config, text),
-        previous="python -m alto_jax.main --config=configs/stage2.py --init_from=DIR --workdir=DIR",
+        previous="python -m alto_jax.main --config=configs/stage2.py --config.init_from=DIR --workdir=DIR",
         headline=("loss", "reward", "format", "iou", "length", "kl"),
         save_files=text.save,
     )

@@ -29,7 +29,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
         inherits=("tokenizer", "vision", "projector", "language_model"),
         requires=("tokenizer",),
         evaluate=make_evaluate(config, text),
-        previous="python -m alto_jax.main --config=configs/stage1_5.py --workdir=DIR",
+        previous="python -m alto_jax.main --config=configs/stage1_5.py --config.init_from=DIR --workdir=DIR",
         headline=("loss", "token_loss", "token_accuracy", "mask_dice", "length"),
         check=check_supervised,
         save_files=text.save,

@@ -8,6 +8,7 @@ reference/NUMERICS.md §3.6.
 import dataclasses
 from typing import Any, Literal
 
+import einops
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -74,16 +75,12 @@ def _group_norm(cfg: PixelDecoderConfig, channels: int, name: str) -> nn.Module:
 
 def upsample_nearest(x: Array) -> Array:
     """[B, H, W, D] → [B, 2H, 2W, D], every position repeated in a 2x2 square."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
+    return einops.repeat(x, "b y x d -> b (y dy) (x dx) d", dy=2, dx=2)
 
 
 def depth_to_space(x: Array, patch: int) -> Array:
     """[B, H, W, r*r*D] → [B, r*H, r*W, D]; the channels are ordered (dy, dx, D), r = patch."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, width, patch, patch, channels // patch**2).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, height * patch, width * patch, -1)
+    return einops.rearrange(x, "b y x (dy dx d) -> b (y dy) (x dx) d", dy=patch, dx=patch)
 
 
 class ResBlock(nn.Module):

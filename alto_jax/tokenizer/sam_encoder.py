@@ -10,6 +10,7 @@ import functools
 import itertools
 from typing import Any, Literal
 
+import einops
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -106,19 +107,15 @@ def relative_positions(query_size: int, key_size: int, table: Array) -> Array:
 
 def partition_windows(x: Array, window: int) -> Array:
     """[B, H, W, D] → [B * windows, window, window, D]; padded with zeros at the bottom and right."""
-    batch, height, width, dim = x.shape
-    rows, columns = -(-height // window), -(-width // window)
-    x = jnp.pad(x, ((0, 0), (0, rows * window - height), (0, columns * window - width), (0, 0)))
-    x = x.reshape(batch, rows, window, columns, window, dim).swapaxes(2, 3)
-    return x.reshape(-1, window, window, dim)
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % window), (0, -x.shape[2] % window), (0, 0)))
+    return einops.rearrange(x, "b (y h) (x w) d -> (b y x) h w d", h=window, w=window)
 
 
 def merge_windows(x: Array, height: int, width: int) -> Array:
     """Inverse of `partition_windows`, without the padding: → [B, height, width, D]."""
-    window, dim = x.shape[1], x.shape[-1]
-    rows, columns = -(-height // window), -(-width // window)
-    x = x.reshape(-1, rows, columns, window, window, dim).swapaxes(2, 3)
-    return x.reshape(-1, rows * window, columns * window, dim)[:, :height, :width]
+    rows, columns = (-(-side // x.shape[1]) for side in (height, width))
+    x = einops.rearrange(x, "(b y x) h w d -> b (y h) (x w) d", y=rows, x=columns)
+    return x[:, :height, :width]
 
 
 class SamAttention(nn.Module):

@@ -1,0 +1,56 @@
+"""What the tests share: CPU, one cache of compiled programs a session, and one run of the quickstart."""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from absl import flags
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_configure(config):
+    """Compiled programs are kept for the session, also for the processes that tests start."""
+    flags.FLAGS.mark_as_parsed()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        config.alto_jax_cache = tempfile.mkdtemp(prefix="alto_jax_programs_")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.alto_jax_cache
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "alto_jax_cache"):
+        shutil.rmtree(config.alto_jax_cache, ignore_errors=True)
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess:
+    """Runs this interpreter in the root of the project, as a user would; output as text."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart:
+    """A finished run of configs/quickstart.py:debug: its directory, the flags it ran with, what it printed."""
+
+    path: pathlib.Path
+    overrides: dict[str, list[str]]
+    output: str
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory) -> Quickstart:
+    """All four stages in sequence, in one process, four steps each; the run that other tests compare with."""
+    path = tmp_path_factory.mktemp("runs") / "quickstart"
+    # The paper's reward gives an untrained model's answers nothing to learn from; this one differs with each.
+    overrides = {"stage3": ["grpo.reward.kind=reference", "grpo.advantage_normalization=paper"]}
+    flags = [f"--config.{stage}.{change}" for stage, changes in overrides.items() for change in changes]
+    done = run_python("-m", "alto_jax.main", "--config=configs/quickstart.py:debug", f"--workdir={path}", *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return Quickstart(path, overrides, done.stdout)
