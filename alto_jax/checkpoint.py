@@ -256,7 +256,9 @@ def save_params(
     tree = {"params": traverse_util.unflatten_dict(sinks, sep="/")}
     with ocp.Checkpointer(composite) as checkpointer:
         folder = epath.Path(pathlib.Path(directory).absolute() / CHECKPOINTS / "0")
-        checkpointer.save(folder, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta)))
+        checkpointer.save(
+            folder, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta))
+        )
 
 
 class LazyArray:

@@ -16,12 +16,18 @@ from typing import Any
 
 from absl import flags
 
-from alto_jax import cli
+from alto_jax import cli, distributed
 from alto_jax.config import ConfigError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory: checkpoints, metrics, results.")
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate"], "Train (and evaluate at the end), or evaluate the newest checkpoint."
+)
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "none",
+    ["none", "env", "auto"],
+    "How processes form one run, see distributed.py.",
 )
 _USAGE = "usage: python -m alto_jax.main --config=FILE[:SIZE] --workdir=DIR [--config.GROUP.FIELD=VALUE ...]"
 
@@ -112,6 +118,10 @@ def main() -> int:
         raise ConfigError(f"--config is required; {_USAGE}")
     values = load_config(spec)
     _check_fields(values.to_dict(), arguments)
+    for argument in arguments:
+        if argument.startswith("--distributed="):
+            # Note: before the configuration is read, which may already touch JAX.
+            distributed.initialize(argument.partition("=")[2])
     config_flag = config_flags.DEFINE_config_dict("config", values, sys_argv=arguments)
     try:
         rest = flags.FLAGS(arguments)
@@ -131,6 +141,7 @@ def main() -> int:
     from alto_jax.train import evaluate, train
 
     config = make_experiment(values)
+    distributed.check_same_config(config)
     (train if _MODE.value == "train" else evaluate)(config, _WORKDIR.value)
     return 0
 

@@ -182,7 +182,7 @@ class Segmenter(TokenizerModel):
             max_new_tokens=max_new_tokens or num_tokens + 32,
             grammar=True,
             max_length=num_tokens,
-            forced_length=count if isinstance(length, int) else None,
+            forced_length=count,
         )
         found = self._compiled(config)(self.params, batch, jax.random.key(0))
         tokens = np.asarray(found.generated.ids)[0][np.asarray(found.generated.mask)[0]].tolist()

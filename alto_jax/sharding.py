@@ -28,8 +28,8 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mlp/(fc2|down)/kernel$", ("tensor", "fsdp")),
     (r"embed/embedding$", ("tensor", "fsdp")),
     (r"head/kernel$", ("fsdp", "tensor")),
-    (r"(fc1|fc2|fc3|ffn1|ffn2|vae_project|decoder_embed)/kernel$", ("fsdp", None)),
-    (r"(conv\w*|spatial_mapper|patch_embed)/kernel$", (None, None, None, "fsdp")),
+    (r"(fc1|fc2|fc3|ffn1|ffn2|vae_project)/kernel$", ("fsdp", None)),
+    (r"(conv(?!_out)\w*|spatial_mapper|patch_embed)/kernel$", (None, None, None, "fsdp")),
 )
 
 

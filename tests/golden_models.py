@@ -1,12 +1,18 @@
 """Weights of the reference's small models (tests/golden/*_weights.npz) as our parameters, and comparisons."""
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
+import zipfile
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
+from alto_jax.mllm.alto_llm import ModelConfig
 from alto_jax.mllm.intern_vit import InternViTConfig
+from alto_jax.mllm.language_model import LanguageModelConfig
 from alto_jax.tokenizer.alto import TokenizerConfig
 from alto_jax.tokenizer.encoder import ViTConfig
 from alto_jax.tokenizer.pixel_decoder import PixelDecoderConfig
@@ -36,6 +42,12 @@ INTERNVIT_6B = InternViTConfig(
     qk_norm=True,
 )
 
+ALTOLLM_CONFIG = ModelConfig(
+    tokenizer=ALTO_CONFIG,
+    vision=INTERNVIT_300M,
+    language_model=LanguageModelConfig(vocab_size=1547, rope_scaling_factor=2.0),
+)
+
 
 def golden_weights(name: str) -> dict[str, np.ndarray]:
     """The state dict of tests/golden/{name}_weights.npz (float32 as four planes of bytes, which zip better)."""
@@ -52,6 +64,60 @@ def golden_weights(name: str) -> dict[str, np.ndarray]:
 def alto_params() -> dict[str, Any]:
     """Parameters of the tokenizer of ALTO_CONFIG."""
     return import_state_dict("alto", golden_weights("alto"), ALTO_CONFIG)
+
+
+def golden_tokenizer_files(folder: Path) -> Path:
+    """Unpacks the small InternLM2 tokenizer directory of the reference into `folder`."""
+    with zipfile.ZipFile(Path(__file__).parent / "golden" / "internlm2_tokenizer.zip") as files:
+        files.extractall(folder)
+    return folder
+
+
+def altollm_weights() -> dict[str, np.ndarray]:
+    """The state dict of the small ALToLLM; embeddings that no fixture uses are zero."""
+    weights = golden_weights("altollm_llm")
+    table = np.zeros((1547, 64), np.float32)
+    name = "language_model.model.tok_embeddings.weight"
+    table[weights.pop("embedded_ids")] = weights[name]
+    tokenizer = {f"mask_decoder.{key}": value for key, value in golden_weights("alto").items()}
+    return {**weights, name: table, **tokenizer}
+
+
+@functools.cache
+def altollm_params() -> dict[str, Any]:
+    """Parameters of the small ALToLLM."""
+    return import_state_dict("altollm-internlm2", altollm_weights(), ALTOLLM_CONFIG)
+
+
+def write_altollm(folder: Path) -> Path:
+    """Writes the small ALToLLM in the reference's layout: two shards, their index, config.json, tokenizer files."""
+    golden_tokenizer_files(folder)
+    weights, index = altollm_weights(), {}
+    for number, keys in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), 1):
+        name = f"model-{number:05d}-of-00002.safetensors"
+        save_file({key: weights[key] for key in keys}, folder / name)
+        index |= dict.fromkeys(keys, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 56,
+        "patch_size": 14, "norm_type": "layer_norm", "qk_normalization": False, "qkv_bias": True, "layer_norm_eps": 1e-6,
+    }  # fmt: skip
+    language = {
+        "architectures": ["InternLM2ForCausalLM"], "vocab_size": 1547, "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128, "bias": False,
+        "rope_theta": 1000000, "rope_scaling": {"type": "dynamic", "factor": 2.0}, "hidden_act": "silu",
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    config = {
+        "vision_config": vision, "llm_config": language, "template": "internvl2_5", "downsample_ratio": 0.5,
+        "ps_version": "v2", "select_layer": -1, "force_image_size": 56,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# What no shape tells: the heads of the small mask tokenizer.
+ALTO_HEADS = {"tokenizer": {"encoder": {"num_heads": 4}, "decoder": {"num_heads": 3}}}
 
 
 def random_params(module: Any, *args: Any) -> dict[str, Any]:

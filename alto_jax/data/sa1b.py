@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax.data import transforms
+from alto_jax.data import rle, transforms
 
 _MAX_TARGETS = 20
 
@@ -75,8 +75,7 @@ class Sa1bMasks:
             chosen = rng.permutation(count)[: int(rng.integers(1, min(most, count) + 1))].tolist()
         else:
             chosen = range(min(index % most + 1, count))
-        rles = [_rle(file, number, annotation) for number, annotation in (annotations[c] for c in chosen)]
-        mask = _merge(file, rles, (height, width))
+        mask = _union(file, [annotations[c] for c in chosen], height, width)
         image = transforms.open_image(file.with_name(file_name))
         if image.shape[:2] != mask.shape:
             raise ValueError(f"{file}: image.height x width is {height}x{width}, but {file_name} differs")
@@ -126,26 +125,12 @@ def _field(file: pathlib.Path, mapping: Any, name: str, kind: Any, where: str = 
     return value
 
 
-def _rle(file: pathlib.Path, number: int, annotation: dict[str, Any]) -> dict[str, Any]:
-    """The compressed RLE of an annotation; accepts compressed and uncompressed counts."""
-    from pycocotools import mask as coco_mask
-
-    where = f"annotations[{number}].segmentation"
-    rle = _field(file, annotation, "segmentation", dict, f"annotations[{number}].")
-    size = _field(file, rle, "size", list, where + ".")
-    counts = _field(file, rle, "counts", (str, list), where + ".")
-    if isinstance(counts, list):
-        return coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
-    return {"size": size, "counts": counts.encode("ascii")}
-
-
-def _merge(file: pathlib.Path, rles: list[dict[str, Any]], size: tuple[int, int]) -> np.ndarray:
-    """The union as uint8[H, W] in {0, 255}."""
-    from pycocotools import mask as coco_mask
-
-    if any(tuple(rle["size"]) != size for rle in rles):
-        raise ValueError(f"{file}: a segmentation.size differs from image.height, image.width {size}")
-    mask = coco_mask.decode(coco_mask.merge(rles)) * np.uint8(255)
+def _union(file: pathlib.Path, annotations: list[tuple[int, dict[str, Any]]], height: int, width: int) -> np.ndarray:
+    """The union of numbered annotations as uint8[H, W] in {0, 255}."""
+    mask = np.zeros((height, width), bool)
+    for number, annotation in annotations:
+        segmentation = _field(file, annotation, "segmentation", dict, f"annotations[{number}].")
+        mask |= rle.decode(segmentation, height, width, f"{file}: annotations[{number}]")
     if not mask.any():
         raise ValueError(f"{file}: the chosen annotations have empty masks")
-    return np.ascontiguousarray(mask)
+    return mask.astype(np.uint8) * np.uint8(255)

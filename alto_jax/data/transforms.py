@@ -63,6 +63,18 @@ def open_mask(path: str | os.PathLike, allow_empty: bool = False, min_side: int 
     return mask.astype(np.uint8) * np.uint8(255)
 
 
+def open_labels(path: str | os.PathLike) -> np.ndarray:
+    """Reads a label map: int32[H, W], the values as stored (palette indices, 8 or 16 bits).
+
+    Raises:
+      ValueError: unreadable, or an image with colours instead of labels; the message names the file.
+    """
+    image = _open(path, "label map")
+    if image.mode not in ("1", "L", "P", "I", "I;16"):
+        raise ValueError(f"label map {os.fspath(path)}: expected one channel or a palette, got mode {image.mode}")
+    return np.asarray(image).astype(np.int32)
+
+
 def check_size(array: np.ndarray, name: str | os.PathLike, min_side: int = MIN_SIDE, what: str = "image") -> np.ndarray:
     """Returns `array` [H, W, ...]; raises ValueError naming `name` and the size if a side is too short."""
     height, width = array.shape[:2]

@@ -23,7 +23,6 @@ from alto_jax.stages.sft import make_evaluate
 
 def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
     """The stage for `config.stage` "stage3"."""
-    del mesh
     text = sources.text_tokenizer(config)
     names = ("tokenizer", "vision", "projector", "language_model")
 
@@ -38,7 +37,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
         rollout=functools.partial(rollout, config, text.ids),
         inherits=names,
         requires=names,
-        evaluate=make_evaluate(config, text),
+        evaluate=make_evaluate(config, text, mesh),
         previous="python -m alto_jax.main --config=configs/stage2.py --config.init_from=DIR --workdir=DIR",
         headline=("loss", "reward", "format", "iou", "length", "kl"),
         save_files=text.save,

@@ -1,12 +1,13 @@
 """Stage 2: supervised fine-tuning of the MLLM on text and mask tokens, with the mask tokenizer frozen."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alto_jax import losses
+from alto_jax import losses, sharding
 from alto_jax.batch import ChatBatch
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
@@ -20,7 +21,6 @@ from alto_jax.tokenizer.alto import ALTo
 
 def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
     """The stage for `config.stage` "stage2"."""
-    del mesh
     text = sources.text_tokenizer(config)
     return Stage(
         init=lambda key: init_params(config.model, key),
@@ -28,7 +28,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
         loss_fn=make_loss(config, text.ids),
         inherits=("tokenizer", "vision", "projector", "language_model"),
         requires=("tokenizer",),
-        evaluate=make_evaluate(config, text),
+        evaluate=make_evaluate(config, text, mesh),
         previous="python -m alto_jax.main --config=configs/stage1_5.py --config.init_from=DIR --workdir=DIR",
         headline=("loss", "token_loss", "token_accuracy", "mask_dice", "length"),
         check=check_supervised,
@@ -87,7 +87,7 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
     return loss_fn
 
 
-def make_evaluate(config: ExperimentConfig, text: Any) -> Any:
+def make_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) -> Any:
     """Greedy answers to held-out adaptive prompts, as the model gives them (no grammar).
 
     The result holds giou (a malformed answer counts 0), format_rate, giou_no_codes (the mask decoded from
@@ -96,7 +96,7 @@ def make_evaluate(config: ExperimentConfig, text: Any) -> Any:
     generate_cfg = GenerateConfig(max_new_tokens=config.eval.max_new_tokens)
     size = config.model.tokenizer
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def answer(params, batch):
         found = segment(config.model, params, batch, generate_cfg, text.ids, jax.random.key(0))
         features = ALToLLM(config.model).apply(

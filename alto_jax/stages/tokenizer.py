@@ -1,12 +1,13 @@
 """Stages 1 and 1.5: the mask tokenizer on a random number of leading tokens, then the length predictor."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alto_jax import losses, metrics
+from alto_jax import losses, metrics, sharding
 from alto_jax.batch import MaskBatch
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
@@ -20,7 +21,6 @@ USAGE_DECAY = 0.98
 
 def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
     """The stage for `config.stage` "stage1" or "stage1_5"."""
-    del mesh
     cfg, model = config.tokenizer, ALTo(config.model.tokenizer)
     size = config.model.tokenizer
     is_first = config.stage == "stage1"
@@ -81,7 +81,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
         headline=("loss", "iou", "kept") if is_first else ("loss", "iou", "kept", "length_std"),
         init_stats=lambda: {"code_usage": jnp.full(size.codebook_size, 1.0 / size.codebook_size)} if reseeds else {},
         after_update=after_update if reseeds else None,
-        evaluate=make_evaluate(config, model, adaptive=not is_first),
+        evaluate=make_evaluate(config, model, mesh, adaptive=not is_first),
         previous="python -m alto_jax.main --config=configs/stage1.py --workdir=DIR",
     )
 
@@ -100,7 +100,7 @@ def mask_iou(logits: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.where(union > 0, intersection / jnp.maximum(union, 1), 1.0)
 
 
-def make_evaluate(config: ExperimentConfig, model: ALTo, *, adaptive: bool) -> Any:
+def make_evaluate(config: ExperimentConfig, model: ALTo, mesh: jax.sharding.Mesh, *, adaptive: bool) -> Any:
     """Reconstruction on held-out masks at fixed numbers of tokens and (if `adaptive`) at the predicted ones.
 
     The result holds giou_by_tokens {k: gIoU}, giou_full, codes_used (share of the codebook), and with
@@ -108,15 +108,17 @@ def make_evaluate(config: ExperimentConfig, model: ALTo, *, adaptive: bool) -> A
     mean), mean_length, std_length and the lengths.
     """
     num_tokens = model.cfg.num_latent_tokens
+    # Note: every process computes the same and must be able to read the result.
+    jit = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
 
-    @jax.jit
+    @jit
     def encode(params, batch):
         apply = tokenizer_apply(model, params)
         encoded = apply(batch.mask, method="encode")
         length = apply(encoded, method="predict_length").num_kept
         return apply(encoded.z, method="quantize").codes, length, apply(batch.image, method="image_features")
 
-    @jax.jit
+    @jit
     def reconstruct(params, codes, length, features, target):
         return mask_iou(tokenizer_apply(model, params)(codes, length, features, method="decode_codes"), target)
 

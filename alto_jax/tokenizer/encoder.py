@@ -96,14 +96,15 @@ class MaskEncoder(nn.Module):
         """Encodes masks.
 
         Args:
-          mask: float[B, H, W] in 0..1, H = W = mask_size.
+          mask: float[B, H, W] in 0..1, H = W = mask_size; or [B, H, W, 3], a mask that already has the three
+            channels of the weights (equal ones, for a mask).
           latent_tokens: float[L, W], the learned start values of the latents.
         """
         width, grid = self.vit.embed_dim, self.mask_size // self.patch_size
         batch, num_patches = mask.shape[0], grid * grid
         scaled_normal = nn.initializers.normal(width**-0.5)
         patch = (self.patch_size, self.patch_size)
-        x = jnp.repeat(mask[..., None], 3, axis=-1).astype(self.dtype)
+        x = (jnp.repeat(mask[..., None], 3, axis=-1) if mask.ndim == 3 else mask).astype(self.dtype)
         x = nn.Conv(width, patch, patch, "VALID", dtype=self.dtype, param_dtype=self.param_dtype, name="patch_embed")(x)
         x = x.reshape(batch, num_patches, width)
 

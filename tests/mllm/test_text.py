@@ -10,6 +10,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from alto_jax.mllm import text
+from tests.golden_models import golden_tokenizer_files
+from tools.convert_torch_weights.text import convert
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -20,8 +22,16 @@ def fixture():
 
 
 @pytest.fixture(scope="module")
-def internlm2():
-    return text.TextTokenizer.load(GOLDEN / "internlm2_tokenizer.json")
+def internlm2_file(tmp_path_factory):
+    """The reference's small sentencepiece tokenizer as a tokenizer.json."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    convert(golden_tokenizer_files(folder / "torch"), folder)
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def internlm2(internlm2_file):
+    return text.TextTokenizer.load(internlm2_file)
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +145,8 @@ def test_builtin_tokenizer_round_trip(builtin, tmp_path):
     assert again.encode(sample) == builtin.encode(sample)
 
 
-def test_missing_tokens_are_named_or_appended(internlm2, tmp_path):
-    vocabulary = json.loads((GOLDEN / "internlm2_tokenizer.json").read_text())
+def test_missing_tokens_are_named_or_appended(internlm2, internlm2_file, tmp_path):
+    vocabulary = json.loads(internlm2_file.read_text())
     keep = lambda token: not token["content"].startswith(("<ALTo", "<TOK"))
     vocabulary["added_tokens"] = [t for t in vocabulary["added_tokens"] if keep(t)]
     file = tmp_path / "tokenizer.json"

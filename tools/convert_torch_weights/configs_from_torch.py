@@ -151,7 +151,9 @@ def vision_values(shapes: Shapes, prefix: str, config: Mapping[str, Any], where:
         "embed_dim": stated.agree("hidden_size", width, prefix + key),
         "patch_size": stated.agree("patch_size", patch, prefix + key),
         "image_size": stated.agree("image_size", image_size, f"{prefix}embeddings.position_embedding"),
-        "num_layers": stated.agree("num_hidden_layers", w.count(r"encoder\.layers\.(\d+)\."), f"{prefix}encoder.layers"),
+        "num_layers": stated.agree(
+            "num_hidden_layers", w.count(r"encoder\.layers\.(\d+)\."), f"{prefix}encoder.layers"
+        ),
         "mlp_dim": stated.agree("intermediate_size", w[f"{block}mlp.fc1.weight"][0], f"{prefix}{block}mlp.fc1.weight"),
         "num_heads": stated.need("num_attention_heads", _INTERNVIT_HEADS.get(width)),
         "qkv_bias": stated.agree("qkv_bias", f"{block}attn.qkv.bias" in w, f"{prefix}{block}attn.qkv"),

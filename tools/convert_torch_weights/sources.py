@@ -104,7 +104,9 @@ def open_source(path: str | os.PathLike) -> Source:
             found, others = _pickle_entries(file)
             dropped |= others
         else:
-            raise SourceError(f"{file}: expected {', '.join(SAFETENSORS + PICKLES)}, got {file.suffix or 'no suffix'!r}")
+            raise SourceError(
+                f"{file}: expected {', '.join(SAFETENSORS + PICKLES)}, got {file.suffix or 'no suffix'!r}"
+            )
         if index is not None:
             _check_index(index, file, set(found))
         for key, entry in found.items():
@@ -134,7 +136,9 @@ def _find_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
         if len(files) > 1:
             named = [f for f in files if f.stem in ("model", "pytorch_model")]
             if len(named) != 1:
-                raise SourceError(f"{directory}: several weight files without an index: {[f.name for f in files]}; name one")
+                raise SourceError(
+                    f"{directory}: several weight files without an index: {[f.name for f in files]}; name one"
+                )
             files = named
         if files:
             return files, None

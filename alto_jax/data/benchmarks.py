@@ -1,0 +1,129 @@
+"""The benchmarks by name: what they are called, which files they expect, how they are opened.
+
+`open_benchmark("refcoco_val", root)` gives a source of ReferringRecords (refcoco.py), whatever the format.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+from alto_jax.data import refcoco
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """One column of a table: its family (the table), data set, split, and what is expected on disk."""
+
+    name: str
+    family: str
+    dataset: str
+    split: str
+    expects: str
+
+
+def _referring() -> dict[str, Benchmark]:
+    found = {}
+    splits = {"refcoco": ("val", "testA", "testB"), "refcoco+": ("val", "testA", "testB"), "refcocog": ("val", "test"),
+              "grefcoco": ("val", "testA", "testB")}  # fmt: skip
+    for dataset, names in splits.items():
+        family = "grefcoco" if dataset == "grefcoco" else "refcoco"
+        raw = "grefs(unc).json" if dataset == "grefcoco" else f"refs({'umd' if dataset == 'refcocog' else 'unc'}).p"
+        for split in names:
+            name = f"{dataset}_{split}"
+            expects = f"{dataset}/{raw} + {dataset}/instances.json, or {refcoco.psalm_files(dataset, split)[0]}"
+            found[name] = Benchmark(name, family, dataset, split, f"{expects}; COCO train2014 images")
+    for part in ("part_only", "object_part"):
+        for split in ("val", "testA", "testB"):
+            name = f"refcocom_{split}_{part}"
+            expects = f"refcocom/annotations/{split}_{part}.json, refcocom/masks/*.png; COCO train2014 images"
+            found[name] = Benchmark(name, "refcocom", "refcocom", f"{split}_{part}", expects)
+    return found
+
+
+def _others() -> dict[str, Benchmark]:
+    built = "open_vocab/{0}.jsonl (python -m alto_jax.data.open_vocab makes it)"
+    found = {name: Benchmark(name, "open_vocab", name, "val", built.format(name)) for name in ("a150", "pc59", "pas20")}
+    for split in ("random", "popular", "adversarial"):
+        expects = f"pope/coco_pope_{split}.json; COCO val2014 images"
+        found[f"pope_{split}"] = Benchmark(f"pope_{split}", "pope", "pope", split, expects)
+    expects = "vqav2/v2_OpenEnded_mscoco_val2014_questions.json, vqav2/v2_mscoco_val2014_annotations.json; COCO val2014"
+    found["vqav2_val"] = Benchmark("vqav2_val", "vqav2", "vqav2", "val", expects)
+    found["mme"] = Benchmark("mme", "mme", "mme", "test", "mme/{category}/*.txt with its image beside it")
+    found["scenes"] = Benchmark("scenes", "scenes", "scenes", "validation", "nothing: the built-in held-out shapes")
+    return found
+
+
+BENCHMARKS: dict[str, Benchmark] = _referring() | _others()
+
+
+def benchmark(name: str) -> Benchmark:
+    """The benchmark of that name; ValueError lists them all."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"--benchmark: unknown {name!r}; expected some of {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+def open_benchmark(
+    name: str,
+    root: str | os.PathLike,
+    *,
+    protocol: refcoco.Protocol = "joined",
+    images: str | os.PathLike | None = None,
+) -> Any:
+    """A source of ReferringRecords.
+
+    Args:
+      name: one of BENCHMARKS with masks.
+      root: the data folder, or a data set that `alto_jax.data.prepare` wrote of this benchmark and protocol.
+      protocol: see refcoco.py; open-vocabulary sets have one phrase a sample, whatever it is.
+      images: folder of the COCO images, if it is not one of refcoco.IMAGE_FOLDERS below `root`.
+
+    Raises:
+      ValueError: unknown name, or files that are missing: the message says what was expected where.
+    """
+    found, root = benchmark(name), pathlib.Path(root)
+    if (root / "manifest.json").is_file():
+        from alto_jax.data.prepared import Prepared
+
+        return Prepared(root, expect=f"{name}.{protocol}")
+    if not root.is_dir():
+        raise ValueError(f"--data: {root} does not exist; {name} expects there: {found.expects}")
+    if found.family not in _OPENERS:
+        raise ValueError(f"--benchmark: {name} has no masks")
+    return _OPENERS[found.family](found, root, protocol, images)
+
+
+def train_split(
+    dataset: str, root: str | os.PathLike, *, protocol: refcoco.Protocol = "per_sentence", images: Any = None
+) -> refcoco.Referring:
+    """The training split of refcoco, refcoco+, refcocog or grefcoco (PSALM-converted or as published)."""
+    return _open_referring(Benchmark(dataset, dataset, dataset, "train", ""), pathlib.Path(root), protocol, images)
+
+
+def _open_referring(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any) -> refcoco.Referring:
+    general = found.dataset == "grefcoco"
+    converted = [root / file for file in refcoco.psalm_files(found.dataset, found.split) if (root / file).is_file()]
+    if converted:
+        name = f"{found.dataset}/{found.split}"
+        return refcoco.open_psalm(converted[0], name, root=root, images=images, protocol=protocol, no_target=general)
+    return refcoco.open_refer(root, found.dataset, found.split, images=images, protocol=protocol)
+
+
+def _open_refcocom(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any) -> refcoco.Referring:
+    return refcoco.open_refcocom(root, found.split, images=images, protocol=protocol)
+
+
+def _open_vocab(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any) -> Any:
+    from alto_jax.data.open_vocab import OpenVocab
+
+    return OpenVocab(refcoco.find(root, (f"open_vocab/{found.name}.jsonl", f"{found.name}.jsonl"), found.name))
+
+
+_OPENERS: dict[str, Callable] = {
+    "refcoco": _open_referring,
+    "grefcoco": _open_referring,
+    "refcocom": _open_refcocom,
+    "open_vocab": _open_vocab,
+}

@@ -1,0 +1,358 @@
+"""Referring segmentation: RefCOCO/+/g, gRefCOCO and RefCOCOm, from their published files.
+
+In: refer's pickles with `instances.json`, gRefCOCO's JSON, the PSALM-converted JSON, RefCOCOm's folders. Out:
+random access to ReferringRecords {"key", "image" uint8[H, W, 3], "mask" uint8[H, W] in {0, 255} (empty: no
+target), "phrase"}, and with `ReferringChats` ChatRecords to train on.
+
+A referent has several sentences. `protocol` "joined" makes them one request (Compat: what the reference
+evaluates), "per_sentence" makes each its own sample (what most papers report).
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+from typing import Any, Literal
+
+import numpy as np
+
+from alto_jax.data import rle, transforms
+from alto_jax.mllm import text
+
+Protocol = Literal["joined", "per_sentence"]
+PROTOCOLS = ("joined", "per_sentence")
+# Where the COCO images of these data sets usually lie, below the data folder.
+IMAGE_FOLDERS = ("images/mscoco/images/train2014", "coco/train2014", "train2014", "images/train2014", "images")
+
+
+@dataclasses.dataclass(frozen=True)
+class Referent:
+    """What is referred to: where it stands (for messages), its key, image file, sentences, and its mask.
+
+    `mask(height, width)` reads the mask at the image's size as bool[H, W]; all False: no target. error: why the
+    entry can't be used (its record raises this), "" if it can.
+    """
+
+    where: str
+    key: str
+    image: pathlib.Path
+    sentences: tuple[str, ...]
+    mask: Callable[[int, int], np.ndarray]
+    error: str = ""
+
+
+class Referring:
+    """Random access to ReferringRecords of a list of referents, by protocol.
+
+    Attributes:
+      no_target: whether the data set has samples without a target (the model is asked first whether there is one).
+    """
+
+    def __init__(self, referents: Sequence[Referent], protocol: Protocol = "joined", *, no_target: bool = False):
+        """ValueError: an unknown protocol, or no referent."""
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+        self.protocol, self.no_target = protocol, no_target
+        self._samples = [
+            (referent, number)
+            for referent in referents
+            for number in (range(max(len(referent.sentences), 1)) if protocol == "per_sentence" else (None,))
+        ]
+        if not self._samples:
+            raise ValueError("referring data: no sample in this split")
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        referent, number = self._samples[int(index)]
+        key = referent.key if number is None else f"{referent.key}/{number}"
+        if referent.error or not referent.sentences or not all(s.strip() for s in referent.sentences):
+            raise ValueError(f"{referent.where}: {referent.error or 'no sentence, or an empty one'}")
+        phrase = text.join_descriptions(referent.sentences) if number is None else referent.sentences[number]
+        try:
+            image = transforms.open_image(referent.image)
+            mask = referent.mask(*image.shape[:2])
+        except ValueError as error:
+            raise ValueError(f"{referent.where}: {error}") from error
+        return {"key": key, "image": image, "mask": mask.astype(np.uint8) * np.uint8(255), "phrase": phrase}
+
+
+class ReferringChats:
+    """ChatRecords of ReferringRecords: fixed and adaptive requests half and half, drawn by (seed, index).
+
+    Samples without a target become the question whether there is one, answered "No"; where there may be none,
+    `yes_fraction` of the others become the same question, answered "Yes".
+    """
+
+    def __init__(self, source: Any, *, seed: int = 0, adaptive_fraction: float = 0.5, yes_fraction: float = 0.1):
+        self.source, self._seed = source, seed
+        self._adaptive, self._yes = adaptive_fraction, yes_fraction if getattr(source, "no_target", False) else 0.0
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.source[index]
+        adaptive, yes = np.random.default_rng((self._seed, int(index) % len(self))).random(2) < (
+            self._adaptive,
+            self._yes,
+        )
+        has_target = bool(record["mask"].any())
+        if not has_target or yes:
+            question, answer, masks = text.no_target_question(record["phrase"]), text.YES if has_target else text.NO, []
+        else:
+            question = text.question(record["phrase"], adaptive=bool(adaptive))
+            answer, masks = text.answer(adaptive=bool(adaptive)), [record["mask"]]
+        turns = [{"from": "human", "value": f"{text.IMAGE}\n{question}"}, {"from": "gpt", "value": answer}]
+        return {"key": record["key"], "image": record["image"], "masks": masks, "conversations": turns}
+
+    def texts(self):
+        """The turns of every record."""
+        for i in range(len(self)):
+            yield [turn["value"] for turn in self[i]["conversations"]]
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads pickles of plain values; anything that names a class or function is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which a list of plain values does not need")
+
+
+def load_pickle(path: str | os.PathLike) -> Any:
+    """Reads a pickle of lists, dicts, texts and numbers (Python 2's too), without ever running code of it.
+
+    Raises:
+      ValueError: missing, no pickle, or one that holds anything else.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _PlainUnpickler(file, encoding="latin1").load()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except Exception as error:  # Note: a broken pickle raises nearly anything.
+        raise ValueError(f"{path}: refused as a pickle: {error}") from error
+
+
+def load_json(path: str | os.PathLike, kind: type = list) -> Any:
+    """Reads a JSON file; ValueError names the file if it is missing, broken or of another kind."""
+    try:
+        content = json.loads(pathlib.Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}")
+    return content
+
+
+def find(root: pathlib.Path, candidates: Sequence[str], what: str) -> pathlib.Path:
+    """The first of `candidates` that exists below `root`; ValueError names them all."""
+    for name in candidates:
+        if (root / name).exists():
+            return root / name
+    raise ValueError(f"{what}: expected one of {', '.join(candidates)} in {root}; none is there")
+
+
+def _image_folder(root: pathlib.Path, images: str | os.PathLike | None) -> pathlib.Path:
+    if images is not None:
+        if not pathlib.Path(images).is_dir():
+            raise ValueError(f"image folder {images} does not exist")
+        return pathlib.Path(images)
+    return find(root, IMAGE_FOLDERS, "COCO train2014 images")
+
+
+def _broken(where: str, error: Exception) -> Referent:
+    """Stands for an entry that can't be used; its record raises the reason."""
+    reason = str(error) if isinstance(error, ValueError) else f"a field is missing or malformed: {error!r}"
+    return Referent(where, where, pathlib.Path(), (), lambda height, width: np.zeros((height, width), bool), reason)
+
+
+def _union(segmentations: Sequence[Any]) -> Callable[[int, int], np.ndarray]:
+    """Reads the union of COCO segmentations; none: an empty mask."""
+
+    def read(height: int, width: int) -> np.ndarray:
+        mask = np.zeros((height, width), bool)
+        for segmentation in segmentations:
+            mask |= rle.decode(segmentation, height, width, "annotation")
+        if segmentations and not mask.any():
+            raise ValueError("the mask is empty, but the entry names a target")
+        return mask
+
+    return read
+
+
+class Instances:
+    """COCO's `instances.json`: file names of images, and annotations by id."""
+
+    def __init__(self, path: pathlib.Path):
+        content = load_json(path, dict)
+        self.path = path
+        try:
+            self._names = {image["id"]: image["file_name"] for image in content["images"]}
+            self._annotations = {annotation["id"]: annotation for annotation in content["annotations"]}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected images and annotations with id, file_name: {error!r}") from error
+
+    def image(self, image_id: Any) -> str:
+        """File name of an image."""
+        if image_id not in self._names:
+            raise ValueError(f"image_id {image_id!r} is not in {self.path}")
+        return self._names[image_id]
+
+    def segmentations(self, ids: Sequence[Any]) -> list[Any]:
+        """Segmentations of annotations without crowds; id -1 stands for no target."""
+        found = []
+        for annotation_id in ids:
+            if annotation_id == -1:
+                continue
+            annotation = self._annotations.get(annotation_id)
+            if annotation is None or "segmentation" not in annotation:
+                raise ValueError(f"ann_id {annotation_id!r} is not in {self.path}")
+            if not annotation.get("iscrowd"):
+                found.append(annotation["segmentation"])
+        return found
+
+
+def open_refer(
+    root: str | os.PathLike,
+    dataset: Literal["refcoco", "refcoco+", "refcocog", "grefcoco"],
+    split: str,
+    *,
+    split_by: str = "",
+    images: str | os.PathLike | None = None,
+    protocol: Protocol = "joined",
+) -> Referring:
+    """RefCOCO/+/g or gRefCOCO as published: `{root}/{dataset}/refs({split_by}).p` or `grefs(unc).json`.
+
+    Args:
+      root: the folder that holds `{dataset}/` with `instances.json`, and the COCO images.
+      dataset: which.
+      split: train, val, testA, testB; for refcocog train, val, test.
+      split_by: "unc", "google" or "umd"; by default "umd" for refcocog, "unc" for the others.
+      images: folder of the COCO images; by default one of IMAGE_FOLDERS.
+      protocol: see the module.
+
+    Raises:
+      ValueError: a file is missing or is not what it should be; the message says what was expected where.
+    """
+    root = pathlib.Path(root)
+    split_by = split_by or ("umd" if dataset == "refcocog" else "unc")
+    folder, general = root / dataset, dataset == "grefcoco"
+    file = folder / (f"grefs({split_by}).json" if general else f"refs({split_by}).p")
+    if not file.is_file():
+        raise ValueError(f"{dataset} {split}: expected {file} (with instances.json beside it), or the PSALM-converted "
+                         f"JSON {psalm_files(dataset, split)[0]} in {root}")  # fmt: skip
+    entries = load_json(file) if general else load_pickle(file)
+    instances = Instances(folder / "instances.json")
+    image_folder = _image_folder(root, images)
+    referents = []
+    for number, entry in enumerate(entries if isinstance(entries, list) else ()):
+        where = f"{file} entry {number}"
+        if not isinstance(entry, dict) or "split" not in entry:
+            raise ValueError(f"{where}: expected a dict with split, image_id, ann_id, sentences, got {entry!r:.60}")
+        if entry["split"] != split:
+            continue
+        try:
+            sentences = tuple(str(sentence["sent"]) for sentence in entry["sentences"])
+            ids = entry["ann_id"] if isinstance(entry["ann_id"], list) else [entry["ann_id"]]
+            key, name = f"{dataset}/{split}/{entry['ref_id']}", instances.image(entry["image_id"])
+            mask = _union(instances.segmentations(ids))
+        except (KeyError, TypeError, ValueError) as error:
+            referents.append(_broken(where, error))
+            continue
+        referents.append(Referent(where, key, image_folder / name, sentences, mask))
+    if not referents:
+        raise ValueError(f"{file}: no entry of split {split!r}")
+    return Referring(referents, protocol, no_target=general)
+
+
+def psalm_files(dataset: str, split: str) -> tuple[str, ...]:
+    """Where the PSALM-converted JSON of a split may lie, below the data folder."""
+    return (f"{dataset}/{dataset}_{split}.json", f"{dataset}/{split}_psalm.json", f"{dataset}_{split}.json")
+
+
+def open_psalm(
+    file: str | os.PathLike,
+    name: str,
+    *,
+    root: str | os.PathLike,
+    images: str | os.PathLike | None = None,
+    protocol: Protocol = "joined",
+    no_target: bool = False,
+) -> Referring:
+    """The PSALM-converted JSON of one split: [{image_info, instruction: [{sent}], anns}].
+
+    Args:
+      file: the JSON; name: of the split, for keys ("refcoco/val").
+      root, images: as in `open_refer`.
+      protocol: see the module.
+      no_target: see `Referring`.
+
+    Raises:
+      ValueError: as `open_refer`.
+    """
+    image_folder = _image_folder(pathlib.Path(root), images)
+    referents = []
+    for number, entry in enumerate(load_json(file)):
+        where = f"{file} entry {number}"
+        try:
+            image = image_folder / entry["image_info"]["file_name"]
+            sentences = tuple(str(sentence["sent"]) for sentence in entry["instruction"])
+            mask = _union([a["segmentation"] for a in entry["anns"] if not a.get("iscrowd")])
+        except (KeyError, TypeError, AttributeError) as error:
+            referents.append(_broken(where, error))
+            continue
+        referents.append(Referent(where, f"{name}/{entry.get('new_img_id', number)}", image, sentences, mask))
+    return Referring(referents, protocol, no_target=no_target)
+
+
+def open_refcocom(
+    root: str | os.PathLike, split: str, *, images: str | os.PathLike | None = None, protocol: Protocol = "joined"
+) -> Referring:
+    """RefCOCOm (parts of objects): `{root}/refcocom/annotations/{split}.json` and `masks/{segment_id}.png`.
+
+    Args:
+      root, images, protocol: as in `open_refer`.
+      split: such as val_part_only, val_object_part, testA_part_only.
+
+    Raises:
+      ValueError: as `open_refer`.
+    """
+    root = pathlib.Path(root)
+    folder = find(root, ("refcocom", "RefCOCOm"), "RefCOCOm")
+    file = find(folder, (f"annotations/{split}.json",), f"RefCOCOm {split}")
+    image_folder = _image_folder(root, images)
+    referents = []
+    for number, entry in enumerate(load_json(file)):
+        where = f"{file} entry {number}"
+        try:
+            image, segment = image_folder / entry["img_name"], entry["segment_id"]
+            sentences = tuple(str(sentence) for sentence in entry["sentences"])
+        except (KeyError, TypeError) as error:
+            referents.append(_broken(where, error))
+            continue
+        mask = mask_file(folder / "masks" / f"{segment}.png")
+        referents.append(Referent(where, f"refcocom/{split}/{segment}", image, sentences, mask))
+    return Referring(referents, protocol)
+
+
+def mask_file(path: pathlib.Path) -> Callable[[int, int], np.ndarray]:
+    """Reads a mask file, which must be of its image's size."""
+
+    def read(height: int, width: int) -> np.ndarray:
+        mask = transforms.open_mask(path)
+        if mask.shape != (height, width):
+            raise ValueError(f"mask {path} is {mask.shape[1]}x{mask.shape[0]}, its image is {width}x{height}")
+        return mask > 0
+
+    return read

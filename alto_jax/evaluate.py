@@ -1,0 +1,305 @@
+"""Benchmarks from the command line: one command gives the numbers of every table.
+
+    python -m alto_jax.evaluate --checkpoint DIR --benchmark refcoco_val,grefcoco_testA --data ROOT --out DIR
+
+Writes to the out directory `results/*.jsonl` (a line a sample, in order), `metrics.json`, `tables.md`, plots, and
+`timing.json`. Killed and started again, it goes on after the last whole batch; everything but `timing.json` ends
+byte for byte as without the kill. A benchmark is one of those that --list names, or `tokenizer_NAME`: the mask
+tokenizer alone on the masks of benchmark NAME, of `scenes`, or of the SA-1B folder given by --data (`tokenizer_sa1b`).
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+import json
+import pathlib
+import time
+from typing import Any
+
+from alto_jax import cli
+from alto_jax.config import ConfigError
+
+_NUM_TIMED_FROM = 1  # Note: the first batch of a process compiles and is left out of the times.
+
+
+def load_model(directory: str, fsdp: int = 1, tensor: int = 1) -> Any:
+    """A checkpoint with its parameters placed on the mesh: (mesh, stage, model config, params, text, system, identity).
+
+    `identity` tells checkpoints apart: it changes when a checkpoint is saved anew.
+
+    Raises:
+      FileNotFoundError: no complete checkpoint there.
+      ValueError: the checkpoint lacks parameters of its own model.
+    """
+    import dataclasses
+    import hashlib
+
+    import jax
+
+    from alto_jax import checkpoint, sharding
+    from alto_jax.config import build
+    from alto_jax.mllm.alto_llm import ModelConfig, init_params
+    from alto_jax.mllm.text import TextTokenizer
+
+    root, step = checkpoint.find_run(directory, made_by="python -m alto_jax.main --config=FILE --workdir=DIR")
+    meta = checkpoint.load_meta(root)
+    cfg = build(ModelConfig, meta["model"], f"{root}: model")
+    if meta["stage"] in ("stage1", "stage1_5"):
+        cfg = dataclasses.replace(cfg, vision=None, language_model=None)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))
+    shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+    abstract = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        shapes,
+        sharding.tree_shardings(shapes, mesh),
+    )
+    params = checkpoint.load_params(root, abstract)
+    checkpoint.require_complete(params, abstract, str(directory))
+    saved = (root / checkpoint.CHECKPOINTS / str(step) / "_CHECKPOINT_METADATA").read_bytes()
+    identity = f"{meta['stage']} step {step} {hashlib.sha256(saved).hexdigest()[:12]}"
+    text = TextTokenizer.load(root) if cfg.language_model is not None else None
+    return mesh, cfg, params, text, meta.get("data", {}).get("system"), identity
+
+
+class Runner:
+    """Runs tasks (see eval_tasks.py) batch by batch into result files, and keeps the times."""
+
+    def __init__(
+        self, out: str | pathlib.Path, mesh: Any, *, batch_size: int, max_bad_fraction: float, threads: int = 2
+    ):
+        """ConfigError: a batch size that does not split over the devices."""
+        import jax
+
+        self.out, self.mesh, self.batch_size = pathlib.Path(out), mesh, batch_size
+        self._max_bad, self._threads = max_bad_fraction, threads
+        self._process, self._processes = jax.process_index(), jax.process_count()
+        parts = mesh.shape["data"] * mesh.shape["fsdp"]
+        if batch_size < 1 or batch_size % parts:
+            raise ConfigError(f"--batch-size: expected a multiple of the {parts} devices, got {batch_size}")
+
+    def run(self, task: Any, header: dict[str, Any]) -> tuple[list[dict], dict]:
+        """Runs what is left of a task.
+
+        Returns:
+          The samples of its result file, and its times {"seconds_per_sample", "tokens_per_second", …}.
+
+        Raises:
+          ConfigError: the out directory holds results of another checkpoint or other options.
+          ValueError: more bad samples than `max_bad_fraction` allows.
+        """
+        from alto_jax import results
+        from alto_jax.progress import Progress
+
+        total = len(task)
+        path = self.out / "results" / f"{task.name}.jsonl"
+        header = header | {"task": task.name, "samples": total, "batch_size": self.batch_size, **task.options}
+        file = results.ResultFile(path, header, batch_size=self.batch_size, total=total) if self._process == 0 else None
+        done = self._agree(file.done if file else 0)
+        progress = Progress(task.name, total, done)
+        bad = _BadSamples(task.name, total, self._max_bad)
+        if done:
+            print(f"[{task.name}] resumed after {done} of {total} samples")
+            bad.add(results.read_results(path)[1])
+        timing, shown = _Timing(self.out / "results" / f"{task.name}.timing.jsonl"), 0.0
+        try:
+            for number, (start, examples) in enumerate(self._batches(task, done, total)):
+                began = time.monotonic()
+                lines, tokens = self._batch(task, examples)
+                lines = results.gather_lines(lines)[: total - start]
+                lines = [{"index": start + i, **line} for i, line in enumerate(lines)]
+                if file is not None:
+                    file.append(lines)
+                    if number >= _NUM_TIMED_FROM:
+                        timing.add(start, len(lines), tokens, time.monotonic() - began)
+                bad.add(lines)
+                if number == 0:
+                    progress.restart_clock(start + len(lines))
+                if self._process == 0 and (time.monotonic() - shown > 2 or start + len(lines) == total):
+                    progress.line(start + len(lines), task.headline(lines))
+                    shown = time.monotonic()
+        finally:
+            if file is not None:
+                file.close()
+        return (results.read_results(path)[1], timing.summary()) if self._process == 0 else ([], {})
+
+    def _agree(self, done: int) -> int:
+        """The first process's number, in every process."""
+        if self._processes == 1:
+            return done
+        from jax.experimental import multihost_utils
+        import numpy as np
+
+        return int(multihost_utils.broadcast_one_to_all(np.int32(done)))
+
+    def _batches(self, task: Any, done: int, total: int) -> Iterator[tuple[int, list]]:
+        """(index of the first sample, this process's examples) of each batch, read ahead by threads.
+
+        A last batch that is not full is filled up with its last sample.
+        """
+        part = self.batch_size // self._processes
+        with ThreadPoolExecutor(max_workers=self._threads) as pool:
+            submit = lambda start: [
+                pool.submit(_example, task, min(start + self._process * part + i, total - 1)) for i in range(part)
+            ]
+            starts = list(range(done, total, self.batch_size))
+            ahead = [submit(start) for start in starts[:2]]
+            for number, start in enumerate(starts):
+                examples = [future.result() for future in ahead.pop(0)]
+                if number + 2 < len(starts):
+                    ahead.append(submit(starts[number + 2]))
+                yield start, examples
+
+    def _batch(self, task: Any, examples: Sequence[dict]) -> tuple[list[dict], int]:
+        """Result lines of a batch's examples, and the tokens generated for them."""
+        good = next((e for e in examples if "line" not in e), None)
+        if good is None and self._processes == 1:
+            return [e["line"] for e in examples], 0
+        filled = [e if "line" not in e else (good or task.blank()) for e in examples]
+        lines, tokens = task.run(filled, self.mesh)
+        return [e.get("line", line) for e, line in zip(examples, lines)], tokens
+
+
+def _example(task: Any, index: int) -> dict:
+    """A sample ready for the device; {"line": …} where it can't be evaluated."""
+    try:
+        return task.example(index)
+    except (ValueError, OSError) as error:
+        return {"line": {"error": " ".join(str(error).split())}}
+
+
+class _BadSamples:
+    """Counts samples that could not be read; raises ValueError above the limit."""
+
+    def __init__(self, name: str, total: int, fraction: float):
+        self._name, self._total, self._fraction, self._bad = name, total, fraction, 0
+
+    def add(self, lines: Sequence[dict]) -> None:
+        for line in lines:
+            if "error" in line:
+                self._bad += 1
+                print(f"[{self._name}] sample {line['index']} left out: {line['error']}")
+                if self._bad > self._fraction * self._total:
+                    raise ValueError(
+                        f"{self._name}: {self._bad} of {self._total} samples can't be read, more than "
+                        f"--max-bad-fraction {self._fraction} allows; the last: {line['error']}"
+                    )
+
+
+class _Timing:
+    """Seconds and tokens of each timed batch, kept over restarts."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+
+    def add(self, start: int, samples: int, tokens: int, seconds: float) -> None:
+        line = {"start": start, "samples": samples, "tokens": tokens, "seconds": round(seconds, 5)}
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        lines = []
+        for line in self._path.read_text().splitlines() if self._path.exists() else ():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:  # cut short by a kill
+                continue
+        seconds = sum(line["seconds"] for line in lines)
+        samples, tokens = sum(line["samples"] for line in lines), sum(line["tokens"] for line in lines)
+        if not samples:
+            return {"timed_samples": 0}
+        rate = tokens / seconds if tokens else None
+        return {"timed_samples": samples, "seconds_per_sample": seconds / samples, "tokens_per_second": rate}
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs the benchmarks of the command line and writes metrics, tables and plots.
+
+    Returns:
+      What `metrics.json` holds: task name → numbers.
+    """
+    import jax
+
+    from alto_jax import eval_tasks, tables
+
+    mesh, cfg, params, text, system, identity = load_model(options.checkpoint, options.fsdp, options.tensor)
+    tasks = eval_tasks.make_tasks(options, cfg, params, text, system)
+    runner = Runner(options.out, mesh, batch_size=options.batch_size, max_bad_fraction=options.max_bad_fraction,
+                    threads=options.threads)  # fmt: skip
+    found, timing, samples = {}, {}, {}
+    for task in tasks:
+        lines, times = runner.run(task, {"checkpoint": identity})
+        if jax.process_index() == 0:
+            found[task.name] = {"family": task.family, "benchmark": task.benchmark, **task.options,
+                                **task.summary(lines)}  # fmt: skip
+            timing[task.name], samples[task.name] = times, lines
+    if jax.process_index() == 0:
+        out = pathlib.Path(options.out)
+        title = options.title or pathlib.Path(options.checkpoint).name
+        paper = json.loads(pathlib.Path(options.paper_rows).read_text()) if options.paper_rows else {}
+        _write(out / "metrics.json", json.dumps({"checkpoint": identity, "tasks": found}, indent=1) + "\n")
+        _write(out / "tables.md", tables.markdown(found, title, paper))
+        _write(out / "timing.json", json.dumps(timing, indent=1) + "\n")
+        _write(out / "timing.md", tables.timing_markdown(found, timing, title))
+        tables.plots(found, cfg.tokenizer.num_latent_tokens, out)
+        print((out / "tables.md").read_text(), end="")
+    return found
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    from alto_jax.data.refcoco import PROTOCOLS
+
+    found = argparse.ArgumentParser(prog="python -m alto_jax.evaluate", description="Benchmarks and their tables.")
+    found.add_argument("--checkpoint", metavar="DIR", help="a run's directory")
+    found.add_argument("--benchmark", metavar="NAMES", help="names with commas between")
+    found.add_argument("--data", default=".", metavar="DIR", help="the data folder, or a prepared data set")
+    found.add_argument("--images", metavar="DIR", help="the COCO images, if not at a usual place in the data folder")
+    found.add_argument("--out", metavar="DIR")
+    found.add_argument("--list", action="store_true", help="print the benchmarks and the files they expect")
+    found.add_argument("--protocol", choices=PROTOCOLS, default="joined", help="sentences of a referent as one request")
+    found.add_argument("--length", choices=("adaptive", "fixed", "both"), default="adaptive")
+    found.add_argument("--batch-size", type=int, default=8, help="over all devices")
+    found.add_argument("--limit", type=int, default=0, help="only the first samples (0: all)")
+    found.add_argument("--max-new-tokens", type=int, default=0, help="longest answer (0: one mask and a sentence)")
+    found.add_argument("--grammar", action="store_true", help="allow only well-formed masks")
+    found.add_argument(
+        "--forced-prefix", action="store_true", help="the answer's start is given, the mask's end ends it"
+    )
+    found.add_argument("--min-pixels", type=int, default=0, help="fewer predicted pixels count as no mask")
+    found.add_argument("--reference", action="store_true",
+                       help="the reference's scoring: nearest upsampling, ignored pixels as hits, malformed answers "
+                            "decoded from no codes")  # fmt: skip
+    found.add_argument("--max-bad-fraction", type=float, default=0.001, help="unreadable samples left out at most")
+    found.add_argument("--scenes", type=int, default=256, help="samples of the built-in benchmark")
+    found.add_argument("--paper-rows", metavar="FILE", help='JSON {table: [{"row": name, benchmark: value}]} to add')
+    found.add_argument("--title", help="name of our rows (default: the checkpoint's folder)")
+    found.add_argument("--fsdp", type=int, default=1, help="devices that share the parameters")
+    found.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
+    found.add_argument("--threads", type=int, default=2, help="reading threads")
+    return found
+
+
+def main() -> int:
+    """The command; see the module's docstring."""
+    options = parser().parse_args()
+    if options.list:
+        from alto_jax.data.benchmarks import BENCHMARKS
+
+        for found in BENCHMARKS.values():
+            print(f"{found.name:28s}{found.expects}")
+        return 0
+    for name in ("checkpoint", "benchmark", "out"):
+        if not getattr(options, name):
+            raise ConfigError(f"--{name} is required (see --help)")
+    evaluate(options)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,206 @@
+"""The tables of an evaluation in Markdown, laid out as the paper's, and its plots.
+
+In: `metrics.json`'s tasks. Out: text; a column a benchmark, a row a model and protocol, values in percent with half
+the width of the bootstrap 95 % interval. Rows of the paper appear beside ours where a published figure is known
+here; others can be given as a file (--paper-rows), since no figure is ever filled in from memory.
+"""
+
+from collections.abc import Mapping, Sequence
+import pathlib
+from typing import Any
+
+# family: (title, [(column title, metric)] for each benchmark, benchmark → heading)
+LAYOUTS: dict[str, tuple[str, Sequence[tuple[str, str]], Mapping[str, str]]] = {
+    "refcoco": (
+        "Referring expression segmentation (RefCOCO, RefCOCO+, RefCOCOg)",
+        (("cIoU", "ciou"),),
+        {
+            "refcoco_val": "RefCOCO val", "refcoco_testA": "RefCOCO testA", "refcoco_testB": "RefCOCO testB",
+            "refcoco+_val": "RefCOCO+ val", "refcoco+_testA": "RefCOCO+ testA", "refcoco+_testB": "RefCOCO+ testB",
+            "refcocog_val": "RefCOCOg val", "refcocog_test": "RefCOCOg test",
+        },
+    ),
+    "grefcoco": (
+        "Generalised referring expression segmentation (gRefCOCO)",
+        (("cIoU", "ciou"), ("gIoU", "giou"), ("N-acc", "n_acc"), ("T-acc", "t_acc")),
+        {"grefcoco_val": "val", "grefcoco_testA": "testA", "grefcoco_testB": "testB"},
+    ),
+    "refcocom": (
+        "Parts and objects (RefCOCOm)",
+        (("mIoU", "giou"), ("cIoU", "ciou")),
+        {f"refcocom_{s}_{p}": f"{s} {w}" for s in ("val", "testA", "testB")
+         for p, w in (("part_only", "part"), ("object_part", "object & part"))},
+    ),
+    "open_vocab": (
+        "Open-vocabulary segmentation of several classes",
+        (("gIoU", "giou"), ("cIoU", "ciou")),
+        {"a150": "A-150", "pc59": "PC-59", "pas20": "PAS-20"},
+    ),
+    "scenes": ("Built-in held-out scenes", (("gIoU", "giou"), ("cIoU", "ciou")), {"scenes": "scenes"}),
+    "pope": (
+        "POPE",
+        (("accuracy", "accuracy"), ("precision", "precision"), ("recall", "recall"), ("F1", "f1")),
+        {"pope_random": "random", "pope_popular": "popular", "pope_adversarial": "adversarial"},
+    ),
+    "vqav2": ("VQAv2", (("VQA accuracy", "vqa_accuracy"),), {"vqav2_val": "val"}),
+    "mme": ("MME", (("perception", "perception"), ("cognition", "cognition")), {"mme": "MME"}),
+}  # fmt: skip
+_POINTS = ("perception", "cognition")  # Sums of points, no fractions.
+# What the sources of this project state of the published model: seconds per sample and tokens, no IoU.
+PAPER_TIMES = {"adaptive": "0.71 s", "fixed": "1.08 s"}
+_NO_PAPER_ROWS = (
+    "Rows of the paper: the sources of this project state none of its IoU figures; `--paper-rows FILE` adds them.\n"
+)
+TOKEN_COUNTS = (1, 2, 4, 8, 16, 24, 32)
+
+
+def markdown(tasks: Mapping[str, Mapping[str, Any]], title: str, paper: Mapping[str, Sequence[Mapping]] = {}) -> str:  # noqa: B006
+    """All tables for which there are results.
+
+    Args:
+      tasks: task name → family, benchmark, options and metrics.
+      title: name of our rows.
+      paper: family → rows {"row": name, "benchmark" or "benchmark metric": value in percent}.
+    """
+    parts = [f"# Evaluation of {title}\n", "Values in percent, ± half the width of the bootstrap 95 % interval.\n"]
+    for family, (heading, columns, names) in LAYOUTS.items():
+        mine = [t for t in tasks.values() if t["family"] == family]
+        if mine:
+            parts.append(_family_table(heading, columns, names, mine, title, paper.get(family, ())))
+    reconstruction = [t for t in tasks.values() if t["family"] == "tokenizer"]
+    if reconstruction:
+        parts.append(_reconstruction_table(reconstruction, title, paper.get("tokenizer", ())))
+    masks = {
+        name: t for name, t in tasks.items() if "precision@0.7" in t or "lengths" in t and t["family"] != "tokenizer"
+    }
+    if masks:
+        parts.append(_details_table(masks))
+    if not paper:
+        parts.append(_NO_PAPER_ROWS)
+    return "\n".join(parts)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    line = lambda cells: "| " + " | ".join(cells) + " |\n"
+    return line(header) + line(["---", *["---:"] * (len(header) - 1)]) + "".join(map(line, rows))
+
+
+def _cell(task: Mapping[str, Any] | None, metric: str) -> str:
+    """A value with half its interval; "–" where there is none."""
+    value = None if task is None else task.get(metric)
+    if value is None:
+        return "–"
+    if metric in _POINTS:
+        return f"{value:.1f}"
+    interval = task.get("intervals", {}).get(metric)
+    return f"{100 * value:.1f}" + (f" ± {50 * (interval[1] - interval[0]):.1f}" if interval else "")
+
+
+def _row_name(task: Mapping[str, Any], title: str) -> str:
+    named = [task[k] for k in ("mode", "protocol") if k in task]
+    if task.get("scoring") == "reference":
+        named.append("reference scoring")
+    if task.get("min_pixels"):
+        named.append(f"empty below {task['min_pixels']} px")
+    return f"{title} ({', '.join(named)})" if named else title
+
+
+def _family_table(heading, columns, names, tasks, title, paper) -> str:
+    present = [name for name in names if any(t["benchmark"] == name for t in tasks)]
+    header = ["model"] + [f"{names[n]} {c}" for n in present for c, _ in columns]
+    rows = []
+    for given in paper:
+        values = [
+            given.get(f"{n} {m}", given.get(n) if len(columns) == 1 else None) for n in present for _, m in columns
+        ]
+        rows.append([f"{given['row']} (given)"] + ["–" if v is None else str(v) for v in values])
+    for row in dict.fromkeys(_row_name(t, title) for t in tasks):
+        by_name = {t["benchmark"]: t for t in tasks if _row_name(t, title) == row}
+        rows.append([row] + [_cell(by_name.get(n), metric) for n in present for _, metric in columns])
+    return f"## {heading}\n\n{_table(header, rows)}"
+
+
+def _reconstruction_table(tasks, title, paper) -> str:
+    counts = [k for k in TOKEN_COUNTS if any(str(k) in _first_part(t)["giou_by_tokens"] for t in tasks)]
+    full = max(len(_first_part(t)["giou_by_tokens"]) for t in tasks)
+    counts = sorted({*counts, full})
+    rows = [[f"{given['row']} (given)"] + [str(given.get(str(k), "–")) for k in (*counts, "adaptive", "tokens")]
+            for given in paper]  # fmt: skip
+    for task in tasks:
+        for part in ("with_features", "without_features"):
+            if part in task:
+                by, name = task[part]["giou_by_tokens"], f"{title}, {task['benchmark']}, {part.replace('_', ' image ')}"
+                cells = [f"{100 * by[str(k)]:.1f}" if str(k) in by else "–" for k in counts]
+                low, high = task[part]["intervals"]["adaptive"]
+                adaptive = f"{100 * task[part]['giou_adaptive']:.1f} ± {50 * (high - low):.1f}"
+                rows.append([name, *cells, adaptive, f"{task['lengths']['mean']:.1f}"])
+    header = ["tokenizer alone (gIoU)", *[f"{k} tokens" for k in counts], "adaptive", "mean tokens"]
+    return f"## Mask reconstruction (Table 7, Figure 8)\n\n{_table(header, rows)}"
+
+
+def _first_part(task: Mapping[str, Any]) -> Mapping[str, Any]:
+    return task.get("with_features") or task["without_features"]
+
+
+def _details_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    metrics = (("Pr@0.7", "precision@0.7"), ("Pr@0.8", "precision@0.8"), ("Pr@0.9", "precision@0.9"),
+               ("boundary IoU", "biou"), ("well-formed", "format_rate"))  # fmt: skip
+    header = ["task", "samples", *[c for c, _ in metrics], "mean tokens", "std", "left out"]
+    rows = []
+    for name, task in tasks.items():
+        lengths = task.get("lengths")
+        tokens = [f"{lengths['mean']:.1f}", f"{lengths['std']:.1f}"] if lengths else ["–", "–"]
+        cells = [_cell(task, metric) for _, metric in metrics]
+        rows.append([name, f"{int(task['num_samples'])}", *cells, *tokens, str(task["num_skipped"])])
+    return f"## Details\n\n{_table(header, rows)}"
+
+
+def timing_markdown(tasks: Mapping[str, Mapping], timing: Mapping[str, Mapping], title: str) -> str:
+    """Mean tokens, seconds per sample and tokens per second, with the paper's seconds beside ours."""
+    rows = [[f"ALToLLM-8B ({mode}), paper", "–", seconds, "–"] for mode, seconds in PAPER_TIMES.items()]
+    for name, times in timing.items():
+        lengths, seconds, rate = (
+            tasks[name].get("lengths"),
+            times.get("seconds_per_sample"),
+            times.get("tokens_per_second"),
+        )
+        mean = f"{lengths['mean']:.1f}" if lengths else "–"
+        rows.append([f"{title}, {name}", mean, f"{seconds:.4f} s" if seconds else "–", f"{rate:.1f}" if rate else "–"])
+    header = ["model", "mean tokens", "per sample", "tokens per second"]
+    return f"# Time of {title}\n\nWithout the first batch of each start, which compiles.\n\n{_table(header, rows)}"
+
+
+def plots(tasks: Mapping[str, Mapping[str, Any]], max_length: int, out: pathlib.Path) -> list[pathlib.Path]:
+    """IoU against tokens, histogram of lengths, IoU by length, as PNG files; none without matplotlib."""
+    from alto_jax import report
+
+    curves, points, by_length, lengths = {}, {}, {}, {}
+    for name, task in tasks.items():
+        if task["family"] == "tokenizer":
+            for part in ("with_features", "without_features"):
+                if part in task:
+                    label = f"{name}, {part.replace('_', ' image ')}"
+                    curves[label] = task[part]["giou_by_tokens"]
+                    points[f"{label}, adaptive"] = (task["lengths"]["mean"], task[part]["giou_adaptive"])
+        if task.get("giou_by_length"):
+            by_length[name] = task["giou_by_length"]
+            points[name] = (task["lengths"]["mean"], task["giou"])
+        if task.get("lengths"):
+            histogram = task["lengths"]["histogram"]
+            lengths[name] = [k for k, count in enumerate(histogram) for _ in range(count)]
+    try:
+        figures = {}
+        if curves or points:
+            figures["iou_against_tokens.png"] = report.iou_curve_figure(curves, points)
+        if by_length:
+            figures["iou_by_length.png"] = report.iou_curve_figure(by_length)
+        if lengths:
+            figures["lengths.png"] = report.length_histogram_figure(lengths, max_length)
+    except ImportError as error:
+        print(f"no plots: {error}")
+        return []
+    written = []
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.tmp", format="png", dpi=120, metadata={"Software": None})
+        written.append((out / f"{name}.tmp").replace(out / name))
+    return written

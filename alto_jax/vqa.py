@@ -1,0 +1,234 @@
+"""Questions with a short answer in words: POPE, VQAv2 and MME, read and scored as the reference does.
+
+In: the published files. Out: random access to QuestionRecords {"key", "image", "question", "label", "category"}
+(label: a word, or VQAv2's ten answers), and scores of the given answers.
+
+The question is followed by "Answer the question using a single word or phrase." in all three.
+"""
+
+from collections.abc import Mapping, Sequence
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from alto_jax.data import refcoco, transforms
+
+SUFFIX = " Answer the question using a single word or phrase."
+MAX_NEW_TOKENS = {"pope": 10, "vqav2": 10, "mme": 10}
+VAL_FOLDERS = ("coco/val2014", "val2014", "images/val2014", "images/mscoco/images/val2014")
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+
+class Questions:
+    """Random access to QuestionRecords of checked entries (where, key, image file, question, label, category)."""
+
+    def __init__(self, entries: Sequence[tuple[str, str, pathlib.Path, str, Any, str]]):
+        if not entries:
+            raise ValueError("questions: none in this data set")
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        where, key, file, question, label, category = self._entries[index]
+        try:
+            image = transforms.open_image(file)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return {"key": key, "image": image, "question": question + SUFFIX, "label": label, "category": category}
+
+
+def open_questions(
+    family: str, split: str, root: str | os.PathLike, images: str | os.PathLike | None = None
+) -> Questions:
+    """Opens "pope", "vqav2" or "mme" below the data folder; ValueError says what was expected where."""
+    root = pathlib.Path(root)
+    if family == "mme":
+        return _open_mme(refcoco.find(root, ("mme", "MME_Benchmark_release_version", "MME"), "MME"))
+    folder = pathlib.Path(images) if images is not None else refcoco.find(root, VAL_FOLDERS, "COCO val2014 images")
+    return _open_pope(root, split, folder) if family == "pope" else _open_vqav2(root, folder)
+
+
+def _open_pope(root: pathlib.Path, split: str, images: pathlib.Path) -> Questions:
+    import json
+
+    name = f"coco_pope_{split}.json"
+    file = refcoco.find(root, (f"pope/{name}", f"pope/coco/{name}", name), f"POPE {split}")
+    entries = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{file} line {number}"
+        try:
+            entry = json.loads(line)
+            label = {"yes": "yes", "no": "no"}[entry["label"]]
+            key, question = f"pope/{split}/{entry['question_id']}", str(entry["text"])
+            entries.append((where, key, images / entry["image"], question, label, split))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{where}: expected question_id, image, text, label yes or no: {error!r}") from error
+    return Questions(entries)
+
+
+def _open_vqav2(root: pathlib.Path, images: pathlib.Path) -> Questions:
+    folder = refcoco.find(root, ("vqav2", "VQAv2"), "VQAv2")
+    file = folder / "v2_OpenEnded_mscoco_val2014_questions.json"
+    questions = refcoco.load_json(file, dict)
+    answers = refcoco.load_json(folder / "v2_mscoco_val2014_annotations.json", dict)
+    entries = []
+    try:
+        given = {a["question_id"]: a for a in answers["annotations"]}
+        for number, entry in enumerate(questions["questions"]):
+            image = images / f"COCO_val2014_{entry['image_id']:012d}.jpg"
+            annotation = given[entry["question_id"]]
+            label = [str(a["answer"]) for a in annotation["answers"]]
+            where, key = f"{file} question {number}", f"vqav2/{entry['question_id']}"
+            entries.append((where, key, image, str(entry["question"]), label, annotation.get("answer_type", "")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: expected questions and annotations with question_id, image_id, answers: {error!r}"
+        ) from error
+    return Questions(entries)
+
+
+def _open_mme(root: pathlib.Path) -> Questions:
+    """MME: in each category an image and a text file of the same stem, lines "question<tab>Yes|No"."""
+    entries = []
+    for category in (*PERCEPTION, *COGNITION):
+        folder = root / category
+        texts = sorted([*folder.glob("*.txt"), *folder.glob("questions_answers_YN/*.txt")])
+        for file in texts:
+            candidates = [
+                p / f"{file.stem}{suffix}" for p in (folder, folder / "images") for suffix in (".jpg", ".png")
+            ]
+            image = next((c for c in candidates if c.is_file()), candidates[0])
+            for number, line in enumerate(file.read_text().splitlines(), 1):
+                if not line.strip():
+                    continue
+                question, _, label = line.rpartition("\t")
+                where = f"{file} line {number}"
+                if label.strip().lower() not in ("yes", "no") or not question:
+                    raise ValueError(f"{where}: expected question<tab>Yes or No, got {line!r:.60}")
+                key = f"mme/{category}/{file.stem}/{number}"
+                entries.append((where, key, image, question.strip(), label.strip().lower(), category))
+    if not entries:
+        raise ValueError(f"{root}: expected folders such as existence/ with *.txt; none is there")
+    return Questions(entries)
+
+
+# --- scores -----------------------------------------------------------------------------------------
+
+
+def score(
+    family: str, answers: Sequence[str], labels: Sequence[Any], keys: Sequence[str], categories: Sequence[str]
+) -> dict[str, Any]:
+    """Scores of a data set by its own rules.
+
+    Args:
+      family: "pope", "vqav2" or "mme".
+      answers: what the model said.
+      labels, keys, categories: of the QuestionRecords.
+    """
+    if family == "pope":
+        return pope_scores(answers, labels)
+    if family == "mme":
+        return mme_scores(answers, labels, keys, categories)
+    return {"vqa_accuracy": float(np.mean([vqa_accuracy(a, g) for a, g in zip(answers, labels)]))}
+
+
+def pope_answer(answer: str) -> str:
+    """POPE's reading of an answer: its first sentence, without commas, is "no" if it has No, not or no."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return "no" if any(word in words for word in ("No", "not", "no")) else "yes"
+
+
+def pope_scores(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """Accuracy, precision, recall and F1 of "yes", and the share of "yes"."""
+    said = np.array([pope_answer(a) == "yes" for a in answers])
+    true = np.array([label == "yes" for label in labels])
+    hits = float(np.sum(said & true))
+    precision, recall = hits / max(said.sum(), 1), hits / max(true.sum(), 1)
+    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    return {"accuracy": float(np.mean(said == true)), "precision": float(precision), "recall": float(recall),
+            "f1": float(f1), "yes_rate": float(said.mean())}  # fmt: skip
+
+
+def mme_scores(
+    answers: Sequence[str], labels: Sequence[str], keys: Sequence[str], categories: Sequence[str]
+) -> dict[str, Any]:
+    """MME: accuracy over questions plus accuracy over images with all questions right, each in percent, by category."""
+    by_category: dict[str, dict[str, list[bool]]] = {}
+    for answer, label, key, category in zip(answers, labels, keys, categories):
+        right = answer.strip().lower().rstrip(".").startswith(label)
+        by_category.setdefault(category, {}).setdefault(key.rsplit("/", 1)[0], []).append(right)
+    scores = {}
+    for category, images in by_category.items():
+        accuracy = np.mean([right for image in images.values() for right in image])
+        scores[category] = float(100 * (accuracy + np.mean([all(image) for image in images.values()])))
+    total = lambda names: float(sum(scores.get(name, 0.0) for name in names))
+    return {"perception": total(PERCEPTION), "cognition": total(COGNITION), "categories": scores}
+
+
+def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
+    """VQA accuracy of one answer: mean over leaving one person out of min(1, matches / 3)."""
+    answer = normalise_answer(answer)
+    people = [normalise_answer(g) for g in given]
+    matches = np.array([person == answer for person in people])
+    return float(np.mean(np.minimum(1.0, (matches.sum() - matches) / 3.0)))
+
+
+_NUMBERS = dict(
+    zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split())
+)
+_ARTICLES = {"a", "an", "the"}
+_CONTRACTIONS = (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've he's how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll let's ma'am mightn't mightn't've "
+    "might've mustn't must've needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've "
+    "somebody'd somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd "
+    "something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're "
+    "they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've "
+    "who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll "
+    "y'all'd've you'd you'd've you'll you're you've "
+).split()
+_SPELLED_OUT = {word.replace("'", ""): word for word in _CONTRACTIONS}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+
+
+def normalise_answer(answer: str) -> str:
+    """EvalAI's normal form: punctuation, number words, articles and contractions made alike."""
+    answer = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    out = answer = answer.replace("\n", " ").replace("\t", " ").strip()
+    for mark in _PUNCTUATION:
+        if f"{mark} " in answer or f" {mark}" in answer:
+            out = out.replace(mark, "")
+        else:
+            out = out.replace(mark, " ")
+    out = re.sub(r"\.(?!\d)", "", out)
+    words = [_NUMBERS.get(word, word) for word in out.split()]
+    return " ".join(_SPELLED_OUT.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def summarise_questions(family: str, lines: Sequence[Mapping[str, Any]], *, resamples: int = 1000) -> dict[str, Any]:
+    """Scores of a result file's samples, with bootstrap 95 % intervals of the headline ones."""
+    from alto_jax import metrics
+
+    good = [line for line in lines if "error" not in line]
+    if not good:
+        raise ValueError(f"none of the {len(lines)} samples could be read, such as: {lines[0]['error']}")
+    columns = [[line[k] for line in good] for k in ("answer", "label", "key", "category")]
+    result = score(family, *columns) | {"num_samples": len(good), "num_skipped": len(lines) - len(good)}
+    answers, labels = columns[:2]
+    if family == "vqav2":
+        right, name = [vqa_accuracy(a, g) for a, g in zip(answers, labels)], "vqa_accuracy"
+    elif family == "pope":
+        right, name = [pope_answer(a) == g for a, g in zip(answers, labels)], "accuracy"
+    else:
+        right, name = [a.strip().lower().startswith(g) for a, g in zip(answers, labels)], "question_accuracy"
+        result[name] = float(np.mean(right))
+    result["intervals"] = {name: list(metrics.bootstrap_ci(np.mean, np.array(right, float), num_resamples=resamples))}
+    return result

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=alto_jax
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-task=1
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+# One process per GPU on SLURM nodes. Assumes: a shared file system for the workdir, an environment that has
+# `pip install -e '.[cuda]'`, and this checkout as the working directory.
+#   sbatch [--nodes=N] launch/slurm.sh --config=configs/stage2.py:8b --config.init_from=DIR --workdir=DIR
+#   launch/slurm.sh --dry-run ...          prints the command instead
+# A requeued job goes on from its last checkpoint.
+set -euo pipefail
+
+dry_run=false
+if [ "${1:-}" = "--dry-run" ]; then dry_run=true; shift; fi
+if [ "$#" -eq 0 ]; then
+  echo "usage: sbatch launch/slurm.sh ARGUMENTS_OF_alto_jax.main..." >&2
+  exit 2
+fi
+command=(srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m alto_jax.main --distributed=auto "$@")
+if "$dry_run"; then
+  echo "${command[*]}"
+else
+  exec "${command[@]}"
+fi

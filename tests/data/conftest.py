@@ -1,0 +1,39 @@
+"""A tiny ALToLLM with random weights, for tests of data and evaluation."""
+
+import pathlib
+import types
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def debug_model(tmp_path_factory):
+    """A checkpoint of stage2.py:debug's sizes; its decoder is disturbed so that masks are neither full nor empty."""
+    from flax import traverse_util
+    import jax
+
+    from alto_jax import checkpoint, experiment, main
+    from alto_jax.config import to_dict
+    from alto_jax.data import sources
+    from alto_jax.mllm.alto_llm import init_params
+
+    config = experiment.make_experiment(main.load_config(str(ROOT / "configs/stage2.py:debug")))
+    path = tmp_path_factory.mktemp("debug_model")
+    flat = traverse_util.flatten_dict(jax.device_get(init_params(config.model, jax.random.key(0))), sep="/")
+    rng = np.random.default_rng(0)
+    for name in flat:
+        if name.startswith("tokenizer/pixel_decoder/conv_out"):
+            flat[name] = flat[name] + rng.normal(0, 0.5, flat[name].shape).astype(np.float32)
+    shapes = {name: (value.shape, value.dtype) for name, value in flat.items()}
+
+    def fill(sinks):
+        for name, value in flat.items():
+            sinks[name][...] = value
+
+    meta = {"stage": "stage2", "model": to_dict(config.model), "data": {"system": None}, "step": 0}
+    checkpoint.save_params(path, shapes, fill, meta)
+    sources.text_tokenizer(config).save(path)
+    return types.SimpleNamespace(path=path, config=config)

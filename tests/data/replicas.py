@@ -1,0 +1,184 @@
+"""Small replicas of the real data sets, in their published formats, with photos and masks of the built-in scenes."""
+
+import json
+import pathlib
+import pickle
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from alto_jax.data.scenes import Scenes, ScenesConfig
+from alto_jax.mllm import text
+
+SIZE = 64
+IMAGES = "images/mscoco/images/train2014"
+
+
+def scenes(count: int):
+    """The first scenes that have objects."""
+    return [Scenes(ScenesConfig(image_size=SIZE, num_scenes=count)).scene(i)[0] for i in range(count)]
+
+
+def runs(mask: np.ndarray, form: str):
+    """A COCO segmentation of a bool mask: "compressed", "counts" (a list) or "polygon" (its box)."""
+    if form == "polygon":
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        x0, x1, y0, y1 = int(columns[0]), int(columns[-1]) + 1, int(rows[0]), int(rows[-1]) + 1
+        return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+    if form == "compressed":
+        counts = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+    else:
+        flat = mask.ravel(order="F").astype(np.int8)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], flat, [0]])))
+        counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+        counts = counts[:-1] if counts[-1] == 0 else counts
+    return {"size": list(mask.shape), "counts": counts}
+
+
+def decode(segmentation) -> np.ndarray:
+    """The mask of a segmentation, by pycocotools."""
+    if isinstance(segmentation, list):
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, SIZE, SIZE))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = coco_mask.frPyObjects(segmentation, SIZE, SIZE)
+    return coco_mask.decode(segmentation).astype(bool)
+
+
+def write_coco(root: pathlib.Path, count: int = 6):
+    """Images and annotations of COCO: returns (images, annotations, masks by annotation id)."""
+    folder = root / IMAGES
+    folder.mkdir(parents=True, exist_ok=True)
+    images, annotations, masks = [], [], {}
+    for number, scene in enumerate(scenes(count)):
+        name = f"COCO_train2014_{number + 1:012d}.jpg"
+        Image.fromarray(scene.image).save(folder / name, quality=95)
+        images.append({"id": number + 1, "file_name": name, "height": SIZE, "width": SIZE})
+        for k in range(min(2, len(scene.objects))):
+            mask, form = scene.union([k]) > 0, ("compressed", "counts", "polygon")[(number + k) % 3]
+            annotation = {"id": 10 * (number + 1) + k, "image_id": number + 1, "segmentation": runs(mask, form)}
+            annotations.append({**annotation, "iscrowd": 0, "category_id": 1, "area": float(mask.sum())})
+            masks[annotation["id"]] = decode(annotation["segmentation"])
+    return images, annotations, masks
+
+
+def sentences(*texts: str):
+    return [{"sent": t, "raw": t, "tokens": t.split(), "sent_id": i} for i, t in enumerate(texts)]
+
+
+def write_refer(root: pathlib.Path, dataset: str = "refcoco", splits=("val", "testA", "train")) -> dict:
+    """refs(…).p or grefs(unc).json with instances.json; returns key → mask."""
+    images, annotations, masks = write_coco(root)
+    folder = root / dataset
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"images": images, "annotations": annotations, "categories": []}
+    (folder / "instances.json").write_text(json.dumps(content))
+    refs, expected = [], {}
+    general = dataset == "grefcoco"
+    for number, image in enumerate(images):
+        mine = [a["id"] for a in annotations if a["image_id"] == image["id"]]
+        split = splits[number % len(splits)]
+        cases = [mine, [-1]] if general else [mine[:1]]
+        for ids in cases:
+            ref = {"ref_id": len(refs), "image_id": image["id"], "ann_id": ids if general else ids[0], "split": split}
+            ref |= {"file_name": "wrong_on_purpose_12.jpg", "category_id": 1, "sent_ids": [0, 1]}
+            refs.append(ref | {"sentences": sentences(f"the thing {number}", f"thing on the left {number}")})
+            union = np.zeros((SIZE, SIZE), bool)
+            for i in ids:
+                union |= masks.get(i, False)
+            expected[f"{dataset}/{split}/{ref['ref_id']}"] = union
+    if general:
+        (folder / "grefs(unc).json").write_text(json.dumps(refs))
+    else:
+        by = "umd" if dataset == "refcocog" else "unc"
+        (folder / f"refs({by}).p").write_bytes(pickle.dumps(refs, protocol=2))
+    return expected
+
+
+def write_psalm(root: pathlib.Path, dataset: str = "refcoco", split: str = "val", no_target: bool = False) -> list:
+    """The PSALM-converted JSON of one split; returns the masks in order."""
+    images, annotations, masks = write_coco(root)
+    entries, expected = [], []
+    for number, image in enumerate(images):
+        anns = [] if no_target and number % 2 else [a for a in annotations if a["image_id"] == image["id"]]
+        entry = {"image": image["file_name"], "image_info": image, "anns": anns, "new_img_id": number}
+        entries.append(entry | {"instruction": sentences(f"object {number}", "that one", "it")})
+        union = np.zeros((SIZE, SIZE), bool)
+        for a in anns:
+            union |= masks[a["id"]]
+        expected.append(union)
+    (root / dataset).mkdir(exist_ok=True)
+    (root / dataset / f"{dataset}_{split}.json").write_text(json.dumps(entries))
+    return expected
+
+
+def write_refcocom(root: pathlib.Path, split: str = "val_part_only") -> list:
+    images, annotations, masks = write_coco(root)
+    for name in ("annotations", "masks"):
+        (root / "refcocom" / name).mkdir(parents=True, exist_ok=True)
+    entries = []
+    for image, annotation in zip(images, annotations):
+        image = next(i for i in images if i["id"] == annotation["image_id"])
+        segment = f"{annotation['id']}_part"
+        Image.fromarray(masks[annotation["id"]]).save(root / "refcocom" / "masks" / f"{segment}.png")
+        entries.append({"img_name": image["file_name"], "segment_id": segment, "sentences": ["the leg", "left leg"]})
+    (root / "refcocom" / "annotations" / f"{split}.json").write_text(json.dumps(entries))
+    return [masks[a["id"]] for a, _ in zip(annotations, images)]
+
+
+def write_label_maps(root: pathlib.Path, name: str, count: int = 4) -> None:
+    """Images and label maps of A-150, PC-59 or PAS-20 in root/images and root/labels."""
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for number, scene in enumerate(scenes(count)):
+        label = np.zeros((SIZE, SIZE), np.uint8)
+        for k in range(len(scene.objects)):
+            label[scene.union([k]) > 0] = 1 + (3 * number + 5 * k) % 20
+        if name != "a150":
+            label[:, :2] = 255
+        Image.fromarray(scene.image).save(root / "images" / f"img_{number}.jpg")
+        image = Image.fromarray(label)
+        if name == "pas20":
+            image = image.convert("P")
+            image.putdata(label.ravel().tolist())
+            image.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
+        image.save(root / "labels" / f"img_{number}.png")
+
+
+def write_sa1b(root: pathlib.Path, count: int = 4, size: int = SIZE) -> None:
+    """A flat SA-1B folder."""
+    root.mkdir(parents=True, exist_ok=True)
+    for number, scene in enumerate(scenes(count)):
+        Image.fromarray(scene.image).save(root / f"sa_{number}.jpg", quality=95)
+        info = {"image_id": number, "width": size, "height": size, "file_name": f"sa_{number}.jpg"}
+        annotations = []
+        for k in range(len(scene.objects)):
+            mask = scene.union([k]) > 0
+            rle = runs(mask, "compressed")
+            annotations.append({"id": k, "area": int(mask.sum()), "bbox": [0, 0, size, size], "segmentation": rle,
+                                "predicted_iou": 0.9, "stability_score": 0.9})  # fmt: skip
+        (root / f"sa_{number}.json").write_text(json.dumps({"image": info, "annotations": annotations}))
+
+
+def write_conversations(root: pathlib.Path, count: int = 6, repeat: float = 1) -> pathlib.Path:
+    """A stage-2/3 meta file with its JSONL: fixed, adaptive, two masks, a box prompt, and a yes/no question."""
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, scene in enumerate(scenes(count)):
+        Image.fromarray(scene.image).save(root / "images" / f"{number}.jpg", quality=95)
+        masks = []
+        for k in range(2 if number % 3 == 2 and len(scene.objects) > 1 else 1):
+            masks.append(f"masks/{number}_{k}.png")
+            Image.fromarray(scene.union([k])).save(root / masks[-1])
+        adaptive = bool(number % 2)
+        phrase = "<box>[[10,20,500,600]]</box>" if number % 3 == 1 else f"thing {number}"
+        answers = " and ".join([text.answer(adaptive=adaptive).rstrip(".")] * len(masks))
+        turns = [{"from": "human", "value": "<image>\n" + text.question(phrase, adaptive=adaptive)}]
+        turns.append({"from": "gpt", "value": answers + "."})
+        mask = masks if len(masks) > 1 else masks[0]
+        lines.append({"image": f"images/{number}.jpg", "mask": mask, "conversations": turns})
+    (root / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    entry = {"root": ".", "annotation": "chat.jsonl", "data_augment": False, "repeat_time": repeat, "length": count}
+    (root / "meta.json").write_text(json.dumps({"sample": entry}))
+    return root / "meta.json"

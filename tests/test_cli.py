@@ -1,0 +1,172 @@
+"""The commands: bad input ends in one clear line and a non-zero exit; importing and --help are quick."""
+
+import json
+import re
+import sys
+import time
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from alto_jax import cli, predict, tokenize
+from tests.conftest import run_python
+
+DEBUG = "--config=configs/stage1.py:debug"
+
+
+def error_line(code: int, stderr: str) -> str:
+    """The one line that a refused command leaves."""
+    lines = stderr.strip().splitlines()
+    assert code == 2 and len(lines) == 1, stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def run_main(*arguments: str) -> str:
+    """The line with which `alto_jax.main` refuses."""
+    done = run_python("-m", "alto_jax.main", *arguments)
+    assert "Traceback" not in done.stderr + done.stdout
+    return error_line(done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([DEBUG, "--config.optim.lrr=1"], r"--config.optim.lrr: unknown field; known: b1, b2, .*, lr, "),
+        ([DEBUG, "--config.seed.x=1"], r"--config.seed.x: unknown field"),
+        ([DEBUG, "--config.train.steps=1.5"], r"--config.train.steps=1.5: .*int.*'1.5'"),
+        ([DEBUG, "--config.data.source=coco"], r"config.data.source: expected one of \('scenes', .*got 'coco'"),
+        ([DEBUG, "--config.train.steps=0"], r"config.train.steps: expected at least 1, got 0"),
+        ([DEBUG, "--config.data.source=sa1b", "--config.data.root=nowhere"], r"nowhere"),
+        ([DEBUG, "--stpes=3"], r"'stpes'"),
+        ([DEBUG, "steps=3"], r"unexpected argument 'steps=3'"),
+        (["--config=configs/stage9.py"], r"--config=configs/stage9.py: no such file"),
+        (["--config=configs/stage1.py:huge"], r"stage1.py:huge: unknown size; expected one of base, tiny, debug"),
+        ([], r"--config is required"),
+    ],
+)
+def test_main_refuses(arguments, message, tmp_path):
+    assert re.search(message, run_main(f"--workdir={tmp_path / 'run'}", *arguments))
+
+
+def test_main_needs_a_workdir():
+    assert "--workdir is required" in run_main(DEBUG)
+
+
+def test_workdir_of_another_config(quickstart):
+    line = run_main(DEBUG, f"--workdir={quickstart.path / 'stage1'}", "--config.optim.lr=0.5")
+    assert f"--workdir={quickstart.path / 'stage1'} holds a run of another configuration" in line
+    assert "optim.lr: 0.002 there, 0.5 here" in line
+
+
+def test_missing_start_checkpoint_names_the_command_that_makes_it(tmp_path, quickstart):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    line = run_main("--config=configs/stage1_5.py:debug", workdir)
+    assert "config.init_from: stage1_5 starts from an earlier stage's run; give --config.init_from=DIR" in line
+    assert "made by: python -m alto_jax.main --config=configs/stage1.py --workdir=DIR" in line
+    line = run_main("--config=configs/stage1_5.py:debug", workdir, "--config.init_from=nowhere")
+    assert "nowhere: no checkpoint there" in line
+    assert "make it with: python -m alto_jax.main --config=configs/stage1.py --workdir=DIR" in line
+    # Stage 3 wants the whole model, which stage 1 does not have.
+    line = run_main("--config=configs/stage3.py:debug", workdir, f"--config.init_from={quickstart.path / 'stage1'}")
+    assert re.search(
+        r"config.init_from: .*stage1 lacks \d+ parameters that stage3 needs, such as language_model/", line
+    )
+    assert "--config=configs/stage2.py --config.init_from=DIR" in line
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a command in this process, which must refuse; returns its line."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(module.main)
+        return error_line(exit_.value.code, capsys.readouterr().err)
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Input files, good and bad, by name."""
+    noise = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)
+    paths = {name: tmp_path / f"{name}.png" for name in ("good", "pixel", "empty", "cut", "mask")}
+    Image.fromarray(noise).save(paths["good"])
+    Image.fromarray(noise[:1, :1]).save(paths["pixel"])
+    Image.fromarray(np.zeros((24, 32), np.uint8)).save(paths["empty"])
+    Image.fromarray(np.eye(24, 32, dtype=np.uint8) * 255).save(paths["mask"])
+    paths["cut"].write_bytes(paths["good"].read_bytes()[:200])
+    paths["text"] = tmp_path / "text.png"
+    paths["text"].write_text("not an image")
+    paths["codes"] = tmp_path / "codes.json"
+    return paths
+
+
+def test_predict_refuses(refused, files, quickstart):
+    checkpoint = ("--checkpoint", quickstart.path / "stage3")
+
+    def line(image, *arguments):
+        return refused(predict, "--image", files.get(image, image), *checkpoint, *arguments)
+
+    assert "image nowhere.png does not exist" in line("nowhere.png", "--text", "apple")
+    for broken in ("text", "cut"):
+        assert f"image {files[broken]} cannot be read" in line(broken, "--text", "apple")
+    assert f"image {files['pixel']} is 1x1; sides must be at least 8" in line("pixel", "--text", "apple")
+    assert "text: expected the name or description of an object, got ''" in line("good")
+    assert "text: expected the name or description of an object, got ' ?!'" in line("good", "--text", " ?!")
+    assert "prompt: expected a question, got ' '" in line("good", "--prompt", " ")
+    assert f"mask {files['empty']} is empty" in line("good", "--text", "apple", "--target", files["empty"])
+    for length in ("0", "9", "-1", "some"):
+        assert "length: expected 'adaptive', 'full' or a number in 1..8" in line(
+            "good", "--text", "apple", f"--length={length}"
+        )
+    checkpoint = ("--checkpoint", "nowhere")
+    message = line("good", "--text", "apple")
+    assert "nowhere: no checkpoint there" in message and "configs/quickstart.py" in message
+    checkpoint = ("--checkpoint", quickstart.path / "stage1")
+    assert "a mask tokenizer alone; predict needs stage 2 or 3" in line("good", "--text", "apple")
+
+
+def test_tokenize_refuses(refused, files, quickstart):
+    common = ("--checkpoint", quickstart.path / "stage1_5", "--out", files["codes"])
+
+    def encode(mask):
+        return refused(tokenize, "encode", "--mask", files.get(mask, mask), *common)
+
+    assert f"mask {files['empty']} is empty" in encode("empty")
+    assert f"mask {files['pixel']} is 1x1" in encode("pixel")
+    assert "mask nowhere.png does not exist" in encode("nowhere.png")
+    for content, message in (
+        ("{", "expected the JSON that encode writes"),
+        ('{"codes": [1]}', "'size'"),
+        ('{"codes": [], "size": [24, 32]}', "codes: expected 1..8 codes, got 0"),
+        (json.dumps({"codes": [1] * 9, "size": [24, 32]}), "codes: expected 1..8 codes, got 9"),
+        ('{"codes": [64], "size": [24, 32]}', "codes: expected values in 0..63, got 64"),
+        ('{"codes": [-1], "size": [24, 32]}', "codes: expected values in 0..63, got -1"),
+    ):
+        files["codes"].write_text(content)
+        assert message in refused(tokenize, "decode", "--codes", files["codes"], *common)
+
+
+def test_importing_the_package_is_quick_and_brings_no_jax():
+    code = (
+        "import sys, time; start = time.perf_counter(); import alto_jax;"
+        " print(time.perf_counter() - start, sorted({'jax', 'flax', 'numpy'} & set(sys.modules)))"
+    )
+    printed = [run_python("-c", code).stdout.split(maxsplit=1) for _ in range(2)]
+    assert min(float(seconds) for seconds, _ in printed) < 0.2
+    assert all(modules.strip() == "[]" for _, modules in printed)
+
+
+@pytest.mark.parametrize("command", ["main", "predict", "tokenize"])
+def test_help_is_quick(command):
+    def seconds():
+        start = time.perf_counter()
+        done = run_python("-m", f"alto_jax.{command}", "--help")
+        assert done.returncode == 0 and "usage" in done.stdout
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(2)) < 2

@@ -1,0 +1,141 @@
+"""`predict` and `tokenize` as commands: the files they write, and the same from Python."""
+
+import json
+import shutil
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+import alto_jax
+from alto_jax import checkpoint, report
+from alto_jax.data.composition import ScenesConfig
+from alto_jax.data.scenes import SceneMasks
+from alto_jax.predict import Segmenter
+from alto_jax.tokenizer.alto import ALTo
+from alto_jax.train_state import TrainState
+from tests.conftest import run_python
+from tests.golden_models import random_params
+
+HEIGHT, WIDTH = 50, 70
+L, CODES = 8, 64
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """An image and a mask that are not square, and the folder that holds them as files."""
+    folder = tmp_path_factory.mktemp("scene")
+    record = SceneMasks(ScenesConfig(image_size=(HEIGHT, WIDTH), num_scenes=1, split="validation"))[0]
+    Image.fromarray(record["image"]).save(folder / "image.png")
+    Image.fromarray(record["mask"]).save(folder / "mask.png")
+    return folder, record
+
+
+@pytest.fixture(scope="module")
+def run(quickstart, scene, tmp_path_factory):
+    """The quickstart's stage 3 with weights that draw: after four steps, answers hold no mask and masks no pixel.
+
+    The mask tokenizer's weights are random; the language model's head is turned so that it begins a mask at
+    once (a head without bias can: the hidden state has a component along the column of that token).
+    """
+    path = tmp_path_factory.mktemp("runs") / "stage3"
+    model = alto_jax.load(quickstart.path / "stage3")
+    size, ids = model.cfg.tokenizer, model.text.ids
+    image = np.zeros((1, size.image_size, size.image_size, 3), np.uint8)
+    tokenizer = random_params(ALTo(size), np.zeros((1, size.mask_size, size.mask_size), np.float32), image)
+    kernel = np.array(model.params["language_model"]["head"]["kernel"])
+    for sign in (1, -1):
+        turned = kernel.copy()
+        turned[:, ids.mask_start], turned[:, ids.im_end] = (sign * s * 40 * kernel.std() for s in (1, -1))
+        language_model = {**model.params["language_model"], "head": {"kernel": jnp.asarray(turned)}}
+        params = {**model.params, "tokenizer": tokenizer, "language_model": language_model}
+        if Segmenter(model.cfg, params, "", model.text, model.system).segment(scene[1]["image"], "apple").length:
+            break
+    state = TrainState(step=jnp.int32(1), params=params, frozen={}, opt_state={}, stats={})
+    checkpointer = checkpoint.Checkpointer(path)
+    data = iter(grain.MapDataset.range(1).to_iter_dataset())
+    checkpointer.save(1, state, data, checkpoint.load_meta(quickstart.path / "stage3"))
+    checkpointer.close()
+    shutil.copy(quickstart.path / "stage3" / "tokenizer.json", path)
+    return path
+
+
+def command(*arguments):
+    done = run_python("-m", *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_predict_writes_what_the_python_call_gives(run, scene, tmp_path):
+    folder, record = scene
+    out, overlay, file = tmp_path / "mask.png", tmp_path / "overlay.png", tmp_path / "result.json"
+    printed = command(
+        "alto_jax.predict", "--checkpoint", run, "--image", folder / "image.png", "--text", "the red apple",
+        "--length", "5", "--target", folder / "mask.png", "--out", out, "--overlay", overlay, "--json", file,
+    )  # fmt: skip
+    mask, result = np.asarray(Image.open(out)), json.loads(file.read_text())
+    assert mask.shape == (HEIGHT, WIDTH) and mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 255}
+    assert set(result) == {"text", "token_ids", "codes", "length", "seconds", "iou"}
+    assert result["length"] == len(result["codes"]) == 5 and all(0 <= code < CODES for code in result["codes"])
+    assert result["text"].startswith(f"<ALTo_Start><TOK_{result['codes'][0]}>")
+    assert "mask tokens: 5" in printed and f"IoU {result['iou']:.3f}" in printed and result["text"] in printed
+
+    model = alto_jax.load(run)
+    called = model.segment(record["image"], "the red apple", length=5, target=record["mask"])
+    np.testing.assert_array_equal(called.mask, mask > 0)
+    np.testing.assert_array_equal(called.mask, called.probability > 0.5)
+    same = ("text", "token_ids", "codes", "length", "iou")
+    assert {name: result[name] for name in same} == {name: getattr(called, name) for name in same}
+    target = record["mask"] > 0
+    assert called.iou == pytest.approx((called.mask & target).sum() / (called.mask | target).sum())
+    np.testing.assert_array_equal(np.asarray(Image.open(overlay)), report.overlay(record["image"], called.mask))
+
+
+def test_length_and_prompt_of_the_call(run, scene):
+    model, image = alto_jax.load(run), scene[1]["image"]
+    assert model.segment(image, "apple", length="full").length == L
+    assert 1 <= model.segment(image, "apple").length <= L
+    one = model.segment(image, "apple", length=1)
+    assert one.length == 1
+    raw = model.segment(image, prompt="Where is it?", length=1)
+    assert raw.length == 1 and raw.text
+    with pytest.raises(ValueError, match=r"image: expected uint8\[H, W, 3\], got float64"):
+        model.segment(image / 255.0, "apple")
+    with pytest.raises(ValueError, match=r"target: expected the image's size \(50, 70\), got \(70, 50\)"):
+        model.segment(image, "apple", target=np.ones((WIDTH, HEIGHT)))
+
+
+def test_an_answer_without_a_mask_gives_an_empty_one(quickstart, scene):
+    """The quickstart's own checkpoint has not learned to begin a mask in four steps."""
+    result = alto_jax.load(quickstart.path / "stage3").segment(scene[1]["image"], "apple", target=scene[1]["mask"])
+    assert result.length == 0 and result.codes == [] and not result.mask.any() and result.iou == 0
+
+
+def test_tokenize_there_and_back(run, scene, tmp_path):
+    folder, record = scene
+    codes, out = tmp_path / "codes.json", tmp_path / "mask.png"
+    common = ("--checkpoint", run, "--out")
+    command("alto_jax.tokenize", "encode", "--mask", folder / "mask.png", "--length", "6", *common, codes)
+    saved = json.loads(codes.read_text())
+    assert saved["size"] == [HEIGHT, WIDTH] and saved["length"] == len(saved["codes"]) == 6
+    printed = command("alto_jax.tokenize", "decode", "--codes", codes, "--image", folder / "image.png", *common, out)
+    mask = np.asarray(Image.open(out))
+    assert mask.shape == (HEIGHT, WIDTH) and set(np.unique(mask)) == {0, 255}
+    assert f"{(mask > 0).sum()} pixels of {WIDTH}x{HEIGHT}" in printed
+
+    model = alto_jax.load(run)
+    assert model.encode(record["mask"], 6) == saved["codes"]
+    assert model.encode(record["mask"], "full")[:6] == saved["codes"] and len(model.encode(record["mask"], "full")) == L
+    assert model.encode(record["mask"]) == model.encode(record["mask"], "full")[: len(model.encode(record["mask"]))]
+    np.testing.assert_array_equal(model.decode(saved["codes"], (HEIGHT, WIDTH), record["image"]), mask > 0)
+    # The image and every code have a say in the result.
+    assert (model.decode(saved["codes"], (HEIGHT, WIDTH)) != (mask > 0)).any()
+    assert (model.decode(saved["codes"][:5], (HEIGHT, WIDTH), record["image"]) != (mask > 0)).any()
+
+
+def test_a_tokenizer_alone_opens_too(quickstart, scene):
+    model = alto_jax.load(quickstart.path / "stage1_5")
+    assert not isinstance(model, Segmenter)
+    assert 1 <= len(model.encode(scene[1]["mask"])) <= L

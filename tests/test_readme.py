@@ -1,0 +1,94 @@
+"""What the README says is so: its file tree, its commands, and the fields that it names."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from alto_jax.config import build
+from alto_jax.experiment import ExperimentConfig
+from alto_jax.main import load_config
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = ("alto_jax", "configs", "tools", "benchmarks")
+
+
+def files_of_the_tree() -> set[str]:
+    """The paths that the README's file tree names."""
+    block = README.split("## Files")[1].split("```")[1]
+    found, folders = set(), []
+    for line in block.strip("\n").splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        if not name.endswith("/"):
+            assert len(line.split()) > 1, f"{name} has no description"
+        folders = [*folders[:depth], name.rstrip("/")]
+        found.add("/".join(folders))
+    return found
+
+
+def test_the_file_tree_is_the_real_one():
+    named = files_of_the_tree()
+    real = {str(p.relative_to(ROOT)) for folder in FOLDERS for p in (ROOT / folder).rglob("*.py")}
+    assert sorted(real - named) == [], "in the folders, not in the README"
+    assert sorted(name for name in named if not (ROOT / name).exists()) == [], "in the README, not in the folders"
+
+
+def commands() -> list[list[str]]:
+    """The words of every `python -m` command in the README's shell blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    parts = [part for line in lines for part in line.split("&&")]
+    return [shlex.split(part, comments=True) for part in parts if "python -m" in part]
+
+
+def test_there_are_commands():
+    modules = {words[2] for words in commands()}
+    assert {"alto_jax.main", "alto_jax.predict", "alto_jax.tokenize", "tools.convert_torch_weights"} <= modules
+
+
+@pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words[2:5]))
+def test_commands_name_what_exists(words):
+    assert words[:2] == ["python", "-m"] and importlib.util.find_spec(words[2])
+    if words[2] != "alto_jax.main":
+        return
+    flags = dict(word.removeprefix("--").split("=", 1) for word in words[3:])
+    values = load_config(str(ROOT / flags.pop("config"))).to_dict()
+    assert flags.pop("workdir").startswith("runs/")
+    for name, text in flags.items():
+        *groups, field = name.removeprefix("config.").split(".")
+        group = values
+        for key in groups:
+            group = group[key]
+        assert field in group
+        group[field] = text
+    if "stage" in values:
+        build(ExperimentConfig, values)
+
+
+def test_fields_of_the_tables_exist():
+    config = build(ExperimentConfig, load_config(str(ROOT / "configs/stage3.py:8b")).to_dict())
+    tables = README.split("## Known differences")[1].split("Fixed, without a switch")[0]
+    fields = re.findall(r"^\| `([\w.]+)`", tables, re.MULTILINE)
+    assert len(fields) == 15
+    for name in fields:
+        value = config
+        for part in name.split("."):
+            assert part in {field.name for field in dataclasses.fields(value)}, name
+            value = getattr(value, part)
+    # The first table's defaults are what the large configurations have.
+    for name, text in re.findall(r"^\| `(model[\w.]+)` \| `(\w+)`", tables, re.MULTILINE):
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        assert str(value) == text, name
+
+
+def test_nothing_of_a_machine_in_the_text():
+    for path in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "configs").glob("*.py")]:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+        assert not re.search(r"(?<![\w.])/(home|root|work|tmp|Users|mnt)/", text), path

@@ -1,0 +1,187 @@
+"""Weights between the PyTorch reference and alto_jax.
+
+    python -m tools.convert_torch_weights import SOURCE OUT              # one checkpoint
+    python -m tools.convert_torch_weights import --titok F --sam F OUT   # a start for stage 1
+    python -m tools.convert_torch_weights import --internvl DIR --alto F OUT   # a start for stage 2
+    python -m tools.convert_torch_weights export CHECKPOINT OUT
+    python -m tools.convert_torch_weights inspect CHECKPOINT [OTHER]
+
+SOURCE is a Hugging Face directory, a .safetensors file or a pickle (.pth, .bin; needs torch). OUT is a
+directory as a training run leaves it: `alto_jax.load(OUT)` and `--config.init_from=OUT` work.
+"""
+
+import argparse
+import json
+from pathlib import Path
+import sys
+from typing import Any
+
+from alto_jax import cli
+from alto_jax.config import ConfigError
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.convert_torch_weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("import", help="PyTorch → alto_jax")
+    command.add_argument("paths", nargs="*", type=Path, metavar="SOURCE OUT", help="OUT alone for a composite start")
+    command.add_argument("--titok", type=Path, metavar="F", help="TiTok checkpoint (with --sam: a start for stage 1)")
+    command.add_argument("--sam", type=Path, metavar="F", help="official SAM checkpoint")
+    command.add_argument("--internvl", type=Path, metavar="DIR", help="InternVL (with --alto: a start for stage 2)")
+    command.add_argument("--alto", type=Path, metavar="F", help="ALTo tokenizer checkpoint")
+    command.add_argument("--kind", help="what SOURCE is; default: recognised from its keys")
+    command.add_argument(
+        "--config", metavar="JSON", help="ModelConfig fields that the source does not tell: a file, or text"
+    )
+    command.add_argument("--tokenizer", metavar="DIR", help="tokenizer files (default: SOURCE's); 'none' for none")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: each tensor's own")
+    command.add_argument("--seed", type=int, default=0, help="of the parameters that no source holds")
+    command.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and infinity")
+    command.add_argument(
+        "--dry-run", action="store_true", help="print the mapping and what does not fit; write nothing"
+    )
+    command.add_argument("--verify", action="store_true", help="compare with PyTorch on random inputs (needs torch)")
+    command = commands.add_parser("export", help="alto_jax → PyTorch")
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("out", type=Path)
+    command.add_argument("--files", type=Path, metavar="DIR", help="config.json and tokenizer files to take over")
+    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="such as 5GB or 500MB")
+    command.add_argument("--force", action="store_true", help="also forms that the PyTorch code does not have")
+    command = commands.add_parser("inspect", help="parameters of a checkpoint, or differences of two")
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("other", type=Path, nargs="?")
+    command.add_argument("--depth", type=int, help="group what lies deeper")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one sub-command."""
+    options = parse(arguments)
+    return {"import": run_import, "export": run_export, "inspect": run_inspect}[options.command](options)
+
+
+def run_import(options: argparse.Namespace) -> int:
+    from tools.convert_torch_weights import importer, report
+
+    composite = [name for name in ("titok", "sam", "internvl", "alto") if getattr(options, name)]
+    if composite not in ([], ["titok", "sam"], ["internvl", "alto"]):
+        raise ConfigError(f"--{composite[0]}: expected --titok with --sam, or --internvl with --alto, got {composite}")
+    wanted = (0 if composite else 1) + (0 if options.dry_run and len(options.paths) < (1 if composite else 2) else 1)
+    if len(options.paths) != wanted:
+        names = "OUT" if composite else "SOURCE OUT"
+        raise ConfigError(f"import: expected {names}, got {[str(p) for p in options.paths]}")
+    out = None if wanted == (0 if composite else 1) else options.paths[-1]
+    if out is not None:
+        from tools.convert_torch_weights.staging import check_free
+
+        check_free(out)
+    plan = _plan(options, composite)
+    report.print_plan(plan, full=options.dry_run)
+    tokenizer = _tokenizer_writer(options, plan)
+    if options.dry_run:
+        return 0
+    with report.progress("import", sum(part.source.nbytes for part in plan.parts)) as advance:
+        importer.write(
+            plan, out, allow_nonfinite=options.allow_nonfinite, advance=advance, tokenizer=tokenizer, seed=options.seed
+        )
+    print(f"wrote {out}")
+    if options.verify:
+        from tools.convert_torch_weights import verify
+
+        return verify.run(plan, out)
+    return 0
+
+
+def _plan(options: argparse.Namespace, composite: list[str]) -> Any:
+    """Opens the sources and plans the import."""
+    from tools.convert_torch_weights import plans
+    from tools.convert_torch_weights.sources import open_source
+
+    changes: dict[str, Any] = {"config": _config(options.config), "dtype": options.dtype}
+    sources = [open_source(getattr(options, name)) for name in composite] or [open_source(options.paths[0])]
+    try:
+        if composite == ["titok", "sam"]:
+            return plans.plan_stage1_start(*sources, **changes)
+        if composite == ["internvl", "alto"]:
+            return plans.plan_stage2_start(*sources, **changes)
+        return plans.make_plan(sources[0], kind=options.kind, **changes)
+    except plans.PlanError as error:
+        if options.dry_run:
+            print("\n".join(error.problems))
+        raise
+
+
+def _config(text: str | None) -> dict[str, Any]:
+    """--config: JSON text, or a file with it."""
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
+    except ValueError as error:
+        raise ConfigError(f"--config: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"--config: expected a JSON object, got {text!r}")
+    return value
+
+
+def _tokenizer_writer(options: argparse.Namespace, plan: Any) -> Any:
+    """What writes tokenizer.json into a directory, or None where there is no text."""
+    from tools.convert_torch_weights import text
+
+    if "language_model" not in plan.values or options.tokenizer == "none":
+        return None
+    directory = Path(options.tokenizer) if options.tokenizer else plan.parts[0].source.directory
+    is_whole = plan.kind.startswith("altollm-")
+    if not text.has_tokenizer(directory):
+        if is_whole or options.tokenizer:
+            raise FileNotFoundError(
+                f"{directory}: no tokenizer files (tokenizer.json, tokenizer.model, or vocab.json and merges.txt);"
+                " name their directory with --tokenizer DIR, or leave them out with --tokenizer none"
+            )
+        print(f"note: {directory} holds no tokenizer files, so there will be no tokenizer.json")
+        return None
+    num_codes = plan.values["tokenizer"]["codebook_size"] if is_whole else None
+    vocab_size = plan.values["language_model"]["vocab_size"]
+    return lambda out: text.convert(directory, out, num_codes=num_codes, vocab_size=vocab_size)
+
+
+def run_export(options: argparse.Namespace) -> int:
+    from tools.convert_torch_weights import exporter, report
+
+    with report.late_progress("export") as (begin, advance):
+        kind = exporter.export(
+            options.checkpoint, options.out, max_shard_bytes=_size(options.max_shard_size), files=options.files,
+            force=options.force, advance=advance, begin=begin,
+        )  # fmt: skip
+    print(f"wrote {options.out} ({kind})")
+    return 0
+
+
+def _size(text: str) -> int:
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in units or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
+        raise ConfigError(f"--max-shard-size: expected a size such as 5GB or 500MB, got {text!r}")
+    return int(float(number) * units[unit])
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    from tools.convert_torch_weights import inspector
+
+    first = inspector.tensors_of(options.checkpoint)
+    if options.other is None:
+        separator = "/" if any("/" in name for name in first) else "."
+        print("\n".join(inspector.tree_lines(first, separator, options.depth)))
+    else:
+        print("\n".join(inspector.difference_lines(first, inspector.tensors_of(options.other))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, "")
+    cli.run(main)

@@ -1,0 +1,250 @@
+"""What an import will do: sources, rules and configuration, settled from headers alone.
+
+A `Plan` is made before any weight is read; making it finds every key, shape, dtype and configuration field
+that does not fit. Besides single checkpoints there are two composite ones: the start of stage 1 (TiTok and
+SAM) and of stage 2 (InternVL and ALTo).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from alto_jax.config import build
+from alto_jax.mllm.alto_llm import ModelConfig, init_params
+from tools.convert_torch_weights import configs_from_torch, mapping, rules
+from tools.convert_torch_weights.rules import MappingError, Table
+from tools.convert_torch_weights.sources import Source, is_float
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+PREFIXES = {"alto": "tokenizer/", "titok": "tokenizer/", "sam": "tokenizer/sam_encoder/", "internvit": "vision/",
+            "internlm2": "language_model/", "qwen2": "language_model/"}  # fmt: skip
+
+
+class PlanError(MappingError):
+    """Sources that do not fit the model; `problems` are all of them, the message names the first ones."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        super().__init__("; ".join(problems[:8]) + more)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One source and the rules that place its tensors; `rows`: key → number of rows that a table grows to."""
+
+    source: Source
+    table: Table
+    rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        shape = self.source.entries[key].shape
+        return (self.rows[key], *shape[1:]) if key in self.rows else shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What an import will do.
+
+    kind: of the result. parts: the sources. values: plain nested ModelConfig values (of the parts that
+    there are). shapes: path → (shape, dtype) of every parameter written. fresh: path → why it is
+    initialised and not read. dtype: what tensors become, None: as they are.
+    """
+
+    kind: str
+    parts: Sequence[Part]
+    values: dict[str, Any]
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype]]
+    fresh: dict[str, str]
+    dtype: np.dtype | None
+
+    @property
+    def model(self) -> ModelConfig | None:
+        """The model's configuration; None if the source is only a part of a model."""
+        complete = self.kind == "alto" or self.kind.startswith("altollm-")
+        return build(ModelConfig, self.values, "model") if complete else None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in self.shapes.values())
+
+
+def prefixed(table: Table, prefix: str) -> Table:
+    """The table with parameters below `prefix`."""
+    return Table(
+        tuple(rule.at(target=prefix) for rule in table.rules),
+        table.ignored,
+        tuple((re.escape(prefix) + f"(?:{pattern})", reason) for pattern, reason in table.unfilled),
+    )
+
+
+def mapping_config(kind: str, values: Mapping[str, Any]) -> Any:
+    """The config that `mapping.KINDS[kind]` wants, from plain nested values."""
+    parts = mapping_classes()
+    if kind in ("alto", "titok"):
+        return build(parts["tokenizer"], values["tokenizer"], "model.tokenizer")
+    if kind == "sam":
+        return build(parts["sam"], values["tokenizer"]["sam"], "model.tokenizer.sam")
+    if kind in PREFIXES:
+        name = PREFIXES[kind].rstrip("/")
+        return build(parts[name], values[name], f"model.{name}")
+    return build(ModelConfig, values, "model")
+
+
+def mapping_classes() -> dict[str, type]:
+    """Part of a model → its configuration's class."""
+    return {"tokenizer": mapping.TokenizerConfig, "sam": mapping.SamEncoderConfig, "vision": mapping.InternViTConfig,
+            "language_model": mapping.LanguageModelConfig}  # fmt: skip
+
+
+def make_plan(
+    source: Source, *, kind: str | None = None, config: Mapping | None = None, dtype: str | None = None
+) -> Plan:
+    """Plans the import of one checkpoint.
+
+    Args:
+      source: the opened checkpoint.
+      kind: one of `mapping.KINDS`; None: recognised from the keys.
+      config: nested ModelConfig values that the source does not tell; they win.
+      dtype: "float32", "bfloat16" or "float16"; None keeps each tensor's.
+
+    Raises:
+      MappingError, ConfigError: naming what does not fit.
+    """
+    kind = kind or mapping.detect_kind(source)
+    values = configs_from_torch.model_values(kind, source.shapes(), source.config)
+    values = _completed(values, source.config, config)
+    prefix = PREFIXES.get(kind, "")
+    part = Part(source, prefixed(mapping.get_table(kind, mapping_config(kind, values)), prefix))
+    return finish_plan(kind, [part], values, dtype)
+
+
+def _completed(values: dict, torch_config: Mapping, config: Mapping | None) -> dict:
+    """Values with those that an earlier export of ours, and then the user, stated."""
+    own = torch_config.get(configs_from_torch.OWN_SECTION, {})
+    values = configs_from_torch.merge(values, {name: own[name] for name in values if name in own})
+    values = configs_from_torch.merge(values, config or {})
+    configs_from_torch.check_heads(values)
+    return values
+
+
+def plan_stage1_start(titok: Source, sam: Source, *, config: Mapping | None = None, dtype: str | None = None) -> Plan:
+    """Plans the start of stage 1: TiTok's encoder, codebook and decoder, SAM's encoder, the rest initialised.
+
+    Note: the SAM encoder is used in the form of the reference (scaled relative positions), with which stage 1
+    trains; `config` may choose the official one.
+    """
+    values = configs_from_torch.model_values("titok", titok.shapes(), titok.config)
+    values["tokenizer"]["sam"] = configs_from_torch.sam_values(sam.shapes(), official=False)
+    values = _completed(values, titok.config, config)
+    cfg = mapping_config("titok", values)
+    parts = [
+        Part(titok, prefixed(mapping.get_table("titok", cfg), "tokenizer/")),
+        Part(sam, prefixed(mapping.get_table("sam", cfg.sam), "tokenizer/sam_encoder/")),
+    ]
+    return finish_plan("alto", parts, values, dtype)
+
+
+def plan_stage2_start(
+    internvl: Source, alto: Source, *, config: Mapping | None = None, dtype: str | None = None
+) -> Plan:
+    """Plans the start of stage 2: InternVL with mask tokens appended to its vocabulary, and an ALTo tokenizer.
+
+    New rows of the input and output embeddings are the mean of the old rows, as the reference makes them.
+    """
+    kind = mapping.detect_kind(internvl)
+    if not kind.startswith("internvl-"):
+        raise MappingError(f"{internvl.path}: expected an InternVL checkpoint, its keys are of the kind {kind!r}")
+    values = configs_from_torch.model_values(kind, internvl.shapes(), internvl.config)
+    values |= configs_from_torch.model_values("alto", alto.shapes(), alto.config)
+    language = values["language_model"]
+    language["vocab_size"] += 2 + values["tokenizer"]["codebook_size"]
+    values = _completed(values, alto.config, config)
+    cfg = build(ModelConfig, values, "model")
+    grown = ("tok_embeddings.weight", "embed_tokens.weight", "output.weight", "lm_head.weight")
+    rows = {key: cfg.language_model.vocab_size for key in internvl if key.endswith(grown)}
+    parts = [
+        Part(internvl, mapping.get_table(kind, cfg), rows),
+        Part(alto, prefixed(mapping.get_table("alto", cfg.tokenizer), "tokenizer/")),
+    ]
+    return finish_plan("altollm-" + kind.rpartition("-")[2], parts, values, dtype)
+
+
+def finish_plan(kind: str, parts: Sequence[Part], values: dict[str, Any], dtype: str | None) -> Plan:
+    """Checks the headers of all parts against their tables and settles every parameter's dtype."""
+    target = None if dtype is None else DTYPES[dtype]
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    problems: list[str] = []
+    for part in parts:
+        used, full = part.table.source_keys(), part.table.target_shapes()
+        problems += [f"missing in the source: {key}" for key in sorted(used - part.source.keys())]
+        unknown = sorted(key for key in part.source.keys() - used if part.table.ignored_reason(key) is None)
+        problems += [f"not known in the source: {key}" for key in unknown]
+        for rule in part.table.rules:
+            keys = [(key, shape) for row in rule.rows() for key, (_, shape) in zip(rule.keys(row), rule.sources)]
+            keys = [(key, shape) for key, shape in keys if key in part.source]
+            problems += _problems(part, rule, keys, target)
+            if not problems:
+                for path, _ in rule.targets:
+                    shapes[path] = (full[path], target or part.source.entries[keys[0][0]].dtype)
+    if problems:
+        raise PlanError(problems)
+    values = _with_dtypes(values, shapes)
+    fresh: dict[str, str] = {}
+    if kind == "alto" or kind.startswith("altollm-"):
+        wanted = rules.flatten(
+            jax.eval_shape(lambda key: init_params(build(ModelConfig, values), key), jax.random.key(0))
+        )
+        reasons = [pair for part in parts for pair in part.table.unfilled]
+        for path in wanted.keys() - shapes.keys():
+            reason = next((reason for pattern, reason in reasons if re.fullmatch(pattern, path)), None)
+            if reason is None:
+                raise MappingError(f"parameters that no source fills: {path}")
+            fresh[path] = reason
+            shapes[path] = (wanted[path].shape, target or np.dtype(wanted[path].dtype))
+    return Plan(kind, parts, values, shapes, fresh, target)
+
+
+def _problems(part: Part, rule: rules.Rule, keys: list, target: np.dtype | None) -> Iterator[str]:
+    """What does not fit between the headers and a rule."""
+    dtypes = {}
+    for key, shape in keys:
+        entry, found = part.source.entries[key], part.shape(key)
+        if len(found) != len(shape) or any(want not in (None, got) for want, got in zip(shape, found)):
+            yield f"{key}: expected shape {shape}, got {found}"
+        dtypes.setdefault(entry.dtype, key)
+    if not rule.targets:
+        return
+    for dtype, key in dtypes.items():
+        if not is_float(dtype):
+            yield f"{key}: expected floating-point numbers, got {dtype}"
+        elif target is None and dtype not in DTYPES.values():
+            yield f"{key}: has dtype {dtype}; choose what it becomes: --dtype {'|'.join(DTYPES)}"
+    if target is None and len(dtypes) > 1:
+        found = ", ".join(f"{key} {dtype}" for dtype, key in dtypes.items())
+        path = rule.targets[0][0]
+        yield f"dtypes differ within the parameter {path}: {found}; make them one: --dtype {'|'.join(DTYPES)}"
+
+
+def _with_dtypes(values: dict[str, Any], shapes: Mapping) -> dict[str, Any]:
+    """Sets `dtype` and `param_dtype` of each part of the model to the (widest) dtype of its tensors."""
+
+    def widest(prefix: str) -> str:
+        found = {dtype for path, (_, dtype) in shapes.items() if path.startswith(prefix)}
+        return "bfloat16" if found == {DTYPES["bfloat16"]} else "float32"
+
+    changes: dict[str, Any] = {}
+    for prefix in ("vision", "language_model", "tokenizer", "tokenizer/sam", "tokenizer/pixel_decoder"):
+        node, target, names = values, changes, prefix.split("/")
+        for name in names:
+            node = (node or {}).get(name)
+            target = target.setdefault(name, {}) if node is not None else target
+        if node is not None:
+            path = {"tokenizer/sam": "tokenizer/sam_encoder/"}.get(prefix, prefix + "/")
+            target |= {key: widest(path) for key in ("dtype", "param_dtype") if key not in node}
+    return configs_from_torch.merge(values, changes)
