@@ -23,15 +23,19 @@ STAGE_NAMES = ("stage1", "stage1_5", "stage2", "stage3")
 class DataConfig:
     """Where the samples come from.
 
-    source: "scenes" (built in), "sa1b" (a folder of SA-1B images and annotations; stages 1 and 1.5) or
-    "jsonl" (a stage-2/3 meta file). root: the folder ("sa1b"); meta: the meta file ("jsonl").
+    source: "scenes" (built in), "sa1b" (a folder of SA-1B images and annotations; stages 1 and 1.5), "jsonl" (a
+    stage-2/3 meta file), "prepared" (what alto_jax.data.prepare wrote), "referring" (training splits of RefCOCO,
+    RefCOCO+, RefCOCOg and gRefCOCO; stages 2 and 3) or "mixture" (a JSON of these with weights). root: the folder;
+    meta: the meta file ("jsonl"), the data sets with commas between ("referring"), the JSON file ("mixture").
     scenes, scene_masks, scene_chats: what the built-in data looks like. max_length: tokens of a row (stage
     2) or prompt (stage 3). max_masks: masks of a conversation. system: system prompt; None leaves it out.
     base_vocab_size: size of the tokenizer that is trained on the built-in data when the start checkpoint
-    brings none.
+    brings none. max_bad_fraction: share of the records that may be unreadable; they are logged and passed over, more
+    are an error. length_buckets: a stage-2 batch is cut to the shortest of these lengths that its rows fit in (one
+    program each; one process only), () keeps max_length.
     """
 
-    source: Literal["scenes", "sa1b", "jsonl"] = "scenes"
+    source: Literal["scenes", "sa1b", "jsonl", "prepared", "referring", "mixture"] = "scenes"
     root: str = ""
     meta: str = ""
     scenes: ScenesConfig = ScenesConfig()
@@ -42,12 +46,21 @@ class DataConfig:
     system: str | None = None
     base_vocab_size: int = 512
     num_threads: int = 2
+    max_bad_fraction: float = 0.001
+    length_buckets: tuple[int, ...] = ()
 
     def __post_init__(self):
         require(
             self.source != "sa1b" or bool(self.root), "root", self.root, "the SA-1B folder (--config.data.root=DIR)"
         )
         require(self.source != "jsonl" or bool(self.meta), "meta", self.meta, "the meta file (--config.data.meta=FILE)")
+        if self.source in ("prepared", "referring"):
+            require(bool(self.root), "root", self.root, f"the data folder of source {self.source!r}")
+        if self.source in ("referring", "mixture"):
+            require(bool(self.meta), "meta", self.meta, "data set names (referring) or a JSON file (mixture)")
+        require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "0..1")
+        fits = all(8 <= length <= self.max_length for length in self.length_buckets)
+        require(fits, "length_buckets", self.length_buckets, f"lengths in 8..{self.max_length}")
         require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
         require(self.max_masks >= 1, "max_masks", self.max_masks, "at least 1")
 
@@ -175,6 +188,8 @@ _FREE_FIELDS = (
     "eval.",
     "mesh.",
     "data.num_threads",
+    "data.max_bad_fraction",
+    "data.length_buckets",
 )
 
 

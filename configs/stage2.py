@@ -33,10 +33,13 @@ def get_config(size=None):
     config.data.scenes.update({"max_objects": 2, "min_size": 0.35})
     config.optim = {"lr": 2e-3, "schedule": "cosine", "warmup_steps": 50, "b2": 0.98, "weight_decay": 0.05,
                     "no_decay": NO_DECAY, "trainable": "^(vision|projector|language_model)/"}  # fmt: skip
-    config.train = {"steps": 600, "batch_size": 16, "log_every": 25, "checkpoint_every": 200}
-    config.eval = {"every": 0, "num_samples": 128, "batch_size": 32, "max_new_tokens": 56}
-    config.sft = {"max_supervised": 64, "mask_loss_weight": 1.0}
+    config.data.scene_chats = {"adaptive_fraction": 0.8}
+    config.train = {"steps": 450, "batch_size": 16, "log_every": 25, "checkpoint_every": 150}
+    config.eval = {"every": 0, "num_samples": 256, "batch_size": 32, "max_new_tokens": 56}
+    # Note: the mask loss of soft tokens lowered the gIoU of greedy answers at this size (0.17 against 0.27).
+    config.sft = {"max_supervised": 64, "mask_loss_weight": 0.0}
     if size == "debug":
         config = common.debug_run(config)
         config.data.update({"max_length": 160, "base_vocab_size": 400})
+        config.sft.mask_loss_weight = 1.0
     return config

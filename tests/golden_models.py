@@ -100,7 +100,8 @@ def write_altollm(folder: Path) -> Path:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     vision = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 56,
-        "patch_size": 14, "norm_type": "layer_norm", "qk_normalization": False, "qkv_bias": True, "layer_norm_eps": 1e-6,
+        "patch_size": 14, "norm_type": "layer_norm", "qk_normalization": False, "qkv_bias": True,
+        "layer_norm_eps": 1e-6,
     }  # fmt: skip
     language = {
         "architectures": ["InternLM2ForCausalLM"], "vocab_size": 1547, "hidden_size": 64, "num_hidden_layers": 2,

@@ -48,12 +48,13 @@ class Conversations:
     function of (seed, index).
     """
 
-    def __init__(self, meta: str | os.PathLike, *, seed: int = 0):
+    def __init__(self, meta: str | os.PathLike, *, seed: int = 0, once: bool = False):
         """Opens all data sets of a meta file.
 
         Args:
           meta: the meta JSON.
           seed: of the subsets that a fractional repeat_time takes, and of JPEG augmentation.
+          once: every line once and as it is, whatever repeat_time and data_augment say.
 
         Raises:
           ValueError: a file that is missing or malformed; the message names file, data set and field.
@@ -67,6 +68,9 @@ class Conversations:
             raise ValueError(f"meta file {meta}: expected a non-empty object of data sets")
         self._seed = seed
         self._parts = [_open_part(meta, name, entry, seed) for name, entry in content.items()]
+        if once:
+            whole = lambda part: dataclasses.replace(part, augment=False, chosen=np.arange(len(part.offsets)))
+            self._parts = [whole(part) for part in self._parts]
         self._ends = np.cumsum([len(part.chosen) for part in self._parts])
 
     def __len__(self) -> int:

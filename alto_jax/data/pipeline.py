@@ -8,16 +8,13 @@ processes together hold the same records whatever P is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import logging
-import threading
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from alto_jax.data import transforms
+from alto_jax.data import bad_data, transforms
 from alto_jax.mllm import text
 
-_log = logging.getLogger(__name__)
 _REFERENCE_SHRINK = 4  # stage 1 of the reference: masks of 1024 to 256 pixels, without antialiasing
 
 
@@ -32,16 +29,21 @@ class Source(Protocol):
 class Examples:
     """A source with a transformation, tolerant of a bounded number of bad records.
 
-    A record whose reading or transformation raises ValueError or OSError is logged and replaced by the one
-    after it, until more than `max_bad_records` different ones have failed; then the error is raised.
+    A record whose reading or transformation raises ValueError or OSError is counted, logged with its path and line
+    and replaced by the one after it, until more different ones have failed than `bad` allows (see bad_data.py).
     """
 
-    def __init__(self, source: Source, transform: Callable[[int, Any], Any], max_bad_records: int = 0):
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[int, Any], Any],
+        max_bad_records: int = 0,
+        max_bad_fraction: float = 0.0,
+    ):
         if len(source) == 0:
             raise ValueError("the data source holds no record")
-        self._source, self._transform, self._limit = source, transform, max_bad_records
-        self._bad: set[int] = set()
-        self._lock = threading.Lock()
+        self._source, self._transform = source, transform
+        self.bad = bad_data.BadRecords(len(source), max_bad_fraction, max_bad_records)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -52,12 +54,7 @@ class Examples:
             try:
                 return self._transform(index, self._source[index])
             except (ValueError, OSError) as error:
-                with self._lock:
-                    self._bad.add(index)
-                    count = len(self._bad)
-                if count > self._limit or count == len(self):
-                    raise
-                _log.warning("record %d skipped (%d of at most %d): %s", index, count, self._limit, error)
+                self.bad.add(index, error)
                 index = (index + 1) % len(self)
 
 
@@ -127,7 +124,16 @@ def mask_example(record: Mapping[str, Any], image_size: int, mask_size: int) -> 
     Raises:
       ValueError: an empty mask, or sizes of image and mask that differ; the message names the record.
     """
+    image, mask = mask_arrays(record, image_size, mask_size)
+    return image, mask.astype(np.float32) / np.float32(255)
+
+
+def mask_arrays(record: Mapping[str, Any], image_size: int, mask_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`mask_example` with the mask as uint8[H, H] in 0..255; a prepared record is taken as it is."""
     image, mask = record["image"], record["mask"]
+    if record.get("prepared"):
+        _check_prepared(record["key"], {"image_size": (image, image_size), "mask_size": (mask, mask_size)})
+        return image, mask
     _check_sizes(record["key"], image, mask)
     if not mask.any():
         raise ValueError(f"record {record['key']}: the mask is empty")
@@ -137,10 +143,8 @@ def mask_example(record: Mapping[str, Any], image_size: int, mask_size: int) -> 
     else:
         image = transforms.resize_uint8(image, image_size, image_size)
     if len(mask) > _REFERENCE_SHRINK * mask_size:  # thin parts would fall between the sampling points
-        mask = transforms.squash(mask, mask_size)
-    else:
-        mask = transforms.resize_uint8(mask, mask_size, mask_size)
-    return image, mask.astype(np.float32) / np.float32(255)
+        return image, transforms.squash(mask, mask_size)
+    return image, transforms.resize_uint8(mask, mask_size, mask_size)
 
 
 def mask_batches(
@@ -151,6 +155,7 @@ def mask_batches(
     batch_size: int,
     seed: int,
     max_bad_records: int = 0,
+    max_bad_fraction: float = 0.0,
     **options: Any,
 ) -> Any:
     """Batches of stages 1 and 1.5.
@@ -159,7 +164,7 @@ def mask_batches(
       source: MaskRecords.
       image_size, mask_size: sides of the images and masks in the batch, in pixels.
       batch_size, seed: see `batches`.
-      max_bad_records: see `Examples`.
+      max_bad_records, max_bad_fraction: bad records that are passed over, see `Examples`.
       **options: num_epochs, shuffle, drop_remainder, process_index, process_count, num_threads and
         prefetch of `batches`.
 
@@ -172,7 +177,9 @@ def mask_batches(
         images, masks = zip(*examples, strict=True)
         return MaskBatch(image=np.stack(images), mask=np.stack(masks))
 
-    examples = Examples(source, lambda _, record: mask_example(record, image_size, mask_size), max_bad_records)
+    examples = Examples(
+        source, lambda _, record: mask_example(record, image_size, mask_size), max_bad_records, max_bad_fraction
+    )
     return batches(examples, make_batch, batch_size=batch_size, seed=seed, **options)
 
 
@@ -212,9 +219,14 @@ def chat_example(
     if len(masks) > max_masks:
         raise ValueError(f"record {key}: {len(masks)} masks, but max_masks is {max_masks}")
     padding = max_length - len(ids)
+    prepared = bool(record.get("prepared"))
+    pixel_image = record["pixel_image"] if prepared else image
+    if prepared:
+        sizes = {f"mask {i}": (mask, mask_size) for i, mask in enumerate(masks)}
+        _check_prepared(key, {"vision_size": (image, vision_size), "image_size": (pixel_image, image_size), **sizes})
     example = {
         "image": transforms.squash(image, vision_size),
-        "pixel_image": transforms.squash(image, image_size),
+        "pixel_image": transforms.squash(pixel_image, image_size),
         "ids": np.array(ids + [tok.ids.pad] * padding, np.int32),
         "labels": np.array(list(labels) + [-100] * padding, np.int32),
         "text_mask": np.arange(max_length) < len(ids),
@@ -222,7 +234,8 @@ def chat_example(
         "mask_valid": np.arange(max_masks) < len(masks),
     }
     for i, mask in enumerate(masks):
-        _check_sizes(key, image, mask)
+        if not prepared:
+            _check_sizes(key, image, mask)
         example["masks"][i] = transforms.soft_mask(mask, mask_size)
     return example
 
@@ -241,7 +254,9 @@ def chat_batches(
     batch_size: int,
     seed: int,
     system: str | None = text.SYSTEM_MESSAGE,
+    length_buckets: Sequence[int] = (),
     max_bad_records: int = 0,
+    max_bad_fraction: float = 0.0,
     **options: Any,
 ) -> Any:
     """Batches of stage 2.
@@ -256,7 +271,9 @@ def chat_batches(
       max_masks: mask slots of a row.
       batch_size, seed: see `batches`.
       system: the system message; None leaves it out.
-      max_bad_records: see `Examples`.
+      length_buckets: a batch is cut to the shortest of these lengths that all its rows fit in; with several
+        processes, which must agree on a shape without asking each other, it stays at max_length.
+      max_bad_records, max_bad_fraction: bad records that are passed over, see `Examples`.
       **options: as in `mask_batches`.
 
     Returns:
@@ -278,8 +295,16 @@ def chat_batches(
             system=system,
         )
 
-    examples = Examples(source, transform, max_bad_records)
-    return batches(examples, lambda e: ChatBatch(**_stack(e)), batch_size=batch_size, seed=seed, **options)
+    examples = Examples(source, transform, max_bad_records, max_bad_fraction)
+    buckets = sorted({*length_buckets, max_length}) if options.get("process_count", 1) == 1 else [max_length]
+
+    def make_batch(rows: Sequence[dict[str, np.ndarray]]) -> ChatBatch:
+        batch = _stack(rows)
+        longest = int(batch["text_mask"].sum(1).max())
+        length = next(bucket for bucket in buckets if bucket >= longest)
+        return ChatBatch(**batch | {name: batch[name][:, :length] for name in ("ids", "labels", "text_mask")})
+
+    return batches(examples, make_batch, batch_size=batch_size, seed=seed, **options)
 
 
 def grpo_question(record: Mapping[str, Any], template: int | None) -> str:
@@ -318,6 +343,7 @@ def prompt_batches(
     answer_prefix: str = "",
     templates: Literal["first", "all", "keep"] = "first",
     max_bad_records: int = 0,
+    max_bad_fraction: float = 0.0,
     **options: Any,
 ) -> Any:
     """Batches of stage 3: prompts without their answers, and the target masks.
@@ -330,7 +356,7 @@ def prompt_batches(
       answer_prefix: start of the answer that is given to the model.
       templates: "first": the wording that the reference uses in effect; "all": record i has wording
         i mod 7; "keep": the human turn as it stands.
-      max_bad_records: see `Examples`.
+      max_bad_records, max_bad_fraction: bad records that are passed over, see `Examples`.
       **options: as in `mask_batches`.
 
     Returns:
@@ -349,7 +375,12 @@ def prompt_batches(
         key, image, masks = record["key"], record["image"], record["masks"]
         if len(masks) != 1:
             raise ValueError(f"record {key}: expected one mask, got {len(masks)}")
-        _check_sizes(key, image, masks[0])
+        pixel_image = record["pixel_image"] if record.get("prepared") else image
+        if record.get("prepared"):
+            sizes = {"vision_size": (image, vision_size), "image_size": (pixel_image, image_size)}
+            _check_prepared(key, sizes | {"mask_size": (masks[0], mask_size)})
+        else:
+            _check_sizes(key, image, masks[0])
         question = grpo_question(record, {"first": 0, "all": index, "keep": None}[templates])
         ids = text.render_prompt(tok, question, num_image_tokens, system=system, answer_prefix=answer_prefix)
         padding = max_prompt_length - len(ids)
@@ -357,18 +388,27 @@ def prompt_batches(
             raise ValueError(f"record {key}: {len(ids)} prompt tokens, but max_prompt_length is {max_prompt_length}")
         return {
             "image": transforms.squash(image, vision_size),
-            "pixel_image": transforms.squash(image, image_size),
+            "pixel_image": transforms.squash(pixel_image, image_size),
             "prompt_ids": np.array([tok.ids.pad] * padding + list(ids), np.int32),
             "prompt_mask": np.arange(max_prompt_length) >= padding,
             "mask": transforms.soft_mask(masks[0], mask_size),
         }
 
-    examples = Examples(source, transform, max_bad_records)
+    examples = Examples(source, transform, max_bad_records, max_bad_fraction)
     return batches(examples, lambda e: PromptBatch(**_stack(e)), batch_size=batch_size, seed=seed, **options)
 
 
 def _stack(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
+
+
+def _check_prepared(key: str, arrays: Mapping[str, tuple[np.ndarray, int]]) -> None:
+    for name, (array, size) in arrays.items():
+        if array.shape[:2] != (size, size):
+            raise ValueError(
+                f"record {key}: prepared with {name} {array.shape[1]}x{array.shape[0]}, the model wants {size}x{size}; "
+                "prepare the data set for this model"
+            )
 
 
 def _check_sizes(key: str, image: np.ndarray, mask: np.ndarray) -> None:

@@ -81,6 +81,11 @@ class Referring:
             raise ValueError(f"{referent.where}: {error}") from error
         return {"key": key, "image": image, "mask": mask.astype(np.uint8) * np.uint8(255), "phrase": phrase}
 
+    def phrases(self):
+        """The sentences of all referents."""
+        for referent in dict.fromkeys(referent for referent, _ in self._samples):
+            yield from (sentence for sentence in referent.sentences if sentence.strip())
+
 
 class ReferringChats:
     """ChatRecords of ReferringRecords: fixed and adaptive requests half and half, drawn by (seed, index).
@@ -89,16 +94,31 @@ class ReferringChats:
     `yes_fraction` of the others become the same question, answered "Yes".
     """
 
-    def __init__(self, source: Any, *, seed: int = 0, adaptive_fraction: float = 0.5, yes_fraction: float = 0.1):
-        self.source, self._seed = source, seed
+    def __init__(
+        self,
+        source: Any,
+        *,
+        seed: int = 0,
+        adaptive_fraction: float = 0.5,
+        yes_fraction: float = 0.1,
+        skip_no_target: bool = False,
+    ):
+        """`skip_no_target`: a sample without a target is replaced by the next one that has one (stage 3)."""
+        self.source, self._seed, self._skip = source, seed, skip_no_target
         self._adaptive, self._yes = adaptive_fraction, yes_fraction if getattr(source, "no_target", False) else 0.0
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        index = int(index) % len(self)
         record = self.source[index]
-        adaptive, yes = np.random.default_rng((self._seed, int(index) % len(self))).random(2) < (
+        for _ in range(len(self) if self._skip else 0):
+            if record["mask"].any():
+                break
+            index = (index + 1) % len(self)
+            record = self.source[index]
+        adaptive, yes = np.random.default_rng((self._seed, index)).random(2) < (
             self._adaptive,
             self._yes,
         )
@@ -112,9 +132,10 @@ class ReferringChats:
         return {"key": record["key"], "image": record["image"], "masks": masks, "conversations": turns}
 
     def texts(self):
-        """The turns of every record."""
-        for i in range(len(self)):
-            yield [turn["value"] for turn in self[i]["conversations"]]
+        """What is asked of every record, and the answers, without reading images."""
+        for phrase in self.source.phrases():
+            yield [text.question(phrase, adaptive=adaptive) for adaptive in (False, True)]
+            yield [text.answer(adaptive=False), text.no_target_question(phrase), text.YES, text.NO]
 
 
 # --- files ------------------------------------------------------------------------------------------

@@ -88,6 +88,31 @@ class Sa1bMasks:
         image, mask = transforms.pad_square(image, mask, rng if self._train else None)
         return {"key": f"{file.relative_to(self.root)}#{index}", "image": image, "mask": mask}
 
+    def problems(self, index: int) -> list[str]:
+        """Everything that is wrong with image `index` and its annotations, also with those that may never be drawn."""
+        file = self.files[index % len(self.files)]
+        try:
+            content = _read(file)
+            info = _field(file, content, "image", dict)
+            height, width = (_field(file, info, f, int, "image.") for f in ("height", "width"))
+            image = transforms.open_image(file.with_name(_field(file, info, "file_name", str, "image.")))
+            annotations = _field(file, content, "annotations", list)
+        except ValueError as error:
+            return [f"{file}: {error}"]
+        found = []
+        if image.shape[:2] != (height, width):
+            found.append(f"{file}: image.height x width is {height}x{width}, but the image differs")
+        for number, annotation in enumerate(annotations):
+            where = f"annotations[{number}]."
+            try:
+                _field(file, annotation, "area", (int, float), where)
+                segmentation = _field(file, annotation, "segmentation", dict, where)
+                if not rle.check_runs(segmentation, height, width, f"{file}: {where[:-1]}")[1::2].any():
+                    raise ValueError(f"{file}: {where}segmentation is an empty mask")
+            except ValueError as error:
+                found.append(str(error))
+        return found
+
     def _annotations(self, number: int, rng: np.random.Generator):
         """The large annotations of a file; where it has none, those of another random file.
 

@@ -20,7 +20,15 @@ def mask_source(config: Any, *, held_out: bool = False) -> Any:
         from alto_jax.data.sa1b import Sa1bMasks
 
         return Sa1bMasks(data.root, seed=config.seed, train=not held_out)
-    raise ValueError(f"config.data.source: {config.stage} reads 'scenes' or 'sa1b', got {data.source!r}")
+    if data.source == "prepared":
+        from alto_jax.data.prepared import Prepared
+
+        return Prepared(data.root, kind="masks")
+    if data.source == "mixture":
+        return _mixture(config, lambda part: mask_source(part, held_out=held_out))
+    raise ValueError(
+        f"config.data.source: {config.stage} reads 'scenes', 'sa1b', 'prepared' or 'mixture', got {data.source!r}"
+    )
 
 
 def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = False) -> Any:
@@ -35,7 +43,62 @@ def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = Fa
         from alto_jax.data.conversations import Conversations
 
         return Conversations(data.meta)
-    raise ValueError(f"config.data.source: {config.stage} reads 'scenes' or 'jsonl', got {data.source!r}")
+    if data.source == "prepared":
+        from alto_jax.data.prepared import Prepared
+
+        return Prepared(data.root, kind="chat")
+    if data.source == "referring":
+        return _referring(config, adaptive_only)
+    if data.source == "mixture":
+        return _mixture(config, lambda part: chat_source(part, held_out=held_out, adaptive_only=adaptive_only))
+    raise ValueError(
+        f"config.data.source: {config.stage} reads 'scenes', 'jsonl', 'prepared', 'referring' or 'mixture', "
+        f"got {data.source!r}"
+    )
+
+
+def _referring(config: Any, adaptive_only: bool) -> Any:
+    """The training splits that `config.data.meta` names, each with a weight in proportion to its size."""
+    from alto_jax.data import benchmarks, refcoco
+    from alto_jax.data.mixture import Mixture
+
+    parts = {}
+    for name in config.data.meta.split(","):
+        raw = benchmarks.train_split(name.strip(), config.data.root)
+        chats = {"adaptive_fraction": 1.0, "yes_fraction": 0.0, "skip_no_target": True} if adaptive_only else {}
+        source = refcoco.ReferringChats(raw, seed=config.seed, **chats)
+        parts[name.strip()] = (source, float(len(source)))
+    return next(iter(parts.values()))[0] if len(parts) == 1 else Mixture(parts, seed=config.seed)
+
+
+def _mixture(config: Any, open_part: Any) -> Any:
+    """The sources of the JSON file `config.data.meta`: {name: {"weight", "source", "root", "meta"}}, paths relative to it."""
+    import dataclasses
+    import json
+
+    from alto_jax.data.mixture import Mixture
+
+    file = pathlib.Path(config.data.meta)
+    try:
+        content = json.loads(file.read_bytes())
+        parts = {name: (float(entry["weight"]), str(entry["source"]), entry) for name, entry in content.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"config.data.meta: {file}: expected JSON {{name: {{weight, source, …}}}}: {error!r}"
+        ) from error
+    sources = {}
+    for name, (weight, source, entry) in parts.items():
+        if source == "mixture":
+            raise ValueError(f"{file}: {name}.source: a mixture in a mixture")
+        paths = {"root": str(file.parent / entry["root"]) if entry.get("root") else "", "meta": entry.get("meta", "")}
+        if source == "jsonl":
+            paths["meta"] = str(file.parent / paths["meta"])
+        try:
+            data = dataclasses.replace(config.data, source=source, **paths)
+            sources[name] = (open_part(dataclasses.replace(config, data=data)), weight)
+        except ValueError as error:
+            raise ValueError(f"{file}: {name}: {error}") from error
+    return Mixture(sources, seed=config.seed)
 
 
 def _scenes(config: Any, held_out: bool) -> composition.ScenesConfig:
@@ -68,6 +131,7 @@ def chat_iterator(config: Any, text: TextTokenizer, process_index: int, process_
             max_length=config.data.max_length,
             num_latent_tokens=config.model.tokenizer.num_latent_tokens,
             max_masks=config.data.max_masks,
+            length_buckets=config.data.length_buckets,
             **_options(config, process_index, process_count),
         )
     )
@@ -134,6 +198,7 @@ def _options(config: Any, process_index: int, process_count: int) -> dict:
         "process_index": process_index,
         "process_count": process_count,
         "num_threads": config.data.num_threads,
+        "max_bad_fraction": config.data.max_bad_fraction,
     }
     return options | ({"system": config.data.system} if config.stage in ("stage2", "stage3") else {})
 
@@ -146,6 +211,7 @@ def _once(config: Any) -> dict:
         "shuffle": False,
         "drop_remainder": False,
         "num_threads": config.data.num_threads,
+        "max_bad_fraction": config.data.max_bad_fraction,
     }
 
 
@@ -182,7 +248,7 @@ def text_tokenizer(config: Any) -> TextTokenizer:
 
 def _texts(config: Any) -> Iterator[str]:
     """What people and model say in the data, for training a tokenizer."""
-    if config.data.source == "jsonl":
+    if config.data.source != "scenes":
         for record in chat_source(config).texts():
             yield from record
         return

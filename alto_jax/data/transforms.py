@@ -6,10 +6,14 @@ the MLLM image and the SFT mask, OpenCV's bilinear and bicubic without antialias
 bilinear without antialiasing for `prepare_image`.
 """
 
+from collections.abc import Iterator
+import contextlib
 import functools
 import io
+import logging
 import math
 import os
+import threading
 import warnings
 
 import numpy as np
@@ -18,6 +22,24 @@ from PIL import Image, ImageOps
 MIN_SIDE = 8  # pixels; anything smaller shows nothing and is refused
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+_log = logging.getLogger(__name__)
+_notes = threading.local()
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[tuple[str, str]]]:
+    """Collects (file, what) of the images that this thread reads and that had to be converted."""
+    before, _notes.found = getattr(_notes, "found", None), []
+    try:
+        yield _notes.found
+    finally:
+        _notes.found = before
+
+
+def _note(path: str | os.PathLike, what: str) -> None:
+    _log.info("%s: %s", os.fspath(path), what)
+    if getattr(_notes, "found", None) is not None:
+        _notes.found.append((os.fspath(path), what))
 
 
 def open_image(path: str | os.PathLike, min_side: int = MIN_SIDE) -> np.ndarray:
@@ -33,7 +55,10 @@ def open_image(path: str | os.PathLike, min_side: int = MIN_SIDE) -> np.ndarray:
     Raises:
       ValueError: the file is missing, is no complete image, or is too small; the message names it.
     """
-    return check_size(np.asarray(_to_rgb(_open(path, "image"))), path, min_side)
+    image = _open(path, "image")
+    if image.mode not in ("RGB", "L"):
+        _note(path, f"colour mode {image.mode}, converted to RGB")
+    return check_size(np.asarray(_to_rgb(image)), path, min_side)
 
 
 def open_mask(path: str | os.PathLike, allow_empty: bool = False, min_side: int = MIN_SIDE) -> np.ndarray:
@@ -89,10 +114,15 @@ def _open(path: str | os.PathLike, what: str) -> Image.Image:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 image.load()
-                return ImageOps.exif_transpose(image)
+                upright = ImageOps.exif_transpose(image)
+                if upright.size != image.size or image.getexif().get(0x0112, 1) != 1:
+                    _note(path, "EXIF rotation, turned upright")
+                return upright
     except FileNotFoundError as error:
         raise ValueError(f"{what} {os.fspath(path)} does not exist") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if os.path.isfile(path) and os.path.getsize(path) == 0:
+            raise ValueError(f"{what} {os.fspath(path)} cannot be read: a file of 0 bytes") from error
         raise ValueError(f"{what} {os.fspath(path)} cannot be read: {error}") from error
 
 

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def debug_model(tmp_path_factory):
-    """A checkpoint of stage2.py:debug's sizes; its decoder is disturbed so that masks are neither full nor empty."""
+    """A checkpoint of stage2.py:debug's sizes; such that its masks are neither full nor empty."""
     from flax import traverse_util
     import jax
 
@@ -22,11 +22,16 @@ def debug_model(tmp_path_factory):
 
     config = experiment.make_experiment(main.load_config(str(ROOT / "configs/stage2.py:debug")))
     path = tmp_path_factory.mktemp("debug_model")
-    flat = traverse_util.flatten_dict(jax.device_get(init_params(config.model, jax.random.key(0))), sep="/")
-    rng = np.random.default_rng(0)
-    for name in flat:
-        if name.startswith("tokenizer/pixel_decoder/conv_out"):
-            flat[name] = flat[name] + rng.normal(0, 0.5, flat[name].shape).astype(np.float32)
+    abstract = traverse_util.flatten_dict(
+        jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0)), sep="/"
+    )
+    rng, flat = np.random.default_rng(0), {}
+    for name, leaf in abstract.items():
+        if name.endswith("/scale"):
+            flat[name] = np.ones(leaf.shape, np.float32)
+        else:
+            spread = 0.5 if "pixel_decoder/conv_out" in name else 0.3 / np.sqrt(max(leaf.shape[-2:][0], 1))
+            flat[name] = rng.normal(0, spread, leaf.shape).astype(np.float32)
     shapes = {name: (value.shape, value.dtype) for name, value in flat.items()}
 
     def fill(sinks):

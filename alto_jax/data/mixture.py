@@ -1,0 +1,58 @@
+"""Several sources as one, by weight: record i comes from the same source and row every time.
+
+A weight is the share of the stream. An epoch of the mixture ends when the source that is read slowest has been read once,
+so that no record is lost; the others are read again (each time from the start). Order is drawn by the seed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from alto_jax.config import require
+
+
+class Mixture:
+    """Random access to the records of named sources.
+
+    Attributes:
+      counts: records of each source in one epoch.
+    """
+
+    def __init__(self, sources: Mapping[str, tuple[Any, float]], *, seed: int = 0):
+        """ValueError: no source, an empty one, or a weight that is not above 0.
+
+        Args:
+          sources: name → (source, weight).
+          seed: of the order.
+        """
+        require(bool(sources), "mixture", dict(sources), "at least one source")
+        for name, (source, weight) in sources.items():
+            require(weight > 0, f"mixture.{name}.weight", weight, "a number above 0")
+            require(len(source) > 0, f"mixture.{name}", len(source), "at least one record")
+        self._sources = [source for source, _ in sources.values()]
+        self._names = list(sources)
+        weights = np.array([weight for _, weight in sources.values()], float)
+        shares, sizes = weights / weights.sum(), np.array([len(s) for s in self._sources])
+        counts = np.maximum(sizes, np.round(shares * np.max(sizes / shares)).astype(np.int64))
+        self.counts = dict(zip(self._names, counts.tolist()))
+        self._which = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        np.random.default_rng(seed).shuffle(self._which)
+        self._row = np.zeros(len(self._which), np.int64)
+        for number, size in enumerate(sizes):
+            mine = self._which == number
+            self._row[mine] = np.arange(int(mine.sum())) % size
+
+    def __len__(self) -> int:
+        return len(self._which)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = int(self._which[index])
+        record = self._sources[number][int(self._row[index])]
+        return {**record, "key": f"{self._names[number]}:{record['key']}"}
+
+    def texts(self):
+        """The texts of all sources that have some."""
+        for source in self._sources:
+            if hasattr(source, "texts"):
+                yield from source.texts()

@@ -1,0 +1,371 @@
+"""Preparation of data sets: read once, resized as the model takes them, stored for fast random access.
+
+    python -m alto_jax.data.prepare NAME --source DIR --out DIR [--vision-size 448 --image-size 1024 --mask-size 256]
+    python -m alto_jax.data.prepare NAME --source DIR --check
+
+NAME: sa1b, conversations, refcoco_train (refcoco+_, refcocog_, grefcoco_), scene_masks, scene_chats, or a benchmark
+with masks. Writes a TFDS data set (array_record; no TensorFlow) to OUT/{name}/1.0.0, in the order of the raw reader,
+with `manifest.json`: counts, hashes, bad records. Killed and started again it goes on with the shards that are
+missing, and ends byte for byte as without the kill. --check writes nothing and lists everything that is wrong.
+
+Note: shards are written here rather than by TFDS's writer, which starts from nothing after a kill; the metadata
+is TFDS's own, so that `tfds.data_source(name, data_dir=OUT)` reads the result.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+from typing import Any
+
+import numpy as np
+
+from alto_jax import cli
+from alto_jax.config import ConfigError
+from alto_jax.data import bad_data, pipeline, prepared, transforms
+
+SPLIT = "train"  # Of the TFDS data set; the benchmark's own split is part of the name.
+VERSION = "1.0.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is prepared: raw source, kind, name in the manifest, and the options that the bytes depend on."""
+
+    name: str
+    kind: str
+    source: Any
+    sizes: dict[str, int]
+    image_format: str
+    records_per_shard: int
+    seed: int
+
+    @property
+    def dataset(self) -> str:
+        """The name as TFDS takes it."""
+        return re.sub(r"[^a-z0-9]+", "_", self.name.replace("+", "plus").lower()).strip("_")
+
+    def options(self) -> dict[str, Any]:
+        """All that the result depends on, besides the files."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "sizes": self.sizes,
+            "format": self.image_format,
+            "records_per_shard": self.records_per_shard,
+            "seed": self.seed,
+            "records": len(self.source),
+            "split": SPLIT,
+            "no_target": bool(getattr(self.source, "no_target", False)),
+        }
+
+
+def open_source(name: str, source: str, *, seed: int, protocol: str, images: str | None, draws: int, num: int) -> tuple:
+    """The raw source of a name: (name in the manifest, kind, source).
+
+    Raises:
+      ValueError: an unknown name, or files that are missing; the message says what was expected where.
+    """
+    from alto_jax.data import benchmarks, refcoco
+
+    path = pathlib.Path(source)
+    if name == "sa1b":
+        from alto_jax.data.sa1b import Sa1bMasks
+
+        return name, "masks", Sa1bMasks(path, seed=seed, draws_per_image=draws)
+    if name == "conversations":
+        from alto_jax.data.conversations import Conversations
+
+        return name, "chat", Conversations(path / "meta.json" if path.is_dir() else path, seed=seed, once=True)
+    if name in ("scene_masks", "scene_chats"):
+        from alto_jax.data.scenes import SceneChats, SceneMasks, ScenesConfig
+
+        config = ScenesConfig(image_size=128, num_scenes=num)
+        return (name, "masks", SceneMasks(config)) if name == "scene_masks" else (name, "chat", SceneChats(config))
+    if name.endswith("_train") and name.removesuffix("_train") in ("refcoco", "refcoco+", "refcocog", "grefcoco"):
+        raw = benchmarks.train_split(name.removesuffix("_train"), path, protocol=protocol, images=images)
+        return f"{name}.{protocol}", "chat", refcoco.ReferringChats(raw, seed=seed)
+    return f"{name}.{protocol}", "referring", benchmarks.open_benchmark(name, path, protocol=protocol, images=images)
+
+
+def example(job: Job, index: int) -> dict[str, Any]:
+    """Record `index` as TFDS features.
+
+    Raises:
+      ValueError, OSError: a bad record.
+    """
+    record, sizes = job.source[index], job.sizes
+    encode = functools.partial(prepared.encode_image, image_format=job.image_format)
+    key, image = record["key"], record["image"]
+    if job.kind == "masks":
+        mask = record["mask"]
+        if any(sizes.values()):
+            image, mask = pipeline.mask_arrays(record, sizes["image_size"], sizes["mask_size"])
+        elif image.shape[:2] != mask.shape or not mask.any():
+            raise ValueError(f"record {key}: the mask is empty, or its image is of another size")
+        return {"key": key, "image": encode(image), "masks": [prepared.encode_mask(mask)]}
+    masks = record["masks"] if job.kind == "chat" else [record["mask"]]
+    for mask in masks:
+        if mask.shape != image.shape[:2]:
+            raise ValueError(f"record {key}: mask {mask.shape[1]}x{mask.shape[0]}, "
+                             f"its image is {image.shape[1]}x{image.shape[0]}")  # fmt: skip
+    transforms.check_size(image, f"of record {key}")
+    small, pixel = image, np.zeros((1, 1, 3), np.uint8)
+    if sizes["vision_size"]:
+        small, pixel = transforms.squash(image, sizes["vision_size"]), transforms.squash(image, sizes["image_size"])
+        if job.kind == "chat":
+            masks = [transforms.squash(mask, sizes["mask_size"]) for mask in masks]
+    found = {"key": key, "image": encode(small), "masks": [prepared.encode_mask(mask) for mask in masks]}
+    found["pixel_image"] = encode(pixel)
+    if job.kind == "chat":
+        return found | {"conversations": json.dumps(record["conversations"], ensure_ascii=False)}
+    ignore = [prepared.encode_mask(record["ignore"])] if "ignore" in record else []
+    return found | {"phrase": record["phrase"], "ignore": ignore}
+
+
+def prepare(job: Job, out: str | os.PathLike, *, max_bad_fraction: float, workers: int = 2) -> pathlib.Path:
+    """Prepares a data set, or goes on where a killed run stopped.
+
+    Args:
+      job: what.
+      out: the folder of prepared data sets.
+      max_bad_fraction: share of the records that may be bad; they are left out and listed in the manifest.
+      workers: threads, each writing a shard.
+
+    Returns:
+      The data set's folder.
+
+    Raises:
+      ConfigError: there is one already with other options.
+      ValueError: too many bad records.
+    """
+    from alto_jax.progress import Progress
+
+    folder = pathlib.Path(out) / job.dataset / VERSION
+    work, options = folder / ".work", job.options()
+    if (folder / prepared.MANIFEST).is_file():
+        _same_options(json.loads((folder / prepared.MANIFEST).read_text()), options, folder)
+        shutil.rmtree(work, ignore_errors=True)
+        print(f"[{job.name}] {folder} is already complete")
+        return folder
+    work.mkdir(parents=True, exist_ok=True)
+    if (work / "options.json").is_file():
+        _same_options(json.loads((work / "options.json").read_text()), options, folder)
+    _write_text(work / "options.json", json.dumps(options))
+    total = len(job.source)
+    count = -(-total // job.records_per_shard)
+    bad = bad_data.BadRecords(total, max_bad_fraction)
+    shards: dict[int, dict] = {}
+    for number in range(count):
+        if (work / f"{number:05d}.json").is_file() and _shard_file(job, folder, number, count).is_file():
+            shards[number] = json.loads((work / f"{number:05d}.json").read_text())
+    done = sum(s["seen"] for s in shards.values())
+    progress = Progress(job.name, total, done)
+    if done:
+        print(f"[{job.name}] resumed: {len(shards)} of {count} shards are there")
+    for number in sorted(shards):
+        _count_bad(bad, shards[number])
+    write = functools.partial(_write_shard, job, _serializer(job), folder, work, count)
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        waiting = iter([n for n in range(count) if n not in shards])
+        running = {pool.submit(write, n) for _, n in zip(range(2 * workers), waiting)}
+        while running:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                shard = future.result()
+                shards[shard["number"]] = shard
+                done += shard["seen"]
+                try:
+                    _count_bad(bad, shard)
+                except ValueError:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+                progress.line(done, {"bad": len(bad)})
+            running |= {pool.submit(write, n) for _, n in zip(range(len(finished)), waiting)}
+    _finish(job, folder, [shards[n] for n in range(count)], options)
+    shutil.rmtree(work)
+    return folder
+
+
+def _same_options(old: dict, new: dict, folder: pathlib.Path) -> None:
+    different = [f"{k} {old.get(k)!r} (now {v!r})" for k, v in new.items() if old.get(k) != v]
+    if different:
+        raise ConfigError(f"--out: {folder} holds a data set with {'; '.join(different)}; choose another folder")
+
+
+def _count_bad(bad: bad_data.BadRecords, shard: dict) -> None:
+    for entry in shard["bad"]:
+        bad.add(entry["index"], entry["message"])
+
+
+def _shard_file(job: Job, folder: pathlib.Path, number: int, count: int) -> pathlib.Path:
+    return folder / f"{job.dataset}-{SPLIT}.array_record-{number:05d}-of-{count:05d}"
+
+
+def _serializer(job: Job) -> Callable[[dict], bytes]:
+    """Examples as serialised tf.Example protos, the same bytes every time."""
+    from tensorflow_datasets.core import example_serializer
+
+    features = prepared.features(job.kind, job.image_format)
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    # Note: protobuf writes maps in any order unless told not to.
+    return lambda e: serializer.get_tf_example(features.encode_example(e)).SerializeToString(deterministic=True)
+
+
+def _write_shard(
+    job: Job, serialize: Callable, folder: pathlib.Path, work: pathlib.Path, count: int, number: int
+) -> dict:
+    """Writes a shard and says what is in it; both get their final names when they are complete."""
+    from array_record.python import array_record_module
+
+    file, temporary = _shard_file(job, folder, number, count), work / f"{number:05d}.tmp"
+    start = number * job.records_per_shard
+    stop = min(start + job.records_per_shard, len(job.source))
+    bad, written = [], 0
+    compression = "uncompressed" if job.image_format != "raw" else "zstd:1"
+    writer = array_record_module.ArrayRecordWriter(str(temporary), f"group_size:1,{compression}")
+    for index in range(start, stop):
+        try:
+            record = serialize(example(job, index))
+        except (ValueError, OSError) as error:
+            message = " ".join(str(error).split())
+            bad.append({"index": index, "kind": bad_data.kind_of(message), "message": message})
+            continue
+        writer.write(record)
+        written += 1
+    writer.close()
+    digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+    shard = {"number": number, "seen": stop - start, "records": written, "bytes": temporary.stat().st_size}
+    shard |= {"sha256": digest, "bad": bad}
+    temporary.replace(file)
+    _write_text(work / f"{number:05d}.json", json.dumps(shard))
+    return shard
+
+
+def _finish(job: Job, folder: pathlib.Path, shards: list[dict], options: dict) -> None:
+    """Writes TFDS's metadata, and the manifest last."""
+    import tensorflow_datasets as tfds
+
+    template = tfds.core.ShardedFileTemplate(
+        dataset_name=job.dataset, split=SPLIT, filetype_suffix="array_record", data_dir=folder
+    )
+    lengths = [shard["records"] for shard in shards]
+    split = tfds.core.SplitInfo(
+        name=SPLIT, shard_lengths=lengths, num_bytes=sum(s["bytes"] for s in shards), filename_template=template
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=prepared.features(job.kind, job.image_format),
+        split_infos=[split],
+        filename_template=None,
+        check_data=False,
+        version=VERSION,
+    )
+    bad = [entry for shard in shards for entry in shard["bad"]]
+    manifest = options | {
+        "written": sum(lengths),
+        "bad": bad,
+        "bad_by_kind": dict(sorted(Counter(entry["kind"] for entry in bad).items())),
+        "shards": [{k: s[k] for k in ("records", "bytes", "sha256")} for s in shards],
+    }
+    _write_text(folder / prepared.MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def check(job: Job, workers: int = 2) -> dict[str, Any]:
+    """Reads everything and lists what is wrong.
+
+    Returns:
+      {"records", "bad": [{"index", "kind", "message"}], "converted": [{"file", "what"}]}; `converted` are images
+      that are used, but had to be turned upright or to RGB.
+    """
+    problems = getattr(job.source, "problems", None)
+
+    def one(index: int) -> tuple[list[str], list[tuple[str, str]]]:
+        with transforms.noting() as notes:
+            try:
+                found = problems(index) if problems else []
+                if not problems:
+                    example(job, index)
+            except (ValueError, OSError) as error:
+                found = [" ".join(str(error).split())]
+        return found, notes
+
+    bad, converted = [], {}
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        for index, (found, notes) in enumerate(pool.map(one, range(len(job.source)))):
+            bad += [{"index": index, "kind": bad_data.kind_of(m), "message": m} for m in found]
+            converted |= {note: {"file": note[0], "what": note[1]} for note in notes}
+    return {"records": len(job.source), "bad": bad, "converted": list(converted.values())}
+
+
+def main() -> int:
+    """The command; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m alto_jax.data.prepare", description="Prepare a data set.")
+    parser.add_argument("name")
+    parser.add_argument("--source", default=".", metavar="DIR", help="the data folder (conversations: the meta file)")
+    parser.add_argument("--out", metavar="DIR")
+    parser.add_argument("--check", action="store_true", help="only list what is wrong; exit code 1 if anything is")
+    parser.add_argument("--vision-size", type=int, default=0, help="side of the MLLM's image (0: images as they are)")
+    parser.add_argument("--image-size", type=int, default=0, help="side of the SAM image")
+    parser.add_argument("--mask-size", type=int, default=0, help="side of the training masks")
+    parser.add_argument(
+        "--format", choices=prepared.FORMATS, default="png", help="raw: fastest; jpeg: smallest, not exact"
+    )
+    parser.add_argument("--protocol", choices=("joined", "per_sentence"), default="joined")
+    parser.add_argument("--images", metavar="DIR", help="the COCO images, if not at a usual place")
+    parser.add_argument("--draws-per-image", type=int, default=1, help="sa1b: records made of each image")
+    parser.add_argument("--num-scenes", type=int, default=20000, help="scene_masks, scene_chats: how many")
+    parser.add_argument("--records-per-shard", type=int, default=256)
+    parser.add_argument("--max-bad-fraction", type=float, default=0.001)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    name, kind, source = open_source(
+        options.name, options.source, seed=options.seed, protocol=options.protocol, images=options.images,
+        draws=options.draws_per_image, num=options.num_scenes,
+    )  # fmt: skip
+    sizes = {"vision_size": options.vision_size, "image_size": options.image_size, "mask_size": options.mask_size}
+    needed = {"masks": ("image_size", "mask_size"), "chat": tuple(sizes), "referring": ("vision_size", "image_size")}[
+        kind
+    ]
+    given = [size for size in needed if sizes[size]]
+    if given and len(given) < len(needed):
+        raise ConfigError(
+            f"{options.name} needs all of {', '.join('--' + n.replace('_', '-') for n in needed)}, or none"
+        )
+    sizes = {k: v if k in needed else 0 for k, v in sizes.items()}
+    if options.records_per_shard < 1 or options.workers < 1:
+        raise ConfigError("--records-per-shard, --workers: expected at least 1")
+    job = Job(name, kind, source, sizes, options.format, options.records_per_shard, options.seed)
+    if options.check:
+        found = check(job, options.workers)
+        for entry in found["bad"]:
+            print(f"{entry['kind']}: {entry['message']}")
+        for entry in found["converted"]:
+            print(f"converted: {entry['file']}: {entry['what']}")
+        print(f"{found['records']} records, {len(found['bad'])} problems, {len(found['converted'])} images converted")
+        return 1 if found["bad"] else 0
+    if not options.out:
+        raise ConfigError("--out is required (see --help)")
+    folder = prepare(job, options.out, max_bad_fraction=options.max_bad_fraction, workers=options.workers)
+    manifest = json.loads((folder / prepared.MANIFEST).read_text())
+    print(f"{manifest['written']} of {manifest['records']} records in {folder}, {len(manifest['bad'])} left out")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

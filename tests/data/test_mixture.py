@@ -1,0 +1,126 @@
+"""Mixtures, text buckets, prefetch to the device, and all of them in a training run on real formats."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from alto_jax import evaluate
+from alto_jax.data import pipeline, prepare, sources
+from alto_jax.data.mixture import Mixture
+from alto_jax.data.prefetch import DevicePrefetch
+from alto_jax.mllm.text import TextTokenizer
+from tests.data import replicas
+from tests.data.test_evaluate import options as evaluate_options
+from tests.data.test_prepare import SIZES, job
+
+
+class Named:
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        return {"key": str(index)}
+
+
+def test_mixture_has_exact_shares_and_loses_no_record():
+    mixed = Mixture({"a": (Named(10), 3.0), "b": (Named(50), 1.0)}, seed=1)
+    assert mixed.counts == {"a": 150, "b": 50} and len(mixed) == 200
+    keys = [record["key"] for record in mixed]
+    assert sorted(key for key in keys if key[0] == "b") == sorted(f"b:{i}" for i in range(50))
+    assert [keys.count(f"a:{i}") for i in range(10)] == [15] * 10
+    assert keys == [r["key"] for r in Mixture({"a": (Named(10), 3.0), "b": (Named(50), 1.0)}, seed=1)]
+    assert 20 < sum(key[0] == "b" for key in keys[:100]) < 30
+    with pytest.raises(ValueError, match="mixture.a.weight"):
+        Mixture({"a": (Named(1), 0.0)})
+
+
+def test_text_buckets_cut_padding_only(tmp_path, debug_model):
+    from alto_jax.data.conversations import Conversations
+
+    tok = TextTokenizer.load(debug_model.path)
+    source = Conversations(replicas.write_conversations(tmp_path, 6))
+    sizes = dict(vision_size=28, image_size=64, mask_size=32, num_image_tokens=4, max_length=256, num_latent_tokens=8)
+    options = dict(max_masks=2, batch_size=1, seed=0, system=None, num_epochs=1)
+    whole = list(pipeline.chat_batches(source, tok, **sizes, **options))
+    cut = list(pipeline.chat_batches(source, tok, **sizes, **options, length_buckets=(60, 80, 128)))
+    lengths = [batch.ids.shape[1] for batch in cut]
+    assert len(set(lengths)) > 1 and set(lengths) <= {60, 80, 128, 256}
+    for a, b, length in zip(whole, cut, lengths):
+        np.testing.assert_array_equal(a.ids[:, :length], b.ids)
+        assert not a.text_mask[:, length:].any() and a.text_mask.sum() == b.text_mask.sum()
+    part = next(iter(pipeline.chat_batches(source, tok, **sizes, **options | {"batch_size": 2}, process_count=2,
+                                           length_buckets=(60, 80))))  # fmt: skip
+    assert part.ids.shape[1] == 256
+
+
+def test_prefetch_gives_the_same_batches_and_its_position_is_exact():
+    class Masks(Named):
+        def __getitem__(self, index):
+            return {"key": "", "image": np.full((8, 8, 3), index, np.uint8), "mask": np.full((8, 8), 255, np.uint8)}
+
+    make = lambda: iter(pipeline.mask_batches(Masks(9), image_size=8, mask_size=8, batch_size=3, seed=0, num_epochs=2))
+    first = lambda batch: int(batch.image[0, 0, 0, 0])
+    whole = [first(batch) for batch in make()]
+    ahead = DevicePrefetch(make(), lambda batch: batch, depth=3)
+    found = [first(next(ahead)) for _ in range(2)]
+    state = ahead.get_state()
+    next(ahead)
+    again = DevicePrefetch(make(), lambda batch: batch, depth=2)
+    again.set_state(state)
+    assert found + [first(batch) for batch in again] == whole
+    ahead.set_state(state)
+    assert [first(batch) for batch in ahead] == whole[2:]
+
+
+def config_of(debug_model, **data):
+    config = debug_model.config
+    train = dataclasses.replace(config.train, steps=2, batch_size=2)
+    changed = dataclasses.replace(config.data, max_length=200, max_masks=2, **data)
+    quick = dataclasses.replace(config.eval, num_samples=0)
+    return dataclasses.replace(config, init_from=str(debug_model.path), train=train, data=changed, eval=quick)
+
+
+def test_prepared_data_trains_two_steps_and_the_result_is_evaluated(tmp_path, debug_model):
+    """All conversation formats in one mixture: raw JSONL, prepared JSONL, and two referring data sets."""
+    from alto_jax.train import train
+
+    data = tmp_path / "data"
+    replicas.write_conversations(data / "chat")
+    replicas.write_refer(data, "refcoco", splits=("train", "val"))
+    replicas.write_refer(data, "grefcoco", splits=("train", "val"))
+    sizes = {**SIZES, "vision_size": debug_model.config.model.vision.image_size}
+    folder = prepare.prepare(job("conversations", data / "chat", sizes), tmp_path / "prepared", max_bad_fraction=0)
+    content = {
+        "chat": {"weight": 1, "source": "jsonl", "meta": "data/chat/meta.json"},
+        "prepared": {"weight": 1, "source": "prepared", "root": str(folder)},
+        "refer": {"weight": 2, "source": "referring", "root": "data", "meta": "refcoco,grefcoco"},
+    }
+    (tmp_path / "mix.json").write_text(json.dumps(content))
+    config = config_of(debug_model, source="mixture", meta=str(tmp_path / "mix.json"), length_buckets=(160,))
+    kinds = {record["key"].split(":")[0] for record in sources.chat_source(config)}
+    assert kinds == {"chat", "prepared", "refer"}
+    result = train(config, tmp_path / "run")
+    assert np.isfinite(result["metrics_last"]["loss"])
+    trained = type(debug_model)(path=tmp_path / "run", config=config)
+    found = evaluate.evaluate(evaluate_options(trained, data, tmp_path / "out", "refcoco_val,grefcoco_val"))
+    assert all(0 <= task["giou"] <= 1 for task in found.values()) and len(found) == 2
+
+
+def test_stage_three_and_stage_one_sources(tmp_path, debug_model):
+    replicas.write_refer(tmp_path, "grefcoco", splits=("train",))
+    config = config_of(debug_model, source="referring", root=str(tmp_path), meta="grefcoco")
+    records = list(sources.chat_source(config, adaptive_only=True))
+    assert all(len(r["masks"]) == 1 and "adaptive" in r["conversations"][0]["value"] for r in records)
+    replicas.write_sa1b(tmp_path / "sa1b")
+    sizes = {**SIZES, "vision_size": 0}
+    folder = prepare.prepare(job("sa1b", tmp_path / "sa1b", sizes), tmp_path / "out", max_bad_fraction=0)
+    config = dataclasses.replace(config_of(debug_model, source="prepared", root=str(folder)), stage="stage1")
+    batch = next(sources.mask_iterator(config, 0, 1))
+    assert batch.image.shape == (2, 64, 64, 3) and batch.mask.shape == (2, 32, 32)
+    with pytest.raises(ValueError, match="prepared kind is 'masks', expected 'chat'"):
+        sources.chat_source(config)

@@ -1,0 +1,155 @@
+"""Preparation: equal to raw, the same bytes after kill -9, readable by TFDS, wired into training."""
+
+import hashlib
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from alto_jax.config import ConfigError
+from alto_jax.data import pipeline, prepare, prepared
+from alto_jax.data.prepared import Prepared
+from tests.data import replicas
+
+ROOT = pathlib.Path(__file__).parents[2]
+SIZES = {"vision_size": 28, "image_size": 64, "mask_size": 32}
+NONE = dict.fromkeys(SIZES, 0)
+
+
+def job(name, source, sizes=NONE, image_format="png", records_per_shard=4, **options):
+    options = {"seed": 0, "protocol": "joined", "images": None, "draws": 3, "num": 8} | options
+    found = prepare.open_source(name, str(source), **options)
+    needed = {"masks": ("image_size", "mask_size"), "chat": SIZES, "referring": ("vision_size", "image_size")}[found[1]]
+    sizes = {k: v if k in needed else 0 for k, v in sizes.items()}
+    return prepare.Job(*found, sizes, image_format, records_per_shard, 0)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    root = tmp_path_factory.mktemp("raw")
+    replicas.write_sa1b(root / "sa1b", 5)
+    replicas.write_conversations(root / "chat", 6, repeat=3)
+    replicas.write_refer(root, "grefcoco", splits=("val", "train"))
+    replicas.write_refcocom(root)
+    return root
+
+
+CASES = [
+    ("sa1b", "sa1b"),
+    ("conversations", "chat"),
+    ("grefcoco_train", ""),
+    ("grefcoco_val", ""),
+    ("refcocom_val_part_only", ""),
+]
+
+
+@pytest.mark.parametrize("image_format", ["png", "raw"])
+@pytest.mark.parametrize(("name", "folder"), CASES)
+def test_prepared_equals_raw(source, tmp_path, name, folder, image_format):
+    raw = job(name, source / folder, image_format=image_format)
+    found = Prepared(prepare.prepare(raw, tmp_path, max_bad_fraction=0))
+    assert len(found) == len(raw.source) > 4 and found.no_target == getattr(raw.source, "no_target", False)
+    for index, wanted in enumerate(raw.source):
+        record = found[index]
+        assert record.keys() == wanted.keys()
+        for key, value in wanted.items():
+            if key == "masks":
+                assert len(value) == len(record["masks"])
+                assert all(np.array_equal(a, b) for a, b in zip(record["masks"], value))
+            else:
+                assert np.array_equal(record[key], value), key
+
+
+def test_prepared_batches_equal_raw_batches(source, tmp_path, debug_model):
+    from alto_jax.mllm.text import TextTokenizer
+
+    tok = TextTokenizer.load(debug_model.path)
+    sizes = dict(vision_size=28, image_size=64, mask_size=32, num_image_tokens=4, max_length=200, num_latent_tokens=8)
+    options = dict(max_masks=2, batch_size=2, seed=0, system=None, num_epochs=1)
+    raw = job("conversations", source / "chat", SIZES)
+    small = Prepared(prepare.prepare(raw, tmp_path, max_bad_fraction=0))
+    pairs = [(pipeline.chat_batches(s, tok, **sizes, **options)) for s in (raw.source, small)]
+    masks = job("sa1b", source / "sa1b", SIZES, "raw")
+    small = Prepared(prepare.prepare(masks, tmp_path, max_bad_fraction=0))
+    pairs += [
+        pipeline.mask_batches(s, image_size=64, mask_size=32, batch_size=2, seed=0, num_epochs=1)
+        for s in (masks.source, small)
+    ]
+    for one, two in (pairs[:2], pairs[2:]):
+        one, two = list(one), list(two)
+        assert len(one) == len(two) >= 3
+        for a, b in zip(one, two):
+            for name in vars(a):
+                np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    with pytest.raises(ValueError, match="prepared with image_size 64x64, the model wants 32x32"):
+        next(iter(pipeline.mask_batches(small, image_size=32, mask_size=32, batch_size=2, seed=0)))
+
+
+def test_tfds_reads_it(source, tmp_path):
+    import tensorflow_datasets as tfds
+
+    raw = job("grefcoco_val", source)
+    folder = prepare.prepare(raw, tmp_path, max_bad_fraction=0)
+    found = tfds.data_source("grefcoco_val_joined", data_dir=str(tmp_path), split="train")
+    assert len(found) == len(raw.source)
+    np.testing.assert_array_equal(found[1]["image"], raw.source[1]["image"])
+    assert found[0]["phrase"].decode() == raw.source[0]["phrase"]
+    assert len(tfds.data_source("grefcoco_val_joined", data_dir=str(tmp_path), split="train[:50%]")) == len(found) // 2
+    assert folder.parts[-2:] == ("grefcoco_val_joined", "1.0.0")
+
+
+def test_other_options_or_kinds_are_refused(source, tmp_path):
+    folder = prepare.prepare(job("grefcoco_val", source), tmp_path, max_bad_fraction=0)
+    with pytest.raises(ConfigError, match="format 'png' .now 'raw'"):
+        prepare.prepare(job("grefcoco_val", source, image_format="raw"), tmp_path, max_bad_fraction=0)
+    with pytest.raises(ValueError, match="prepared name is 'grefcoco_val.joined', expected 'refcoco_val.joined'"):
+        Prepared(folder, expect="refcoco_val.joined")
+    with pytest.raises(ValueError, match="prepared kind is 'referring', expected 'chat'"):
+        Prepared(folder, kind="chat")
+    with pytest.raises(ValueError, match="no complete prepared data set"):
+        Prepared(tmp_path)
+
+
+def digest(folder: pathlib.Path) -> dict[str, str]:
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_killed_preparation_ends_with_the_same_bytes(tmp_path):
+    command = [sys.executable, "-m", "alto_jax.data.prepare", "scene_masks", "--num-scenes", "150", "--workers", "2",
+               "--records-per-shard", "6", "--image-size", "64", "--mask-size", "32"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    whole = tmp_path / "whole"
+    subprocess.run([*command, "--out", str(whole)], check=True, env=environment, capture_output=True)
+    killed, kills, rng = tmp_path / "killed", 0, random.Random(0)
+    work = killed / "scene_masks" / "1.0.0" / ".work"
+    for number in range(5):
+        process = subprocess.Popen([*command, "--out", str(killed)], env=environment, stdout=subprocess.DEVNULL)
+        goal = (number + 1) * 4  # shards, so that each start gets further
+        while process.poll() is None and len(list(work.glob("*.json"))) - 1 < goal:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.05)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run([*command, "--out", str(killed)], check=True, env=environment, capture_output=True, text=True)
+    assert kills >= 4 and "resumed" in done.stdout
+    assert digest(killed) == digest(whole)
+    manifest = json.loads((whole / "scene_masks" / "1.0.0" / "manifest.json").read_text())
+    assert manifest["written"] == 150 and len(manifest["shards"]) == 25
+    shard = next((whole / "scene_masks" / "1.0.0").glob("*-00003-of-00025"))
+    assert hashlib.sha256(shard.read_bytes()).hexdigest() == manifest["shards"][3]["sha256"]
+
+
+def test_images_and_mask_formats_round_trip():
+    image = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(prepared.decode(prepared.encode_image(image, "png")), image)
+    np.testing.assert_array_equal(prepared.decode({"shape": (9, 11, 3), "value": image.tobytes()}), image)
+    assert np.abs(prepared.decode(prepared.encode_image(image, "jpeg")).astype(int) - image).mean() < 20
