@@ -217,7 +217,6 @@ class _SinkHandler(ocp.type_handlers.NumpyHandler):
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> list:
         pending: list = []
         for sink, info in zip(values, infos):
-            await info.await_path_creation()
             sink.open(str(info.parent_dir / info.name), pending)
         self._fill()
         for _, write in pending:
@@ -238,7 +237,7 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
 def save_params(
     directory: str | os.PathLike, shapes: Mapping[str, tuple[tuple[int, ...], Any]], fill: Callable, meta: dict
 ) -> None:
-    """Saves parameters alone as step 0 of a run's directory, without ever holding them all.
+    """Saves parameters alone as step 0 of a run's directory, without ever holding them all; not atomic.
 
     Args:
       directory: the run's directory; gets `checkpoints/0`.
@@ -251,14 +250,13 @@ def save_params(
     registry = ocp.type_handlers.create_type_handler_registry(
         (_Sink, _SinkHandler(lambda: fill(sinks))), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
-    state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
-    composite = ocp.CompositeCheckpointHandler(state=state, meta=ocp.JsonCheckpointHandler())
-    tree = {"params": traverse_util.unflatten_dict(sinks, sep="/")}
-    with ocp.Checkpointer(composite) as checkpointer:
-        folder = epath.Path(pathlib.Path(directory).absolute() / CHECKPOINTS / "0")
-        checkpointer.save(
-            folder, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(meta))
-        )
+    step = epath.Path(pathlib.Path(directory).absolute() / CHECKPOINTS / "0")
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler())) as checkpointer:
+        checkpointer.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta)))
+    # Note: a Checkpointer would call the handler before its folder exists; called by itself it works in this thread.
+    (step / "state").mkdir()
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    handler.save(step / "state", args=ocp.args.PyTreeSave({"params": traverse_util.unflatten_dict(sinks, sep="/")}))
 
 
 class LazyArray:

@@ -281,6 +281,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--title", help="name of our rows (default: the checkpoint's folder)")
     found.add_argument("--fsdp", type=int, default=1, help="devices that share the parameters")
     found.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
+    found.add_argument(
+        "--distributed", choices=("none", "env", "auto"), default="none", help="as in alto_jax.main (distributed.py)"
+    )
     found.add_argument("--threads", type=int, default=2, help="reading threads")
     return found
 
@@ -297,6 +300,9 @@ def main() -> int:
     for name in ("checkpoint", "benchmark", "out"):
         if not getattr(options, name):
             raise ConfigError(f"--{name} is required (see --help)")
+    from alto_jax import distributed
+
+    distributed.initialize(options.distributed)
     evaluate(options)
     return 0
 

@@ -29,6 +29,6 @@ for ((i = 0; i < count; i++)); do
 done
 status=0
 for ((i = 0; i < ${#pids[@]}; i++)); do
-  wait -n "${pids[@]}" || { status=$?; break; }
+  wait -n || { status=$?; break; }
 done
 exit "$status"

@@ -127,3 +127,4 @@ _OPENERS: dict[str, Callable] = {
     "refcocom": _open_refcocom,
     "open_vocab": _open_vocab,
 }
+MASK_FAMILIES = tuple(_OPENERS)

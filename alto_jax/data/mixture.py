@@ -1,7 +1,7 @@
 """Several sources as one, by weight: record i comes from the same source and row every time.
 
-A weight is the share of the stream. An epoch of the mixture ends when the source that is read slowest has been read once,
-so that no record is lost; the others are read again (each time from the start). Order is drawn by the seed.
+A weight is the share of the stream. An epoch of the mixture ends when the source that is read slowest has been read
+once, so that no record is lost; the others are read again (each time from the start). The seed draws the order.
 """
 
 from collections.abc import Mapping
@@ -36,8 +36,11 @@ class Mixture:
         shares, sizes = weights / weights.sum(), np.array([len(s) for s in self._sources])
         counts = np.maximum(sizes, np.round(shares * np.max(sizes / shares)).astype(np.int64))
         self.counts = dict(zip(self._names, counts.tolist()))
-        self._which = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        np.random.default_rng(seed).shuffle(self._which)
+        rng = np.random.default_rng(seed)
+        # Every source is spread evenly over the epoch, so that the shares hold in each stretch of it too.
+        places = np.concatenate([(np.arange(count) + rng.random(count)) / count for count in counts])
+        order = np.argsort(places, kind="stable")
+        self._which = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
         self._row = np.zeros(len(self._which), np.int64)
         for number, size in enumerate(sizes):
             mine = self._which == number

@@ -4,7 +4,8 @@ In: any random-access source (`len`, `[]`) of MaskRecords or ChatRecords. Out: a
 MaskBatch, ChatBatch or PromptBatch. Its iterator has `get_state()` and `set_state(state)`; after
 `set_state` the same batches follow as after `get_state`. The stream is a function of the source, the seed
 and the arguments; with P processes each gets the records p, p + P, … of it, so that the batches of all
-processes together hold the same records whatever P is.
+processes together hold the same records whatever P is. A state counts batches: one that a process of P saved
+may be given to every process of another P, and the same records follow.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -224,9 +225,10 @@ def chat_example(
     if prepared:
         sizes = {f"mask {i}": (mask, mask_size) for i, mask in enumerate(masks)}
         _check_prepared(key, {"vision_size": (image, vision_size), "image_size": (pixel_image, image_size), **sizes})
+    small, large = (image, pixel_image) if prepared else transforms.squash_all(image, vision_size, image_size)
     example = {
-        "image": transforms.squash(image, vision_size),
-        "pixel_image": transforms.squash(pixel_image, image_size),
+        "image": small,
+        "pixel_image": large,
         "ids": np.array(ids + [tok.ids.pad] * padding, np.int32),
         "labels": np.array(list(labels) + [-100] * padding, np.int32),
         "text_mask": np.arange(max_length) < len(ids),
@@ -386,9 +388,11 @@ def prompt_batches(
         padding = max_prompt_length - len(ids)
         if padding < 0:
             raise ValueError(f"record {key}: {len(ids)} prompt tokens, but max_prompt_length is {max_prompt_length}")
+        prepared = bool(record.get("prepared"))
+        small, large = (image, pixel_image) if prepared else transforms.squash_all(image, vision_size, image_size)
         return {
-            "image": transforms.squash(image, vision_size),
-            "pixel_image": transforms.squash(pixel_image, image_size),
+            "image": small,
+            "pixel_image": large,
             "prompt_ids": np.array([tok.ids.pad] * padding + list(ids), np.int32),
             "prompt_mask": np.arange(max_prompt_length) >= padding,
             "mask": transforms.soft_mask(masks[0], mask_size),

@@ -93,6 +93,10 @@ def open_source(name: str, source: str, *, seed: int, protocol: str, images: str
     if name.endswith("_train") and name.removesuffix("_train") in ("refcoco", "refcoco+", "refcocog", "grefcoco"):
         raw = benchmarks.train_split(name.removesuffix("_train"), path, protocol=protocol, images=images)
         return f"{name}.{protocol}", "chat", refcoco.ReferringChats(raw, seed=seed)
+    with_masks = [n for n, found in benchmarks.BENCHMARKS.items() if found.family in benchmarks.MASK_FAMILIES]
+    if name not in with_masks:
+        own = "sa1b, conversations, scene_masks, scene_chats, {refcoco,refcoco+,refcocog,grefcoco}_train"
+        raise ConfigError(f"NAME: expected one of {own}, {', '.join(with_masks)}; got {name!r}")
     return f"{name}.{protocol}", "referring", benchmarks.open_benchmark(name, path, protocol=protocol, images=images)
 
 
@@ -230,8 +234,8 @@ def _write_shard(
     start = number * job.records_per_shard
     stop = min(start + job.records_per_shard, len(job.source))
     bad, written = [], 0
-    compression = "uncompressed" if job.image_format != "raw" else "zstd:1"
-    writer = array_record_module.ArrayRecordWriter(str(temporary), f"group_size:1,{compression}")
+    # Note: images are compressed as they should be; unpacking "raw" ones would cost more than reading them.
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
     for index in range(start, stop):
         try:
             record = serialize(example(job, index))

@@ -111,6 +111,8 @@ class ReferringChats:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
         index = int(index) % len(self)
         record = self.source[index]
         for _ in range(len(self) if self._skip else 0):

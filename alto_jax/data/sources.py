@@ -1,6 +1,7 @@
 """From a run's configuration to its data: sources, iterators, held-out samples and the text tokenizer."""
 
 from collections.abc import Iterator
+import os
 import pathlib
 from typing import Any
 
@@ -72,7 +73,7 @@ def _referring(config: Any, adaptive_only: bool) -> Any:
 
 
 def _mixture(config: Any, open_part: Any) -> Any:
-    """The sources of the JSON file `config.data.meta`: {name: {"weight", "source", "root", "meta"}}, paths relative to it."""
+    """The sources of the JSON `config.data.meta`: {name: {"weight", "source", "root", "meta"}}; paths are relative."""
     import dataclasses
     import json
 
@@ -225,16 +226,17 @@ def _sizes(config: Any) -> dict:
     }
 
 
-def text_tokenizer(config: Any) -> TextTokenizer:
-    """The tokenizer of the start checkpoint, or one trained on the texts of the data.
+def text_tokenizer(config: Any, directory: os.PathLike | None = None) -> TextTokenizer:
+    """The tokenizer of the run in `directory`, else of the start checkpoint, else one trained on the texts of the data.
 
     Raises:
       ValueError: it has more tokens than the language model's vocabulary, or another number of codes than
         the mask tokenizer.
     """
     num_codes = config.model.tokenizer.codebook_size
-    file = pathlib.Path(config.init_from) / "tokenizer.json" if config.init_from else None
-    if file is not None and file.exists():
+    folders = [pathlib.Path(folder) for folder in (directory, config.init_from) if folder]
+    file = next((f / "tokenizer.json" for f in folders if (f / "tokenizer.json").exists()), None)
+    if file is not None:
         text = TextTokenizer.load(file, num_codes=num_codes)
     else:
         text = TextTokenizer.train_builtin(list(_texts(config)), config.data.base_vocab_size, num_codes)

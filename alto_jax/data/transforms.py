@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 MIN_SIDE = 8  # pixels; anything smaller shows nothing and is refused
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+_ORIENTATION = 0x0112  # EXIF tag
 _log = logging.getLogger(__name__)
 _notes = threading.local()
 
@@ -80,7 +81,7 @@ def open_mask(path: str | os.PathLike, allow_empty: bool = False, min_side: int 
     if image.mode in ("1", "P"):
         mask = np.asarray(image) > 0
     else:
-        values = np.asarray(_to_rgb(image).convert("L"))
+        values = np.asarray(image if image.mode == "L" else _to_rgb(image).convert("L"))
         mask = values > (127 if values.max(initial=0) > 127 else 0)
     check_size(mask, path, min_side, "mask")
     if not allow_empty and not mask.any():
@@ -114,10 +115,10 @@ def _open(path: str | os.PathLike, what: str) -> Image.Image:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 image.load()
-                upright = ImageOps.exif_transpose(image)
-                if upright.size != image.size or image.getexif().get(0x0112, 1) != 1:
-                    _note(path, "EXIF rotation, turned upright")
-                return upright
+                if image.getexif().get(_ORIENTATION, 1) == 1:  # Note: exif_transpose would copy the image.
+                    return image
+                _note(path, "EXIF rotation, turned upright")
+                return ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise ValueError(f"{what} {os.fspath(path)} does not exist") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -127,6 +128,8 @@ def _open(path: str | os.PathLike, what: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         top = 65535.0 if values.max(initial=0) > 255 else 255.0
@@ -147,6 +150,14 @@ def squash(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def squash_all(image: np.ndarray, *sizes: int) -> list[np.ndarray]:
+    """`squash` to several sizes, which costs less than one after another."""
+    source = Image.fromarray(image)
+    shapes = [(size, size) for size in sizes]
+    resize = lambda shape: np.asarray(source.resize(shape, Image.Resampling.BICUBIC))
+    return [image if image.shape[:2] == shape else resize(shape) for shape in shapes]
 
 
 def soft_mask(mask: np.ndarray, size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ A stage says how parameters begin, which batches come, what the loss is and how 
 
 from collections.abc import Callable
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -52,27 +53,27 @@ class Stage:
     save_files: Callable | None = None
 
 
-def make_stage(config: Any, mesh: jax.sharding.Mesh) -> Stage:
-    """The stage that `config.stage` names."""
-    return STAGES[config.stage](config, mesh)
+def make_stage(config: Any, mesh: jax.sharding.Mesh, directory: os.PathLike | None = None) -> Stage:
+    """The stage that `config.stage` names, for a run in `directory` (None: for no run)."""
+    return STAGES[config.stage](config, mesh, directory)
 
 
-def _tokenizer(config, mesh):
+def _tokenizer(config, mesh, directory):
     from alto_jax.stages import tokenizer
 
     return tokenizer.make(config, mesh)
 
 
-def _sft(config, mesh):
+def _sft(config, mesh, directory):
     from alto_jax.stages import sft
 
-    return sft.make(config, mesh)
+    return sft.make(config, mesh, directory)
 
 
-def _grpo(config, mesh):
+def _grpo(config, mesh, directory):
     from alto_jax.stages import grpo
 
-    return grpo.make(config, mesh)
+    return grpo.make(config, mesh, directory)
 
 
 STAGES: dict[str, Callable] = {"stage1": _tokenizer, "stage1_5": _tokenizer, "stage2": _sft, "stage3": _grpo}

@@ -6,6 +6,7 @@ values (gradients equal those of G separate rows). Source: ALTo, section 3.4; De
 """
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -21,9 +22,9 @@ from alto_jax.stages import Stage
 from alto_jax.stages.sft import make_evaluate
 
 
-def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
+def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLike | None = None) -> Stage:
     """The stage for `config.stage` "stage3"."""
-    text = sources.text_tokenizer(config)
+    text = sources.text_tokenizer(config, directory)
     names = ("tokenizer", "vision", "projector", "language_model")
 
     def finish_init(params):

@@ -1,6 +1,7 @@
 """Stage 2: supervised fine-tuning of the MLLM on text and mask tokens, with the mask tokenizer frozen."""
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -19,9 +20,9 @@ from alto_jax.stages.tokenizer import mask_iou, tokenizer_apply
 from alto_jax.tokenizer.alto import ALTo
 
 
-def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
+def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLike | None = None) -> Stage:
     """The stage for `config.stage` "stage2"."""
-    text = sources.text_tokenizer(config)
+    text = sources.text_tokenizer(config, directory)
     return Stage(
         init=lambda key: init_params(config.model, key),
         data=lambda process, count: sources.chat_iterator(config, text, process, count),

@@ -97,6 +97,19 @@ def test_processes_share_the_stream():
         assert sorted(parts[0][step] + parts[1][step]) == sorted(whole[step])
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_another_number_of_processes_goes_on_at_the_same_records(threads):
+    whole = read(numbers(num_threads=threads), 8)
+    for before, after in ((2, 1), (1, 4), (4, 2)):
+        saved = numbers(process_index=before - 1, process_count=before, num_threads=threads)
+        read(saved, 3)
+        resumed = [numbers(process_index=p, process_count=after, num_threads=threads) for p in range(after)]
+        for iterator in resumed:
+            iterator.set_state(saved.get_state())
+        for step in range(3, 8):
+            assert sorted(sum((read(iterator, 1)[0] for iterator in resumed), [])) == sorted(whole[step])
+
+
 def test_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match="batch_size.*3 processes.*4"):
         numbers(process_count=3)

@@ -136,10 +136,12 @@ def detect_kind(keys: Iterable[str]) -> str:
         return ("altollm-" if has("mask_decoder.encoder.") else "internvl-") + family
     if family:
         return family
-    if has("image_encoder.blocks.") and not has("latent_tokens"):
+    if any(key.startswith("image_encoder.") for key in keys):
         return "sam"
+    if has("encoder.length_encoder."):
+        return "alto"
     if "latent_tokens" in keys:
-        return "alto" if has("encoder.length_encoder.") else "titok"
+        return "titok"
     if has("embeddings.patch_embedding."):
         return "internvit"
     raise MappingError(
@@ -147,12 +149,18 @@ def detect_kind(keys: Iterable[str]) -> str:
     )
 
 
-def get_table(kind: str, config: Any) -> Table:
-    """The rules of a kind for a config, checked to fill the model's parameters completely."""
+@functools.lru_cache(maxsize=64)
+def parameter_shapes(kind: str, config: Any) -> dict[str, tuple[int, ...]]:
+    """Path → shape of every parameter that the model has."""
     if kind not in KINDS:
         raise MappingError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    return {path: leaf.shape for path, leaf in rules.flatten(KINDS[kind].abstract(config)).items()}
+
+
+def get_table(kind: str, config: Any) -> Table:
+    """The rules of a kind for a config, checked to fill the model's parameters completely."""
+    shapes = parameter_shapes(kind, config)
     table = KINDS[kind].table(config)
-    shapes = {path: leaf.shape for path, leaf in rules.flatten(KINDS[kind].abstract(config)).items()}
     rules.check_filled(table, shapes)
     return table
 

@@ -10,12 +10,11 @@ import dataclasses
 import re
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 
 from alto_jax.config import build
-from alto_jax.mllm.alto_llm import ModelConfig, init_params
+from alto_jax.mllm.alto_llm import ModelConfig
 from tools.convert_torch_weights import configs_from_torch, mapping, rules
 from tools.convert_torch_weights.rules import MappingError, Table
 from tools.convert_torch_weights.sources import Source, is_float
@@ -84,8 +83,8 @@ def prefixed(table: Table, prefix: str) -> Table:
 
 
 def mapping_config(kind: str, values: Mapping[str, Any]) -> Any:
-    """The config that `mapping.KINDS[kind]` wants, from plain nested values."""
-    parts = mapping_classes()
+    """The config that `mapping.KINDS[kind]` wants, from plain nested values; sizes and forms alone, no dtypes."""
+    values, parts = _without_dtypes(values), mapping_classes()
     if kind in ("alto", "titok"):
         return build(parts["tokenizer"], values["tokenizer"], "model.tokenizer")
     if kind == "sam":
@@ -94,6 +93,12 @@ def mapping_config(kind: str, values: Mapping[str, Any]) -> Any:
         name = PREFIXES[kind].rstrip("/")
         return build(parts[name], values[name], f"model.{name}")
     return build(ModelConfig, values, "model")
+
+
+def _without_dtypes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values without `dtype` and `param_dtype`."""
+    kept = {name: value for name, value in values.items() if name not in ("dtype", "param_dtype")}
+    return {name: _without_dtypes(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 def mapping_classes() -> dict[str, type]:
@@ -126,7 +131,7 @@ def make_plan(
 
 def _completed(values: dict, torch_config: Mapping, config: Mapping | None) -> dict:
     """Values with those that an earlier export of ours, and then the user, stated."""
-    own = torch_config.get(configs_from_torch.OWN_SECTION, {})
+    own = _without_dtypes(torch_config.get(configs_from_torch.OWN_SECTION, {}))
     values = configs_from_torch.merge(values, {name: own[name] for name in values if name in own})
     values = configs_from_torch.merge(values, config or {})
     configs_from_torch.check_heads(values)
@@ -197,16 +202,15 @@ def finish_plan(kind: str, parts: Sequence[Part], values: dict[str, Any], dtype:
     values = _with_dtypes(values, shapes)
     fresh: dict[str, str] = {}
     if kind == "alto" or kind.startswith("altollm-"):
-        wanted = rules.flatten(
-            jax.eval_shape(lambda key: init_params(build(ModelConfig, values), key), jax.random.key(0))
-        )
+        wanted = mapping.parameter_shapes(kind, mapping_config(kind, values))
+        wanted = {PREFIXES.get(kind, "") + path: shape for path, shape in wanted.items()}
         reasons = [pair for part in parts for pair in part.table.unfilled]
         for path in wanted.keys() - shapes.keys():
             reason = next((reason for pattern, reason in reasons if re.fullmatch(pattern, path)), None)
             if reason is None:
                 raise MappingError(f"parameters that no source fills: {path}")
             fresh[path] = reason
-            shapes[path] = (wanted[path].shape, target or np.dtype(wanted[path].dtype))
+            shapes[path] = (wanted[path], target or DTYPES["float32"])
     return Plan(kind, parts, values, shapes, fresh, target)
 
 

@@ -14,6 +14,10 @@ from typing import Any
 _LOCK = ".writing"
 
 
+class _TooSmall(OSError):
+    """Known before anything was written."""
+
+
 @contextlib.contextmanager
 def staged(out: str | os.PathLike, nbytes: int = 0) -> Iterator[Path]:
     """Gives a directory beside `out` to write into; renames it to `out` at the end of the block.
@@ -34,10 +38,10 @@ def staged(out: str | os.PathLike, nbytes: int = 0) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.incomplete")
     lock = _claim(temporary, out)
+    free = shutil.disk_usage(out.parent).free  # what a killed process left is gone by now
     try:
-        free = shutil.disk_usage(out.parent).free
         if nbytes > free:
-            raise OSError(errno.ENOSPC, f"{out}: needs {nbytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+            raise _TooSmall(errno.ENOSPC, f"{out}: needs {nbytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
         with _terminable():
             yield temporary
         check_free(out)
@@ -45,7 +49,7 @@ def staged(out: str | os.PathLike, nbytes: int = 0) -> Iterator[Path]:
         temporary.rename(out)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, Exception) and _is_full(error):
+        if isinstance(error, Exception) and not isinstance(error, _TooSmall) and _is_full(error):
             raise OSError(errno.ENOSPC, f"{out}: the disk is full; what had been written is removed") from error
         raise
     finally:
