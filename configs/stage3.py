@@ -32,6 +32,7 @@ def get_config(size=None):
     config.optim.lr = 1e-4
     config.train.update({"steps": 60, "batch_size": 4, "log_every": 2, "checkpoint_every": 30})
     config.grpo.generate.max_new_tokens = 56
+    config.grpo.reward.length_weight = 3e-3
     if size == "debug":
         config = common.debug_run(config)
         config.grpo.num_generations = 4
