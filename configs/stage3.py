@@ -30,7 +30,7 @@ def get_config(size=None):
         config.data.max_length = 512
         return config
     config.optim.lr = 1e-4
-    config.train.update({"steps": 60, "batch_size": 4, "log_every": 2, "checkpoint_every": 30})
+    config.train.update({"steps": 120, "batch_size": 4, "log_every": 4, "checkpoint_every": 60})
     config.grpo.generate.max_new_tokens = 56
     config.grpo.reward.length_weight = 3e-3
     if size == "debug":

@@ -1,0 +1,117 @@
+"""A group that shares its prompt gives the log-probabilities and gradients of separate rows."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alto_jax.batch import PromptBatch
+from alto_jax.losses import GrpoLossConfig, grpo_loss, token_log_probs
+from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, init_params
+from alto_jax.mllm.intern_vit import InternViTConfig
+from alto_jax.mllm.language_model import LanguageModelConfig
+from alto_jax.mllm.text import SpecialIds
+from alto_jax.stages.grpo import completion_logps
+from alto_jax.tokenizer.alto import TokenizerConfig
+from alto_jax.tokenizer.encoder import ViTConfig
+from alto_jax.tokenizer.pixel_decoder import PixelDecoderConfig
+
+SPECIAL = SpecialIds(
+    pad=0, bos=None, im_start=1, im_end=2, img=3, img_end=4, img_context=5, ref=6, ref_end=7, box=8, box_end=9,
+    mask_start=10, mask_end=11, code_0=12, num_codes=8,
+)  # fmt: skip
+CONFIG = ModelConfig(
+    tokenizer=TokenizerConfig(
+        mask_size=16, patch_size=8, num_latent_tokens=4, codebook_size=8, token_size=4,
+        encoder=ViTConfig(16, 1, 2), decoder=ViTConfig(16, 1, 2), sam=None,
+        pixel_decoder=PixelDecoderConfig(z_channels=8, hidden_channels=8, channel_mult=(1,), num_res_blocks=1,
+                                         out_patch=8),
+    ),
+    vision=InternViTConfig(image_size=28, patch_size=14, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32),
+    language_model=LanguageModelConfig(vocab_size=40, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2,
+                                       mlp_dim=48),
+)  # fmt: skip
+BATCH, GROUP, PROMPT, LENGTH = 2, 3, 7, 6
+
+
+@pytest.fixture(scope="module")
+def group():
+    """Parameters, two prompts of different lengths with their images, and ragged completions."""
+    rng = np.random.default_rng(0)
+    params = init_params(CONFIG, jax.random.key(0))
+    params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(np.float32), params)
+    ids = rng.integers(13, 40, (BATCH, PROMPT)).astype(np.int32)
+    ids[:, 3] = SPECIAL.img_context
+    prompt_mask = np.arange(PROMPT) >= np.array([[0], [2]])
+    batch = PromptBatch(
+        image=rng.integers(0, 256, (BATCH, 28, 28, 3)).astype(np.uint8),
+        pixel_image=np.zeros((BATCH, 16, 16, 3), np.uint8),
+        prompt_ids=np.where(prompt_mask, ids, SPECIAL.pad),
+        prompt_mask=prompt_mask,
+        mask=np.zeros((BATCH, 16, 16), np.float32),
+    )
+    completion_ids = rng.integers(0, 40, (BATCH, GROUP, LENGTH)).astype(np.int32)
+    lengths = np.array([[6, 1, 3], [2, 5, 4]])
+    mask = np.arange(LENGTH) < lengths[..., None]
+    image_tokens = ALToLLM(CONFIG).apply({"params": params}, batch.image, method="image_tokens")
+    return params, batch, image_tokens, np.where(mask, completion_ids, SPECIAL.pad), mask
+
+
+def naive_logps(params, batch, image_tokens, completion_ids):
+    """One full row per completion: prompt and completion side by side, image tokens repeated."""
+    model = ALToLLM(CONFIG)
+    apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
+    repeat = lambda a: jnp.repeat(a, GROUP, axis=0)
+    completions = completion_ids.reshape(-1, LENGTH)
+    ids = jnp.concatenate([repeat(batch.prompt_ids), completions], axis=1)
+    mask = jnp.concatenate([repeat(batch.prompt_mask), jnp.ones_like(completions, bool)], axis=1)
+    # The image goes to the prompt alone: a sampled <IMG_CONTEXT> is text.
+    prompt = apply(repeat(batch.prompt_ids), repeat(image_tokens), SPECIAL.img_context, method="embed")
+    inputs = jnp.concatenate([prompt, apply(completions, method="embed_text")], axis=1)
+    total = ids.shape[1]
+    attn_mask = jnp.tril(jnp.ones((total, total), bool)) & mask[:, None]
+    hidden, _ = apply(inputs, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0), attn_mask, method="hidden")
+    logps = token_log_probs(apply(hidden[:, PROMPT - 1 : -1], method="logits"), completions)
+    return logps.reshape(BATCH, GROUP, LENGTH)
+
+
+def test_shared_prompt_gives_the_log_probabilities_of_separate_rows(group):
+    params, batch, image_tokens, ids, mask = group
+    packed, entropy = completion_logps(CONFIG, params, SPECIAL, batch, image_tokens, ids)
+    naive = naive_logps(params, batch, image_tokens, ids)
+    np.testing.assert_allclose(np.asarray(packed)[mask], np.asarray(naive)[mask], atol=1e-5)
+    assert float(jnp.min(entropy)) > 0
+
+
+@pytest.mark.parametrize("objective", ["paper", "reference", "dr_grpo", "dapo", "gspo"])
+def test_shared_prompt_gives_the_gradients_of_separate_rows(group, objective):
+    params, batch, image_tokens, ids, mask = group
+    rng = np.random.default_rng(1)
+    advantages = jnp.asarray(rng.normal(size=(BATCH, GROUP)), jnp.float32)
+    base = naive_logps(params, batch, image_tokens, ids)
+    old = base + 0.3 * rng.normal(size=base.shape).astype(np.float32)
+    reference = base + 0.3 * rng.normal(size=base.shape).astype(np.float32)
+    cfg = GrpoLossConfig(objective=objective, beta=0.1, loss_cap=100.0)
+
+    def loss(language_model, logps_of):
+        logps = logps_of({**params, "language_model": language_model})
+        return grpo_loss(logps, old, reference, advantages, jnp.asarray(mask), cfg)[0]
+
+    packed = lambda p: completion_logps(CONFIG, p, SPECIAL, batch, image_tokens, ids)[0]
+    naive = lambda p: naive_logps(p, batch, image_tokens, ids)
+    got = jax.grad(loss)(params["language_model"], packed)
+    want = jax.grad(loss)(params["language_model"], naive)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(want):
+        other = dict(jax.tree_util.tree_leaves_with_path(got))[path]
+        scale = float(jnp.max(jnp.abs(leaf)))
+        assert scale > 0, path
+        np.testing.assert_allclose(other, leaf, atol=1e-4 * scale, err_msg=str(path))
+
+
+def test_beta_zero_needs_no_reference():
+    cfg = dataclasses.replace(GrpoLossConfig(), beta=0.0)
+    logps = jnp.zeros((1, 2, 3))
+    loss, metrics = grpo_loss(logps, None, None, jnp.array([[1.0, -1.0]]), jnp.ones((1, 2, 3), bool), cfg)
+    assert float(loss) == 0 and float(metrics["kl"]) == 0
