@@ -7,6 +7,8 @@ gets its final name only when it is complete.
 """
 
 from collections.abc import Callable, Mapping
+import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -299,3 +301,47 @@ def open_params(directory: str | os.PathLike) -> dict[str, LazyArray]:
                 files = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
             opened[path] = ts.open({"driver": "zarr", "kvstore": files}, open=True, read=True)
     return {path: LazyArray(store.result()) for path, store in opened.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint opened for use: its directory, what it said of itself, model configuration, parameters and (with a
+    language model) text tokenizer. `identity` changes when the checkpoint is saved anew."""
+
+    directory: pathlib.Path
+    meta: dict
+    cfg: Any
+    params: dict
+    text: Any
+    identity: str
+
+
+def load_model(directory: str | os.PathLike, mesh: jax.sharding.Mesh) -> LoadedModel:
+    """Opens the newest checkpoint of a run with its parameters placed on the mesh.
+
+    Raises:
+      FileNotFoundError: no complete checkpoint there.
+      ValueError: the checkpoint lacks parameters of its own model.
+    """
+    from alto_jax import sharding
+    from alto_jax.config import build
+    from alto_jax.mllm.alto_llm import ModelConfig, init_params
+    from alto_jax.mllm.text import TextTokenizer
+
+    root, step = find_run(directory, made_by="python -m alto_jax.main --config=configs/quickstart.py --workdir=DIR")
+    meta = load_meta(root)
+    cfg = build(ModelConfig, meta["model"], f"{root}: model")
+    if meta["stage"] in ("stage1", "stage1_5"):
+        cfg = dataclasses.replace(cfg, vision=None, language_model=None)
+    shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+    abstract = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        shapes,
+        sharding.tree_shardings(shapes, mesh),
+    )
+    params = load_params(root, abstract)
+    require_complete(params, abstract, str(directory))
+    saved = (root / CHECKPOINTS / str(step) / "_CHECKPOINT_METADATA").read_bytes()
+    identity = f"{meta['stage']} step {step} {hashlib.sha256(saved).hexdigest()[:12]}"
+    text = TextTokenizer.load(root) if cfg.language_model is not None else None
+    return LoadedModel(root, meta, cfg, params, text, identity)

@@ -22,45 +22,6 @@ from alto_jax.config import ConfigError
 _NUM_TIMED_FROM = 1  # Note: the first batch of a process compiles and is left out of the times.
 
 
-def load_model(directory: str, fsdp: int = 1, tensor: int = 1) -> Any:
-    """A checkpoint with its parameters placed on the mesh: (mesh, stage, model config, params, text, system, identity).
-
-    `identity` tells checkpoints apart: it changes when a checkpoint is saved anew.
-
-    Raises:
-      FileNotFoundError: no complete checkpoint there.
-      ValueError: the checkpoint lacks parameters of its own model.
-    """
-    import dataclasses
-    import hashlib
-
-    import jax
-
-    from alto_jax import checkpoint, sharding
-    from alto_jax.config import build
-    from alto_jax.mllm.alto_llm import ModelConfig, init_params
-    from alto_jax.mllm.text import TextTokenizer
-
-    root, step = checkpoint.find_run(directory, made_by="python -m alto_jax.main --config=FILE --workdir=DIR")
-    meta = checkpoint.load_meta(root)
-    cfg = build(ModelConfig, meta["model"], f"{root}: model")
-    if meta["stage"] in ("stage1", "stage1_5"):
-        cfg = dataclasses.replace(cfg, vision=None, language_model=None)
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=fsdp, tensor=tensor))
-    shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
-    abstract = jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        shapes,
-        sharding.tree_shardings(shapes, mesh),
-    )
-    params = checkpoint.load_params(root, abstract)
-    checkpoint.require_complete(params, abstract, str(directory))
-    saved = (root / checkpoint.CHECKPOINTS / str(step) / "_CHECKPOINT_METADATA").read_bytes()
-    identity = f"{meta['stage']} step {step} {hashlib.sha256(saved).hexdigest()[:12]}"
-    text = TextTokenizer.load(root) if cfg.language_model is not None else None
-    return mesh, cfg, params, text, meta.get("data", {}).get("system"), identity
-
-
 class Runner:
     """Runs tasks (see eval_tasks.py) batch by batch into result files, and keeps the times."""
 
@@ -219,10 +180,13 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """
     import jax
 
-    from alto_jax import eval_tasks, tables
+    from alto_jax import checkpoint, eval_tasks, sharding, tables
 
-    mesh, cfg, params, text, system, identity = load_model(options.checkpoint, options.fsdp, options.tensor)
-    tasks = eval_tasks.make_tasks(options, cfg, params, text, system)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=options.fsdp, tensor=options.tensor))
+    loaded = checkpoint.load_model(options.checkpoint, mesh)
+    cfg, identity = loaded.cfg, loaded.identity
+    system = loaded.meta["data"]["system"]
+    tasks = eval_tasks.make_tasks(options, cfg, loaded.params, loaded.text, system)
     runner = Runner(options.out, mesh, batch_size=options.batch_size, max_bad_fraction=options.max_bad_fraction,
                     threads=options.threads)  # fmt: skip
     found, timing, samples = {}, {}, {}

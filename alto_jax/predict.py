@@ -240,28 +240,12 @@ def load(directory: str | os.PathLike) -> TokenizerModel:
     """
     import jax
 
-    from alto_jax import checkpoint
-    from alto_jax.config import build
-    from alto_jax.mllm.alto_llm import ModelConfig, init_params
-    from alto_jax.mllm.text import TextTokenizer
+    from alto_jax import checkpoint, sharding
 
-    root, _ = checkpoint.find_run(
-        directory, made_by="python -m alto_jax.main --config=configs/quickstart.py --workdir=DIR"
-    )
-    meta = checkpoint.load_meta(root)
-    cfg = build(ModelConfig, meta["model"], f"{root}: model")
-    if meta["stage"] in ("stage1", "stage1_5"):
-        cfg = dataclasses.replace(cfg, vision=None, language_model=None)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0)),
-    )
-    params = checkpoint.load_params(root, abstract)
-    checkpoint.require_complete(params, abstract, str(directory))
-    if cfg.language_model is None:
-        return TokenizerModel(cfg, params, str(directory))
-    return Segmenter(cfg, params, str(directory), TextTokenizer.load(root), meta["data"]["system"])
+    loaded = checkpoint.load_model(directory, sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1]))
+    if loaded.text is None:
+        return TokenizerModel(loaded.cfg, loaded.params, str(directory))
+    return Segmenter(loaded.cfg, loaded.params, str(directory), loaded.text, loaded.meta["data"]["system"])
 
 
 def main() -> int:
