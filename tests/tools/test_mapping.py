@@ -1,37 +1,23 @@
 """The conversion tables: keys and sizes of the published checkpoints, exact round trips, clear errors."""
 
-import gzip
-import json
-from pathlib import Path
+import dataclasses
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
-from alto_jax.config import build
+from alto_jax.config import build, to_dict
 from alto_jax.mllm.alto_llm import ModelConfig
-from alto_jax.mllm.intern_vit import InternViTConfig
 from alto_jax.mllm.language_model import LanguageModelConfig
 from alto_jax.tokenizer.alto import TokenizerConfig
-from alto_jax.tokenizer.encoder import ViTConfig
-from alto_jax.tokenizer.pixel_decoder import PixelDecoderConfig
 from alto_jax.tokenizer.sam_encoder import SamEncoderConfig
 from configs import common
 from tests.golden_models import ALTO_CONFIG, INTERNVIT_6B, INTERNVIT_300M, golden_weights
-from tools.convert_torch_weights import rules
+from tests.tools.torch_checkpoints import TINY, TINY_TOKENIZER, TINY_VIT, assert_same, source_shapes, synthetic
+from tools.convert_torch_weights import configs_for_torch, configs_from_torch, plans, rules
 from tools.convert_torch_weights.mapping import KINDS, detect_kind, export_params, get_table, import_state_dict
 from tools.convert_torch_weights.rules import MappingError
-
-
-def language(embed_dim, num_layers, num_heads, num_kv_heads, mlp_dim, vocab_size, qkv_bias):
-    return LanguageModelConfig(
-        vocab_size, embed_dim, num_layers, num_heads, num_kv_heads, None, mlp_dim, qkv_bias=qkv_bias
-    )
-
-
-def tiny_mllm(language_model):
-    return ModelConfig(TINY_TOKENIZER, TINY_VIT, language_model)
 
 
 def published_mllm(size, num_codes=0):
@@ -50,58 +36,6 @@ PUBLISHED = {
     "internvl2_5_26b": ("internvl-internlm2", published_mllm("26b")),
     "altollm_8b": ("altollm-internlm2", published_mllm("8b", common.NUM_CODES)),
 }
-
-TINY_TOKENIZER = TokenizerConfig(
-    mask_size=16, patch_size=8, num_latent_tokens=4, codebook_size=8, token_size=4,
-    encoder=ViTConfig(8, 2, 2), decoder=ViTConfig(12, 1, 3),
-    sam=SamEncoderConfig(32, 4, 8, 5, 2, 4, (1, 3), 3, 8),
-    pixel_decoder=PixelDecoderConfig(6, 4, (1, 1, 2, 2), 2),
-)  # fmt: skip
-TINY_VIT = InternViTConfig(image_size=8, patch_size=2, embed_dim=8, num_layers=2, num_heads=2, mlp_dim=12)
-TINY = {
-    "alto": TINY_TOKENIZER,
-    "sam": TINY_TOKENIZER.sam,
-    "internvit": TINY_VIT,
-    "internlm2": language(8, 3, 4, 2, 10, 11, False),
-    "qwen2": language(8, 3, 4, 2, 10, 11, True),
-    "internvl-internlm2": tiny_mllm(language(8, 1, 4, 2, 10, 11, False)),
-    "internvl-qwen2": tiny_mllm(language(8, 1, 4, 2, 10, 11, True)),
-    "altollm-internlm2": tiny_mllm(language(8, 2, 4, 4, 10, 11, False)),
-    "altollm-qwen2": tiny_mllm(language(8, 2, 4, 1, 10, 11, True)),
-}
-
-
-@pytest.fixture(scope="module")
-def published():
-    path = Path(__file__).parents[1] / "golden" / "keys.json.gz"
-    return json.loads(gzip.decompress(path.read_bytes()))
-
-
-def source_shapes(table):
-    return {
-        key: shape
-        for rule in table.rules
-        for row in rule.rows()
-        for key, (_, shape) in zip(rule.keys(row), rule.sources)
-    }
-
-
-def synthetic(kind, config, dtype=np.float32):
-    """A random state dict of a kind; buffers have their true values."""
-    rng = np.random.default_rng(0)
-    table = get_table(kind, config)
-    state = {key: rng.normal(size=shape).astype(dtype) for key, shape in source_shapes(table).items()}
-    for rule in table.rules:
-        if not rule.targets:
-            state.update(zip(rule.keys(None), rule.inverse()))
-    return state
-
-
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        assert actual[key].dtype == value.dtype and actual[key].shape == value.shape, key
-        assert actual[key].tobytes() == value.tobytes(), key
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -249,3 +183,20 @@ def test_import_writes_into_given_arrays():
     params = import_state_dict("internvit", state, TINY_VIT, allocate)
     assert rules.flatten(params).keys() == made.keys()
     assert all(np.isfinite(array).all() for array in made.values())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configurations_of_the_published_checkpoints(name, published):
+    """Keys, shapes and the few fields of config.json that they do not tell give the sizes of configs/common.py."""
+    kind, expected = PUBLISHED[name]
+    shapes = {key: tuple(shape) for key, shape in published["keys"][name].items()}
+    torch_config = {}
+    if "-" in kind:
+        language = configs_for_torch._language(kind.rpartition("-")[2], to_dict(expected.language_model))
+        torch_config = {"llm_config": language, "vision_config": {"drop_path_rate": 0.1}}
+    values = configs_from_torch.model_values(kind, shapes, torch_config)
+    configs_from_torch.check_heads(values)
+    if kind == "sam":
+        assert plans.mapping_config(kind, values) == dataclasses.replace(expected, scaled_rel_pos_query=False)
+    else:
+        assert plans.mapping_config(kind, values) == expected

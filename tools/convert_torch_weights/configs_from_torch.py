@@ -180,7 +180,7 @@ def language_values(
     kv_heads = stated.values.get("num_key_value_heads") or heads
     head_dim = stated.values.get("head_dim") or width // heads
     if family == "internlm2":
-        key, rows, found = "attention.wqkv.weight", (heads + 2 * kv_heads) * head_dim, None
+        key, rows = "attention.wqkv.weight", (heads + 2 * kv_heads) * head_dim
         found = w[f"model.layers.0.{key}"][0]
     else:
         key, rows = "self_attn.k_proj.weight", kv_heads * head_dim
@@ -193,8 +193,8 @@ def language_values(
             )
     if found != rows:
         raise ConfigError(
-            f"{where}.num_key_value_heads: says {kv_heads} (with {heads} heads of width {head_dim}: {rows} rows), but the"
-            f" weights ({prefix}model.layers.0.{key}) have {found}"
+            f"{where}.num_key_value_heads: says {kv_heads} (with {heads} heads of width {head_dim}: {rows} rows), but"
+            f" the weights ({prefix}model.layers.0.{key}) have {found}"
         )
     stated.only("hidden_act", "silu")
     stated.only("use_sliding_window", False)

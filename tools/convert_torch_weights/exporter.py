@@ -70,7 +70,7 @@ def export(
         if single:
             write_safetensors(folder / f"{single}.safetensors", headers, tensors, advance)
         else:
-            _write_shards(folder, headers, tensors, max_shard_bytes, advance)
+            write_shards(folder, headers, tensors, max_shard_bytes, advance)
         _copy_files(kept, root, folder)
         config = configs_for_torch.torch_config(kind, meta["model"], _kept_config(kept), headers)
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -159,7 +159,7 @@ def write_safetensors(
             advance(nbytes)
 
 
-def _write_shards(folder: Path, headers: dict, tensors: Iterable, max_shard_bytes: int, advance: Callable) -> None:
+def write_shards(folder: Path, headers: dict, tensors: Iterable, max_shard_bytes: int, advance: Callable) -> None:
     """Hugging Face's naming: model-00001-of-0000N.safetensors and model.safetensors.index.json."""
     shards: list[dict[str, tuple]] = [{}]
     for key, header in headers.items():

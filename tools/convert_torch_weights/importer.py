@@ -26,6 +26,7 @@ from tools.convert_torch_weights.sources import Source, has_nonfinite, is_float
 from tools.convert_torch_weights.staging import staged
 
 TORCH_FILES = "torch_files"
+_KEPT = (".json", ".model", ".txt", ".py", ".jinja", ".md")
 
 
 class _Prepared(Mapping):
@@ -132,8 +133,8 @@ def keep_files(source: Source, folder: Path) -> None:
     """Keeps the small files beside the weights (configuration, tokenizer, remote code) for an export."""
     if not source.path.is_dir():
         return
-    kept = [f for f in sorted(source.directory.iterdir()) if f.is_file() and not f.name.startswith(".")
-            and f.suffix in (".json", ".model", ".txt", ".py", ".jinja", ".md") and not f.name.endswith(".index.json")]  # fmt: skip
-    for file in kept:
-        folder.mkdir(exist_ok=True)
-        shutil.copyfile(file, folder / file.name)
+    for file in sorted(source.directory.iterdir()):
+        is_small = file.suffix in _KEPT and not file.name.startswith(".") and not file.name.endswith(".index.json")
+        if file.is_file() and is_small:
+            folder.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / file.name)

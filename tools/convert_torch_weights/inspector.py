@@ -84,7 +84,7 @@ def difference_lines(first: Mapping[str, Any], second: Mapping[str, Any]) -> lis
 
 
 def _largest_difference(first: Any, second: Any) -> float:
-    """Maximum of |a - b|, layer by layer; 0 only if all bits are equal, NaN if a NaN stands where the other has none."""
+    """Maximum of |a - b|, layer by layer; NaN where a NaN stands."""
     if len(first.shape) > 2:
         pairs = ((np.asarray(first[row]), np.asarray(second[row])) for row in range(first.shape[0]))
     else:

@@ -84,7 +84,7 @@ def prefixed(table: Table, prefix: str) -> Table:
 
 def mapping_config(kind: str, values: Mapping[str, Any]) -> Any:
     """The config that `mapping.KINDS[kind]` wants, from plain nested values; sizes and forms alone, no dtypes."""
-    values, parts = _without_dtypes(values), mapping_classes()
+    values, parts = without_dtypes(values), mapping_classes()
     if kind in ("alto", "titok"):
         return build(parts["tokenizer"], values["tokenizer"], "model.tokenizer")
     if kind == "sam":
@@ -95,10 +95,10 @@ def mapping_config(kind: str, values: Mapping[str, Any]) -> Any:
     return build(ModelConfig, values, "model")
 
 
-def _without_dtypes(values: Mapping[str, Any]) -> dict[str, Any]:
+def without_dtypes(values: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values without `dtype` and `param_dtype`."""
     kept = {name: value for name, value in values.items() if name not in ("dtype", "param_dtype")}
-    return {name: _without_dtypes(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
+    return {name: without_dtypes(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 def mapping_classes() -> dict[str, type]:
@@ -131,7 +131,7 @@ def make_plan(
 
 def _completed(values: dict, torch_config: Mapping, config: Mapping | None) -> dict:
     """Values with those that an earlier export of ours, and then the user, stated."""
-    own = _without_dtypes(torch_config.get(configs_from_torch.OWN_SECTION, {}))
+    own = without_dtypes(torch_config.get(configs_from_torch.OWN_SECTION, {}))
     values = configs_from_torch.merge(values, {name: own[name] for name in values if name in own})
     values = configs_from_torch.merge(values, config or {})
     configs_from_torch.check_heads(values)

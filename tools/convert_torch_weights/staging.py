@@ -41,7 +41,9 @@ def staged(out: str | os.PathLike, nbytes: int = 0) -> Iterator[Path]:
     free = shutil.disk_usage(out.parent).free  # what a killed process left is gone by now
     try:
         if nbytes > free:
-            raise _TooSmall(errno.ENOSPC, f"{out}: needs {nbytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+            raise _TooSmall(
+                errno.ENOSPC, f"{out}: needs {nbytes / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free"
+            )
         with _terminable():
             yield temporary
         check_free(out)
