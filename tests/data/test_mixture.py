@@ -1,4 +1,4 @@
-"""Mixtures, text buckets, prefetch to the device, and all of them in a training run on real formats."""
+"""Mixtures, text buckets, and both of them in a training run on real formats."""
 
 import dataclasses
 import json
@@ -9,7 +9,6 @@ import pytest
 from alto_jax import evaluate
 from alto_jax.data import pipeline, prepare, sources
 from alto_jax.data.mixture import Mixture
-from alto_jax.data.prefetch import DevicePrefetch
 from alto_jax.mllm.text import TextTokenizer
 from tests.data import replicas
 from tests.data.test_evaluate import options as evaluate_options
@@ -56,25 +55,6 @@ def test_text_buckets_cut_padding_only(tmp_path, debug_model):
     part = next(iter(pipeline.chat_batches(source, tok, **sizes, **options | {"batch_size": 2}, process_count=2,
                                            length_buckets=(60, 80))))  # fmt: skip
     assert part.ids.shape[1] == 256
-
-
-def test_prefetch_gives_the_same_batches_and_its_position_is_exact():
-    class Masks(Named):
-        def __getitem__(self, index):
-            return {"key": "", "image": np.full((8, 8, 3), index, np.uint8), "mask": np.full((8, 8), 255, np.uint8)}
-
-    make = lambda: iter(pipeline.mask_batches(Masks(9), image_size=8, mask_size=8, batch_size=3, seed=0, num_epochs=2))
-    first = lambda batch: int(batch.image[0, 0, 0, 0])
-    whole = [first(batch) for batch in make()]
-    ahead = DevicePrefetch(make(), lambda batch: batch, depth=3)
-    found = [first(next(ahead)) for _ in range(2)]
-    state = ahead.get_state()
-    next(ahead)
-    again = DevicePrefetch(make(), lambda batch: batch, depth=2)
-    again.set_state(state)
-    assert found + [first(batch) for batch in again] == whole
-    ahead.set_state(state)
-    assert [first(batch) for batch in ahead] == whole[2:]
 
 
 def config_of(debug_model, **data):
