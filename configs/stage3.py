@@ -29,10 +29,10 @@ def get_config(size=None):
     if size not in common.DEMO_SIZES:
         config.data.max_length = 512
         return config
-    config.optim.lr = 1e-4
-    config.train.update({"steps": 120, "batch_size": 4, "log_every": 4, "checkpoint_every": 60})
+    config.optim.update({"schedule": "cosine", "lr": 2e-4, "warmup_steps": 5})
+    config.train.update({"steps": 100, "batch_size": 4, "log_every": 4, "checkpoint_every": 50})
     config.grpo.generate.max_new_tokens = 56
-    config.grpo.reward.length_weight = 3e-3
+    config.grpo.reward.length_weight = 2e-3
     if size == "debug":
         config = common.debug_run(config)
         config.grpo.num_generations = 4
