@@ -51,6 +51,18 @@ class TokenizerModel:
 
     def __init__(self, cfg: Any, params: dict, directory: str):
         self.cfg, self.params, self.directory = cfg, params, directory
+        self._functions: dict = {}
+
+    def _method(self, name: str) -> Any:
+        """A method of the tokenizer as a function of (parameters, *arguments), compiled once per shape."""
+        import jax
+
+        from alto_jax.tokenizer.alto import ALTo
+
+        if name not in self._functions:
+            model = ALTo(self.cfg.tokenizer)
+            self._functions[name] = jax.jit(lambda p, *args: model.apply({"params": p}, *args, method=name))
+        return self._functions[name]
 
     def encode(self, mask: np.ndarray, length: str | int = "adaptive") -> list[int]:
         """Codes of a mask.
@@ -62,10 +74,8 @@ class TokenizerModel:
         Raises:
           ValueError: an empty mask, or a length out of range.
         """
-        import jax
 
         from alto_jax.data import transforms
-        from alto_jax.tokenizer.alto import ALTo
 
         tokenizer = self.cfg.tokenizer
         mask = np.asarray(mask)
@@ -75,8 +85,7 @@ class TokenizerModel:
             raise ValueError("mask: it is empty, there is nothing to encode")
         count = _token_count(length, tokenizer.num_latent_tokens)
         small = transforms.soft_mask((mask > 0).astype(np.uint8) * 255, tokenizer.mask_size)
-        tokenize = jax.jit(lambda p, m: ALTo(tokenizer).apply({"params": p}, m, method="tokenize"))
-        codes, predicted = tokenize(self.params["tokenizer"], small[None])
+        codes, predicted = self._method("tokenize")(self.params["tokenizer"], small[None])
         return np.asarray(codes)[0, : int(predicted[0]) if count is None else count].tolist()
 
     def decode(self, codes: list[int], size: tuple[int, int], image: np.ndarray | None = None) -> np.ndarray:
@@ -91,10 +100,8 @@ class TokenizerModel:
           ValueError: too many or too few codes, or one out of range.
         """
         import jax
-        import jax.numpy as jnp
 
         from alto_jax.data import transforms
-        from alto_jax.tokenizer.alto import ALTo
 
         tokenizer = self.cfg.tokenizer
         if not 1 <= len(codes) <= tokenizer.num_latent_tokens:
@@ -102,15 +109,14 @@ class TokenizerModel:
         bad = [c for c in codes if not 0 <= c < tokenizer.codebook_size]
         if bad:
             raise ValueError(f"codes: expected values in 0..{tokenizer.codebook_size - 1}, got {bad[0]!r}")
-        model, variables = ALTo(tokenizer), {"params": self.params["tokenizer"]}
+        params = self.params["tokenizer"]
         features = None
         if image is not None and tokenizer.sam is not None:
             pixels = transforms.squash(image, tokenizer.image_size)[None]
-            features = jax.jit(lambda v, x: model.apply(v, x, method="image_features"))(variables, pixels)
+            features = self._method("image_features")(params, pixels)
         padded = np.zeros((1, tokenizer.num_latent_tokens), np.int32)
         padded[0, : len(codes)] = codes
-        decode = jax.jit(lambda v, c, n, f: model.apply(v, c, n, f, method="decode_codes"))
-        logits = decode(variables, padded, jnp.array([len(codes)]), features)[0]
+        logits = self._method("decode_codes")(params, padded, np.array([len(codes)], np.int32), features)[0]
         probability = transforms.resize_probability(np.asarray(jax.nn.sigmoid(logits)), *size)
         return probability > 0.5
 
@@ -212,8 +218,6 @@ class Segmenter(TokenizerModel):
 
         from alto_jax.mllm.alto_llm import segment
 
-        if not hasattr(self, "_functions"):
-            self._functions = {}
         if config not in self._functions:
             cfg, special = self.cfg, self.text.ids
             self._functions[config] = jax.jit(lambda p, b, key: segment(cfg, p, b, config, special, key))
