@@ -489,7 +489,8 @@ def grpo_loss(
         kl = jnp.exp(log_ratio_ref) - log_ratio_ref - 1
     log_ratio = jnp.where(mask, logps - old, 0)
     weights = mask.astype(jnp.float32)
-    num_tokens = jnp.maximum(jnp.sum(weights, axis=-1), 1)
+    valid_tokens = jnp.sum(weights, axis=-1)
+    num_tokens = jnp.maximum(valid_tokens, 1)
     if cfg.objective == "gspo":
         log_ratio = (jnp.sum(log_ratio, axis=-1) / num_tokens)[..., None]
     ratio = jnp.exp(log_ratio)
@@ -498,10 +499,15 @@ def grpo_loss(
         high, low = jnp.minimum(ratio, 1 + cfg.epsilon_high), jnp.maximum(ratio, 1 - cfg.epsilon_low)
         surrogate = jnp.where(advantages[..., None] >= 0, high, low)
 
-    divisor = {"dr_grpo": logps.shape[-1], "dapo": jnp.maximum(jnp.mean(jnp.sum(weights, axis=-1)), 1e-9)}
+    divisor = {"dr_grpo": logps.shape[-1], "dapo": jnp.maximum(jnp.mean(valid_tokens), 1e-9)}
     divisor = divisor.get(cfg.objective, num_tokens)
-    # Note: ratios are averaged before they meet the advantages, whose sum over a group cancels.
-    gain = advantages * (jnp.sum(surrogate * weights, axis=-1) / divisor)
+    # Note: surrogate = 1 + excess, and the advantages of a group sum to 0. That constant is taken apart, and what float32
+    # leaves of it is dropped, so that rounding at the size of the advantages does not drown the small rest.
+    gain = advantages * (jnp.sum((surrogate - 1) * weights, axis=-1) / divisor)
+    constant = advantages * (valid_tokens / divisor)
+    offset = jnp.mean(constant, axis=-1, keepdims=True)
+    rounding = 4 * jnp.finfo(jnp.float32).eps * jnp.max(jnp.abs(constant), axis=-1, keepdims=True)
+    gain += jnp.where(jnp.abs(offset) <= rounding, 0, offset)
     penalty = cfg.beta * (jnp.sum(kl * weights, axis=-1) / divisor)
     per_group = jnp.mean(penalty, axis=-1) - jnp.mean(gain, axis=-1)
     if cfg.objective == "reference":

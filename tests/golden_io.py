@@ -12,7 +12,15 @@ _FOLDER = Path(__file__).parent / "golden"
 def golden(name: str) -> dict[str, np.ndarray]:
     """Returns all arrays of tests/golden/{name}.npz by their name."""
     with np.load(_FOLDER / f"{name}.npz") as arrays:
-        return {key: arrays[key] for key in arrays.files}
+        return dict(_unpack(key, arrays[key]) for key in arrays.files)
+
+
+def _unpack(key: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    """Joins "KEY.planes", the four bytes of each float32 apart with the sign as lowest bit (which zips better)."""
+    if not key.endswith(".planes"):
+        return key, array
+    bits = np.ascontiguousarray(np.moveaxis(array, 0, -1)).view(np.uint32)[..., 0]
+    return key.removesuffix(".planes"), ((bits >> np.uint32(1)) | (bits << np.uint32(31))).view(np.float32)
 
 
 def tolerance(name: str, key: str) -> float:

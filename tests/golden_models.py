@@ -13,11 +13,14 @@ from safetensors.numpy import save_file
 from alto_jax.mllm.alto_llm import ModelConfig
 from alto_jax.mllm.intern_vit import InternViTConfig
 from alto_jax.mllm.language_model import LanguageModelConfig
-from alto_jax.tokenizer.alto import TokenizerConfig
+from alto_jax.mllm.text import SpecialIds
+from alto_jax.tokenizer.alto import ALTo, TokenizerConfig
 from alto_jax.tokenizer.encoder import ViTConfig
+from alto_jax.tokenizer.length import LengthPrediction
 from alto_jax.tokenizer.pixel_decoder import PixelDecoderConfig
-from alto_jax.tokenizer.sam_encoder import SamEncoderConfig
+from alto_jax.tokenizer.sam_encoder import SamEncoder, SamEncoderConfig
 from tests.golden_io import golden, tolerance
+from tools.convert_torch_weights import rules, tokenizer_rules
 from tools.convert_torch_weights.mapping import import_state_dict
 
 # The sizes of the fixtures, as their meta.json gives them.
@@ -48,16 +51,15 @@ ALTOLLM_CONFIG = ModelConfig(
     language_model=LanguageModelConfig(vocab_size=1547, rope_scaling_factor=2.0),
 )
 
+SPECIAL = SpecialIds(
+    pad=2, bos=1, im_start=511, im_end=510, img=512, img_end=513, img_context=514, ref=517, ref_end=518, box=519,
+    box_end=520, mask_start=521, mask_end=522, code_0=523, num_codes=1024,
+)  # fmt: skip
+
 
 def golden_weights(name: str) -> dict[str, np.ndarray]:
-    """The state dict of tests/golden/{name}_weights.npz (float32 as four planes of bytes, which zip better)."""
-
-    def restore(array):
-        if array.dtype != np.uint8:
-            return array
-        return np.ascontiguousarray(np.moveaxis(array, 0, -1)).view(np.float32)[..., 0]
-
-    return {key: restore(array) for key, array in golden(f"{name}_weights").items()}
+    """The state dict of tests/golden/{name}_weights.npz."""
+    return golden(f"{name}_weights")
 
 
 @functools.cache
@@ -119,6 +121,43 @@ def write_altollm(folder: Path) -> Path:
 
 # What no shape tells: the heads of the small mask tokenizer.
 ALTO_HEADS = {"tokenizer": {"encoder": {"num_heads": 4}, "decoder": {"num_heads": 3}}}
+
+
+def sam_features(sizes: dict[str, Any], state: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    """Output [B, F, h, w] of the SAM encoder of a fixture's sizes and state dict for its input [B, 3, S, S]."""
+    cfg = SamEncoderConfig(
+        image_size=sizes["img_size"], patch_size=sizes["patch_size"], embed_dim=sizes["embed_dim"],
+        depth=sizes["depth"], num_heads=sizes["num_heads"], global_attn_indexes=tuple(sizes["global_attn_indexes"]),
+        window_size=sizes["window_size"], out_channels=sizes["out_chans"],
+    )  # fmt: skip
+    params = import_state_dict("sam", {f"image_encoder.{key}": value for key, value in state.items()}, cfg)
+    out = jax.jit(lambda x: SamEncoder(cfg).apply({"params": params}, x))(nhwc(x))
+    return np.moveaxis(np.asarray(out), -1, 1)
+
+
+def encode_masks(
+    sizes: dict[str, int], state: dict[str, np.ndarray], latent_tokens: np.ndarray, x: np.ndarray, legacy: bool
+) -> tuple[np.ndarray, LengthPrediction]:
+    """z [B, D, 1, L] and lengths from the mask encoder of a fixture's sizes and state dict for x [B, 3, H, H]."""
+    vit = ViTConfig(embed_dim=sizes["width"], num_layers=sizes["layers"], num_heads=sizes["heads"])
+    levels = sizes["patch"].bit_length()  # the pixel decoder is not used, but must fit
+    cfg = TokenizerConfig(
+        mask_size=sizes["crop"], patch_size=sizes["patch"], num_latent_tokens=sizes["latents"],
+        token_size=sizes["token"], encoder=vit, decoder=vit, sam=None, legacy_reshape=legacy,
+        pixel_decoder=PixelDecoderConfig(channel_mult=(1,) * levels),
+    )  # fmt: skip
+    encoder_rules = (*tokenizer_rules.encoder_rules(cfg), *tokenizer_rules.length_rules(cfg))
+    table = rules.Table(encoder_rules, ((r"encoder\.attn_mask", "a constant"),))
+    tensors = {f"encoder.{key}": value for key, value in state.items()} | {"latent_tokens": latent_tokens}
+    params = rules.unflatten(rules.import_tensors(table, tensors))
+
+    @jax.jit
+    def run(x):
+        encoded = ALTo(cfg).apply({"params": params}, x, method="encode")
+        return encoded.z, ALTo(cfg).apply({"params": params}, encoded, method="predict_length")
+
+    z, length = run(nhwc(x))
+    return np.asarray(z).swapaxes(1, 2)[:, :, None], length
 
 
 def random_params(module: Any, *args: Any) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_reconstruction_loss_golden(prefix, cfg, rgb):
             atol=tolerance("himtloss", f"{prefix}_rgbrecon_total"),
         )
         expected, atol = arrays[f"{prefix}_rgbrecon_grad"], tolerance("himtloss", f"{prefix}_rgbrecon_grad")
-        np.testing.assert_allclose(np.transpose(grad[:1], (0, 3, 1, 2)), expected, rtol=0, atol=atol)
+        np.testing.assert_allclose(np.transpose(grad[:1, ::2, ::2], (0, 3, 1, 2)), expected, rtol=0, atol=atol)
         return
     names = {"mse": "mse", "edge": "edge", "edge_weighted_mse": "reconstruction"}
     if prefix == "bce_dice":
@@ -58,7 +58,7 @@ def test_reconstruction_loss_golden(prefix, cfg, rgb):
     key = f"{prefix}_total"
     np.testing.assert_allclose(value, arrays[key], rtol=0, atol=tolerance("himtloss", key))
     key = f"{prefix}_grad_recon"
-    np.testing.assert_allclose(grad[..., 0][:, None], arrays[key], rtol=0, atol=tolerance("himtloss", key))
+    np.testing.assert_allclose(grad[:, ::2, ::2, 0][:, None], arrays[key], rtol=0, atol=tolerance("himtloss", key))
 
 
 def test_mask_equals_its_gray_rgb_image():
@@ -76,7 +76,7 @@ def test_edge_map_and_edge_loss_golden():
     arrays, recon, target = _himt_inputs(rgb=False)
     edges = jax.jit(losses.edge_map)(target)
     atol = tolerance("himtloss", "edge_maps_per_sample")
-    np.testing.assert_allclose(edges[:, None], arrays["edge_maps_per_sample"], rtol=0, atol=atol)
+    np.testing.assert_allclose(edges[:, None, ::2, ::2], arrays["edge_maps_per_sample"], rtol=0, atol=atol)
     edge_loss = jax.jit(losses.edge_loss)
     per_sample = [edge_loss(recon[i : i + 1, ..., 0], target[i : i + 1]) for i in range(3)]
     atol = tolerance("himtloss", "edge_loss_per_sample")

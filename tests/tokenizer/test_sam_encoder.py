@@ -19,7 +19,15 @@ from alto_jax.tokenizer.sam_encoder import (
     sam_preprocess,
 )
 from tests.golden_io import golden
-from tests.golden_models import ALTO_CONFIG, alto_params, assert_golden, nhwc, random_params
+from tests.golden_models import (
+    ALTO_CONFIG,
+    alto_params,
+    assert_golden,
+    golden_weights,
+    nhwc,
+    random_params,
+    sam_features,
+)
 
 CONFIG = ALTO_CONFIG.sam
 TINY = SamEncoderConfig(
@@ -49,6 +57,15 @@ def test_encoder_matches_reference_block_by_block(image):
     assert_golden("sam_encoder", "block1", hidden[2][:, ::2, ::2], fixture["block1"])
     assert_golden("sam_encoder", "block2", hidden[3][:, ::2, ::2], fixture["block2"])
     assert_golden("sam_encoder", "out", out, nhwc(fixture["out"]))
+
+
+def test_encoder_of_other_sizes():
+    """Ten patches in windows of four: the last windows are padded."""
+    sizes = {"patch_size": 8, "embed_dim": 48, "num_heads": 3, "out_chans": 16, "img_size": 80, "window_size": 4,
+             "depth": 2, "global_attn_indexes": [1]}  # fmt: skip
+    fixture = golden("sam_grid10")
+    out = sam_features(sizes, golden_weights("sam_grid10"), fixture["x"])
+    assert_golden("sam_grid10", "out", out, fixture["out"])
 
 
 def test_official_form_with_scaled_tables_is_the_references_form(image):
