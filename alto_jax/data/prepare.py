@@ -30,7 +30,7 @@ import numpy as np
 
 from alto_jax import cli
 from alto_jax.config import ConfigError
-from alto_jax.data import bad_data, pipeline, prepared, transforms
+from alto_jax.data import bad_data, examples, prepared, transforms
 
 SPLIT = "train"  # Of the TFDS data set; the benchmark's own split is part of the name.
 VERSION = "1.0.0"
@@ -112,7 +112,7 @@ def example(job: Job, index: int) -> dict[str, Any]:
     if job.kind == "masks":
         mask = record["mask"]
         if any(sizes.values()):
-            image, mask = pipeline.mask_arrays(record, sizes["image_size"], sizes["mask_size"])
+            image, mask = examples.mask_arrays(record, sizes["image_size"], sizes["mask_size"])
         elif image.shape[:2] != mask.shape or not mask.any():
             raise ValueError(f"record {key}: the mask is empty, or its image is of another size")
         return {"key": key, "image": encode(image), "masks": [prepared.encode_mask(mask)]}

@@ -89,25 +89,39 @@ def test_iterator_resumes_exactly(threads, taken):
     assert read(resumed, 12 - taken) == whole[taken:]
 
 
-def test_processes_share_the_stream():
+def slices(process_count, state=None, **options):
+    """One iterator a process, all at `state`."""
+    iterators = [numbers(process_index=p, process_count=process_count, **options) for p in range(process_count)]
+    for iterator in iterators if state is not None else ():
+        iterator.set_state(state)
+    return iterators
+
+
+def read_whole(iterators, count):
+    """Global batches: the processes' slices one after the other."""
+    return [sum((read(iterator, 1)[0] for iterator in iterators), []) for _ in range(count)]
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_slices_of_the_processes_make_the_batches_of_one(process_count):
     whole = read(numbers(), 6)
-    parts = [read(numbers(process_index=p, process_count=2), 6) for p in range(2)]
-    for step in range(6):
-        assert len(parts[0][step]) == 2
-        assert sorted(parts[0][step] + parts[1][step]) == sorted(whole[step])
+    assert read_whole(slices(process_count), 6) == whole
+    for epochs in (1, 3):  # 10 records: batches cross the epochs' ends, and the last records make no batch of 4
+        options = {"num_epochs": epochs}
+        parts = [read(iterator) for iterator in slices(process_count, **options)]
+        assert [sum(rows, []) for rows in zip(*parts, strict=True)] == read(numbers(**options))
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_another_number_of_processes_goes_on_at_the_same_records(threads):
-    whole = read(numbers(num_threads=threads), 8)
+def test_another_number_of_processes_goes_on_with_the_same_batches(threads):
+    options = {"num_threads": threads}
+    whole = read(numbers(**options), 8)
     for before, after in ((2, 1), (1, 4), (4, 2)):
-        saved = numbers(process_index=before - 1, process_count=before, num_threads=threads)
-        read(saved, 3)
-        resumed = [numbers(process_index=p, process_count=after, num_threads=threads) for p in range(after)]
-        for iterator in resumed:
-            iterator.set_state(saved.get_state())
-        for step in range(3, 8):
-            assert sorted(sum((read(iterator, 1)[0] for iterator in resumed), [])) == sorted(whole[step])
+        saved = slices(before, **options)
+        assert read_whole(saved, 3) == whole[:3]
+        state = saved[0].get_state()
+        assert all(iterator.get_state() == state for iterator in saved)
+        assert read_whole(slices(after, state, **options), 5) == whole[3:]
 
 
 def test_wrong_sizes_are_refused():
@@ -115,6 +129,8 @@ def test_wrong_sizes_are_refused():
         numbers(process_count=3)
     with pytest.raises(ValueError, match="batch_size: 16 is more than"):
         numbers(10, batch_size=16, num_epochs=1)
+    with pytest.raises(ValueError, match="drop_remainder.*2 processes"):
+        numbers(process_count=2, drop_remainder=False)
     with pytest.raises(ValueError, match="no record"):
         numbers(0)
 
