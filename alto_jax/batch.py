@@ -1,8 +1,8 @@
 """The batches that travel from the data to the losses, and the legend of dimension letters.
 
-B batch, G samples of a group, H W mask pixels, S pixels of the SAM image side, V pixels of the MLLM
-image side (in shapes of images; elsewhere V is the vocabulary), P prompt tokens, T text tokens, L mask
-tokens, M masks of a sample, N heads, K key/value heads, D width, C codebook.
+B batch, G samples of a group, J conversations of a packed row, H W mask pixels, S pixels of the SAM image
+side, V pixels of the MLLM image side (in shapes of images; elsewhere V is the vocabulary), P prompt tokens,
+T text tokens, L mask tokens, M masks of a sample, N heads, K key/value heads, D width, C codebook.
 
 Numpy arrays on the host, jax arrays (sharded over the batch) on the device. Images stay uint8 until
 they are inside the jitted step.
@@ -30,6 +30,10 @@ class ChatBatch:
     image uint8[B, V, V, 3]; pixel_image uint8[B, S, S, 3]; ids int32[B, T], right padded;
     labels int32[B, T], -100 where not supervised; text_mask bool[B, T]; masks float32[B, M, H, W] in
     0..1 in their order of appearance; mask_valid bool[B, M].
+
+    Packed rows hold up to J conversations (data/packing.py). Then image uint8[B, J, V, V, 3] and pixel_image
+    uint8[B, J, S, S, 3] are their images in order (zeros where there is none), segment_ids int32[B, T] numbers
+    the conversations of a row from 1 (0: padding), and mask_image int32[B, M] is each mask's image, in 0..J-1.
     """
 
     image: Array
@@ -39,6 +43,8 @@ class ChatBatch:
     text_mask: Array
     masks: Array
     mask_valid: Array
+    segment_ids: Array | None = None
+    mask_image: Array | None = None
 
 
 @struct.dataclass

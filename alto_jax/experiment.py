@@ -32,7 +32,8 @@ class DataConfig:
     base_vocab_size: size of the tokenizer that is trained on the built-in data when the start checkpoint
     brings none. max_bad_fraction: share of the records that may be unreadable; they are logged and passed over, more
     are an error. length_buckets: a stage-2 batch is cut to the shortest of these lengths that its rows fit in (one
-    program each; one process only), () keeps max_length.
+    program each; one process only), () keeps max_length. pack_samples: up to so many conversations share a row of
+    stage 2 (1: each has its own); train.batch_size then counts rows, max_masks still the masks of a conversation.
     """
 
     source: Literal["scenes", "sa1b", "jsonl", "prepared", "referring", "mixture"] = "scenes"
@@ -48,6 +49,7 @@ class DataConfig:
     num_threads: int = 2
     max_bad_fraction: float = 0.001
     length_buckets: tuple[int, ...] = ()
+    pack_samples: int = 1
 
     def __post_init__(self):
         require(
@@ -61,6 +63,9 @@ class DataConfig:
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "0..1")
         fits = all(8 <= length <= self.max_length for length in self.length_buckets)
         require(fits, "length_buckets", self.length_buckets, f"lengths in 8..{self.max_length}")
+        require(self.pack_samples >= 1, "pack_samples", self.pack_samples, "at least 1")
+        one = self.pack_samples == 1 or not self.length_buckets
+        require(one, "length_buckets", self.length_buckets, f"() with pack_samples {self.pack_samples}")
         require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
         require(self.max_masks >= 1, "max_masks", self.max_masks, "at least 1")
 
@@ -122,7 +127,8 @@ class TokenizerStageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SftStageConfig:
-    """Stage 2. max_supervised: supervised tokens of a row that reach the LM head. mask_loss_weight: weight of
+    """Stage 2. max_supervised: supervised tokens of a conversation (in packed rows: on average) that reach the LM
+    head. mask_loss_weight: weight of
     the loss of the mask decoded from the soft tokens (0: not computed)."""
 
     max_supervised: int = 64

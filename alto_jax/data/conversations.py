@@ -76,13 +76,23 @@ class Conversations:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    def _find(self, index: int) -> tuple[_Part, int]:
+        """The data set and line of record `index`, in 0..len-1."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        part = self._parts[number]
+        return part, int(part.chosen[index - (self._ends[number - 1] if number else 0)])
+
+    def conversation(self, index: int) -> dict[str, Any]:
+        """Record `index` without its image and masks."""
+        part, row = self._find(index)
+        where, entry = part.read(row)
+        return {"key": where, "conversations": entry["conversations"]}
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         index = int(index) % len(self)
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        part = self._parts[number]
-        row = int(part.chosen[index - (self._ends[number - 1] if number else 0)])
+        part, row = self._find(index)
         where, entry = part.read(row)
         try:
             image = transforms.open_image(part.root / entry["image"])

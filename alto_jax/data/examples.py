@@ -47,12 +47,17 @@ class Examples:
 
     def __getitem__(self, index: int) -> Any:
         index = int(index)
-        while True:
-            try:
-                return self._transform(index, self._source[index])
-            except (ValueError, OSError) as error:
-                self.bad.add(index, error)
-                index = (index + 1) % len(self)
+        while (example := self.get(index)) is None:
+            index = (index + 1) % len(self)
+        return example
+
+    def get(self, index: int) -> Any:
+        """The example of record `index` itself; None if that is bad."""
+        try:
+            return self._transform(index, self._source[index])
+        except (ValueError, OSError) as error:
+            self.bad.add(index, error)
+            return None
 
 
 def mask_example(record: Mapping[str, Any], image_size: int, mask_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,6 +95,37 @@ def mask_arrays(record: Mapping[str, Any], image_size: int, mask_size: int) -> t
     return image, transforms.resize_uint8(mask, mask_size, mask_size)
 
 
+def chat_text(
+    record: Mapping[str, Any],
+    tok: text.TextTokenizer,
+    *,
+    max_length: int,
+    num_image_tokens: int,
+    num_latent_tokens: int,
+    max_masks: int,
+    system: str | None,
+) -> tuple[list[int], list[int]]:
+    """The ids and labels of a ChatRecord, unpadded; needs its "key" and "conversations" alone.
+
+    Raises:
+      ValueError: text longer than `max_length`, or too many masks; the message names the record.
+    """
+    try:
+        turns = [
+            {**turn, "value": text.resize_placeholders(turn["value"], num_latent_tokens)}
+            for turn in record["conversations"]
+        ]
+        ids, labels = text.render_conversation(tok, turns, num_image_tokens, system=system)
+    except ValueError as error:
+        raise ValueError(f"record {record['key']}: {error}") from error
+    if len(ids) > max_length:
+        raise ValueError(f"record {record['key']}: {len(ids)} text tokens, but max_length is {max_length}")
+    placeholders = ids.count(tok.ids.mask_start)
+    if placeholders > max_masks:
+        raise ValueError(f"record {record['key']}: {placeholders} masks, but max_masks is {max_masks}")
+    return ids, labels
+
+
 def chat_example(
     record: Mapping[str, Any],
     tok: text.TextTokenizer,
@@ -110,21 +146,18 @@ def chat_example(
         the image in size; the message names the record.
     """
     key, image, masks = record["key"], record["image"], record["masks"]
-    try:
-        turns = [
-            {**turn, "value": text.resize_placeholders(turn["value"], num_latent_tokens)}
-            for turn in record["conversations"]
-        ]
-        ids, labels = text.render_conversation(tok, turns, num_image_tokens, system=system)
-    except ValueError as error:
-        raise ValueError(f"record {key}: {error}") from error
-    if len(ids) > max_length:
-        raise ValueError(f"record {key}: {len(ids)} text tokens, but max_length is {max_length}")
+    ids, labels = chat_text(
+        record,
+        tok,
+        max_length=max_length,
+        num_image_tokens=num_image_tokens,
+        num_latent_tokens=num_latent_tokens,
+        max_masks=max_masks,
+        system=system,
+    )
     placeholders = ids.count(tok.ids.mask_start)
     if placeholders != len(masks):
         raise ValueError(f"record {key}: {len(masks)} masks, but {placeholders} mask placeholders in the text")
-    if len(masks) > max_masks:
-        raise ValueError(f"record {key}: {len(masks)} masks, but max_masks is {max_masks}")
     padding = max_length - len(ids)
     prepared = bool(record.get("prepared"))
     pixel_image = record["pixel_image"] if prepared else image

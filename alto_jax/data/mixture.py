@@ -4,7 +4,7 @@ A weight is the share of the stream. An epoch of the mixture ends when the sourc
 once, so that no record is lost; the others are read again (each time from the start). The seed draws the order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ class Mixture:
 
     Attributes:
       counts: records of each source in one epoch.
+      conversation: reads a record without its images; there if every source has it.
     """
 
     def __init__(self, sources: Mapping[str, tuple[Any, float]], *, seed: int = 0):
@@ -45,13 +46,22 @@ class Mixture:
         for number, size in enumerate(sizes):
             mine = self._which == number
             self._row[mine] = np.arange(int(mine.sum())) % size
+        if all(hasattr(source, "conversation") for source in self._sources):
+            self.conversation = self._conversation
 
     def __len__(self) -> int:
         return len(self._which)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._named(index, lambda source, row: source[row])
+
+    def _conversation(self, index: int) -> dict[str, Any]:
+        """Record `index` without images, where every source can give that."""
+        return self._named(index, lambda source, row: source.conversation(row))
+
+    def _named(self, index: int, read: Callable[[Any, int], dict[str, Any]]) -> dict[str, Any]:
         number = int(self._which[index])
-        record = self._sources[number][int(self._row[index])]
+        record = read(self._sources[number], int(self._row[index]))
         return {**record, "key": f"{self._names[number]}:{record['key']}"}
 
     def texts(self):

@@ -9,11 +9,12 @@ may be given to every process of another P, and the same batches follow.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import Any, Literal
 
 import numpy as np
 
-from alto_jax.data.examples import Examples, Source, chat_example, mask_example, prompt_example
+from alto_jax.data.examples import Examples, Source, chat_example, chat_text, mask_example, prompt_example
 from alto_jax.mllm import text
 
 
@@ -126,6 +127,7 @@ def chat_batches(
     seed: int,
     system: str | None = text.SYSTEM_MESSAGE,
     length_buckets: Sequence[int] = (),
+    pack_samples: int = 1,
     max_bad_records: int = 0,
     max_bad_fraction: float = 0.0,
     **options: Any,
@@ -139,11 +141,13 @@ def chat_batches(
       max_length: text tokens of a row.
       num_image_tokens: tokens that the image takes in the text.
       num_latent_tokens: placeholders a mask takes in the text; records have 32 in any case.
-      max_masks: mask slots of a row.
+      max_masks: mask slots of a conversation.
       batch_size, seed: see `batches`.
       system: the system message; None leaves it out.
       length_buckets: a batch is cut to the shortest of these lengths that all its rows fit in; with several
         processes, which must agree on a shape without asking each other, it stays at max_length.
+      pack_samples: up to so many conversations share a row, see packing.py; more than 1 makes endless, shuffled
+        batches and takes no length_buckets.
       max_bad_records, max_bad_fraction: bad records that are passed over, see `Examples`.
       **options: as in `mask_batches`.
 
@@ -152,21 +156,20 @@ def chat_batches(
     """
     from alto_jax.batch import ChatBatch
 
-    def transform(_: int, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        return chat_example(
-            record,
-            tok,
-            vision_size=vision_size,
-            image_size=image_size,
-            mask_size=mask_size,
-            max_length=max_length,
-            num_image_tokens=num_image_tokens,
-            num_latent_tokens=num_latent_tokens,
-            max_masks=max_masks,
-            system=system,
-        )
-
+    texts = dict(
+        max_length=max_length,
+        num_image_tokens=num_image_tokens,
+        num_latent_tokens=num_latent_tokens,
+        max_masks=max_masks,
+        system=system,
+    )
+    sizes = dict(vision_size=vision_size, image_size=image_size, mask_size=mask_size)
+    transform = lambda _, record: chat_example(record, tok, **sizes, **texts)
     examples = Examples(source, transform, max_bad_records, max_bad_fraction)
+    if pack_samples > 1:
+        if length_buckets:
+            raise ValueError(f"length_buckets: expected () with pack_samples {pack_samples}, got {length_buckets!r}")
+        return _packed_chat_batches(examples, source, tok, texts, pack_samples, batch_size, seed, options)
     buckets = sorted({*length_buckets, max_length}) if options.get("process_count", 1) == 1 else [max_length]
 
     def make_batch(rows: Sequence[dict[str, np.ndarray]]) -> ChatBatch:
@@ -176,6 +179,49 @@ def chat_batches(
         return ChatBatch(**batch | {name: batch[name][:, :length] for name in ("ids", "labels", "text_mask")})
 
     return batches(examples, make_batch, batch_size=batch_size, seed=seed, **options)
+
+
+def _packed_chat_batches(
+    examples: Examples,
+    source: Source,
+    tok: text.TextTokenizer,
+    texts: Mapping[str, Any],
+    pack_samples: int,
+    batch_size: int,
+    seed: int,
+    options: Mapping[str, Any],
+) -> Any:
+    """Packed batches of stage 2; `texts` are the options of `chat_text`."""
+    from alto_jax.batch import ChatBatch
+    from alto_jax.data import packing
+
+    def measure(index: int) -> int | None:
+        try:
+            return len(chat_text(source.conversation(index), tok, **texts)[0])
+        except (ValueError, OSError) as error:
+            examples.bad.add(index, error)
+            return None
+
+    @functools.cache
+    def blank() -> dict[str, np.ndarray]:
+        shapes = {name: np.zeros_like(value) for name, value in examples[0].items()}
+        fills = {"ids": tok.ids.pad, "labels": text.IGNORE}
+        return shapes | {name: np.full_like(shapes[name], fill) for name, fill in fills.items()}
+
+    def make_batch(rows: Sequence[Sequence[dict[str, np.ndarray]]]) -> ChatBatch:
+        packed = [packing.pack_row(row, blank(), pack_samples, tok.ids.img_context) for row in rows]
+        return ChatBatch(**_stack(packed))
+
+    return packing.Packed(
+        examples,
+        measure if hasattr(source, "conversation") else None,
+        make_batch,
+        num_rows=batch_size,
+        max_length=texts["max_length"],
+        max_segments=pack_samples,
+        seed=seed,
+        **options,
+    )
 
 
 def prompt_batches(

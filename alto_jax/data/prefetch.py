@@ -64,9 +64,7 @@ class Ahead(grain.DatasetIterator):
             self._pending = None
 
     def close(self) -> None:
-        """Ends the thread, and the iterator if that can be closed."""
-        self._drop()
-        self._thread.shutdown()
-        if hasattr(self._iterator, "close"):
-            self._iterator.close()
+        """Lets the thread end when it is done with what it is doing."""
+        # Note: no waiting, since the garbage collector may close this from that very thread.
+        self._thread.shutdown(wait=False, cancel_futures=True)
         super().close()

@@ -133,6 +133,7 @@ def chat_iterator(config: Any, text: TextTokenizer, process_index: int, process_
             num_latent_tokens=config.model.tokenizer.num_latent_tokens,
             max_masks=config.data.max_masks,
             length_buckets=config.data.length_buckets,
+            pack_samples=config.data.pack_samples,
             **_options(config, process_index, process_count),
         )
     )

@@ -139,12 +139,13 @@ def replace_mask_tokens(
       lengths: int32[B, M], adaptive length of each mask, in 0..L.
       mask_valid: bool[B, M], which masks exist.
       special_ids: the tokenizer's special ids.
-      text_mask: bool[B, T], True at real tokens; None takes everything up to the last id that is not pad.
+      text_mask: bool[B, T], True at real tokens, or their segment ids (int32[B, T], 0 at padding); None takes
+        everything up to the last id that is not pad.
       compat_first_mask_only: Compat: the reference replaces only the first mask of a row and, if that one
         is not supervised, leaves the labels where they were while the ids move.
 
     Returns:
-      ids int32[B, T], labels int32[B, T] (padded with -100) and text_mask bool[B, T] of the new rows.
+      ids int32[B, T], labels int32[B, T] (padded with -100) and text_mask (of the type given) of the new rows.
     """
     num_masks, num_latent_tokens = codes.shape[1:]
     row_length = ids.shape[1]
@@ -178,7 +179,7 @@ def replace_mask_tokens(
     filled = time < num_kept
     out_ids = jnp.where(filled, jnp.take_along_axis(new_ids, order, axis=1), special_ids.pad)
     out_labels = jnp.where(filled, jnp.take_along_axis(new_labels, order, axis=1), IGNORE)
-    out_mask = filled & jnp.take_along_axis(text_mask, order, axis=1)
+    out_mask = jnp.where(filled, jnp.take_along_axis(text_mask, order, axis=1), jnp.zeros((), text_mask.dtype))
     if compat_first_mask_only:
         first = jnp.argmax(is_start, axis=1)[:, None]
         unsupervised = jnp.take_along_axis(labels, first, axis=1) == IGNORE

@@ -54,18 +54,26 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
         del step
         apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
         batch_size, num_masks = batch.mask_valid.shape
+        is_packed = batch.segment_ids is not None
         masks = batch.masks.reshape(-1, size.mask_size, size.mask_size)
         codes, length = jax.lax.stop_gradient(tokenizer_apply(ALTo(size), params)(masks, method="tokenize"))
-        ids, labels, _ = mask_tokens.replace_mask_tokens(
+        ids, labels, segment_ids = mask_tokens.replace_mask_tokens(
             batch.ids, batch.labels, codes.reshape(batch_size, num_masks, -1), length.reshape(batch_size, num_masks),
-            batch.mask_valid, special, text_mask=batch.text_mask,
+            batch.mask_valid, special, text_mask=batch.segment_ids if is_packed else batch.text_mask,
         )  # fmt: skip
-        inputs = apply(ids, apply(batch.image, rng, method="image_tokens"), special.img_context, method="embed")
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        # Note: rows are padded on the right, so that the causal mask alone hides the padding.
-        hidden, _ = apply(inputs, positions, None, method="hidden")
+        # Images of packed rows lie along one axis; a row's image tokens follow each other in order.
+        join = lambda images: images.reshape(-1, *images.shape[2:]) if is_packed else images
+        image_tokens = apply(join(batch.image), rng, method="image_tokens")
+        image_tokens = image_tokens.reshape(batch_size, -1, image_tokens.shape[-1])
+        inputs = apply(ids, image_tokens, special.img_context, method="embed")
+        if is_packed:
+            positions, attn_mask = segment_attention(segment_ids)
+        else:  # Note: rows are padded on the right, so that the causal mask alone hides the padding.
+            positions, attn_mask = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), None
+        hidden, _ = apply(inputs, positions, attn_mask, method="hidden")
         logits_fn = lambda h: apply(h, method="logits")
-        loss, logged = losses.token_cross_entropy(hidden, labels, logits_fn, max_supervised=cfg.max_supervised)
+        limit = cfg.max_supervised * config.data.pack_samples
+        loss, logged = losses.token_cross_entropy(hidden, labels, logits_fn, max_supervised=limit)
         logged = {"token_loss": loss, **logged, "length": jnp.sum(length * batch.mask_valid.reshape(-1)) / jnp.maximum(
             jnp.sum(batch.mask_valid), 1)}  # fmt: skip
         if cfg.mask_loss_weight > 0:
@@ -75,9 +83,9 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
             code_logits = code_logits[..., special.code_0 : special.code_0 + special.num_codes]
             code_logits = code_logits.reshape(batch_size * num_masks, size.num_latent_tokens, -1)
             probs = losses.mask_token_probabilities(code_logits, found.length.reshape(-1))
-            features = apply(batch.image, batch.pixel_image, method="image_features")
+            features = apply(join(batch.image), join(batch.pixel_image), method="image_features")
             if features is not None:
-                features = jnp.repeat(features, num_masks, axis=0)
+                features = features_of_masks(features, batch)
             mask_logits = tokenizer_apply(ALTo(size), params)(probs, features, method="decode_probs")
             valid = (found.valid & batch.mask_valid).reshape(-1)
             term, parts = losses.mask_loss(mask_logits, masks, valid, cfg.mask_loss)
@@ -86,6 +94,30 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
         return loss, (logged, ())
 
     return loss_fn
+
+
+def segment_attention(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Positions and attention of packed rows: each conversation is causal, and alone.
+
+    Args:
+      segment_ids: int32[B, T]; the positions of a conversation share a number and follow each other.
+
+    Returns:
+      positions int32[B, T] that begin at 0 in each conversation, and attn_mask bool[B, T, T].
+    """
+    time = jnp.arange(segment_ids.shape[1])
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return time - jnp.argmax(same, axis=-1), same & (time <= time[:, None])
+
+
+def features_of_masks(features: jax.Array, batch: ChatBatch) -> jax.Array:
+    """Image features [B or B*J, ...] of a batch's images → [B*M, ...], those of each mask's image."""
+    batch_size, num_masks = batch.mask_valid.shape
+    if batch.mask_image is None:
+        return jnp.repeat(features, num_masks, axis=0)
+    features = features.reshape(batch_size, -1, *features.shape[1:])
+    index = batch.mask_image.reshape(batch_size, num_masks, *(1,) * (features.ndim - 2))
+    return jnp.take_along_axis(features, index, axis=1).reshape(-1, *features.shape[2:])
 
 
 def make_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) -> Any:
