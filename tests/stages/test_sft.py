@@ -21,11 +21,23 @@ NUM_SAMPLES, SEGMENTS, PACKED_LENGTH = 5, 3, 320
 def setting():
     """stage2:debug with random parameters and five conversations: questions, one mask, two masks."""
     config = experiment.make_experiment(main.load_config(str(ROOT / "configs/stage2.py:debug")))
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_masks=2))
+    sam = dataclasses.replace(config.model.tokenizer.sam, depth=1, global_attn_indexes=(0,))
+    tokenizer = dataclasses.replace(config.model.tokenizer, sam=sam)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, max_masks=2),
+        model=dataclasses.replace(config.model, tokenizer=tokenizer),
+    )
     tok = sources.text_tokenizer(config)
     rng = np.random.default_rng(0)
-    params = jax.jit(lambda key: init_params(config.model, key))(jax.random.key(0))
-    params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(np.float32), params)
+    shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, p: (
+            ("scale" in str(path[-1]))
+            + (rng.normal(size=p.shape) * 0.5 / np.sqrt(max(p.shape[-2:][0], 1))).astype(np.float32)
+        ),
+        shapes,
+    )
     source = sources.chat_source(config)
     questions = [i for i in range(len(source)) if not source[i]["masks"]][:1]
     records = [source[i] for i in (questions + [i for i in range(len(source)) if i not in questions])[:NUM_SAMPLES]]
@@ -64,19 +76,22 @@ def test_packed_loss_and_gradients_equal_those_of_separate_rows(setting):
     config, tok, params, made = setting
     packed_config = dataclasses.replace(config, data=dataclasses.replace(config.data, pack_samples=SEGMENTS))
 
-    def run(config, batch):
+    trained = {name: params[name] for name in ("vision", "projector", "language_model")}
+
+    def make_run(config):
         loss_fn = sft.make_loss(config, tok.ids)
 
-        def loss(part):
+        def loss(part, batch):
             value, (metrics, _) = loss_fn({**params, **part}, batch, jax.random.key(0), 0)
             return value, metrics
 
-        trained = {name: params[name] for name in ("vision", "projector", "language_model")}
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(trained)
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        return lambda batch: run(trained, batch)
 
+    run, run_packed = make_run(config), make_run(packed_config)
     batch = pack(tok, made)
-    (loss, metrics), grads = run(config, stack(made))
-    (packed_loss, packed_metrics), packed_grads = run(packed_config, batch)
+    (loss, metrics), grads = run(stack(made))
+    (packed_loss, packed_metrics), packed_grads = run_packed(batch)
     assert metrics["num_supervised"] > 100 and metrics["mask_bce"] > 0.1
     for name, value in metrics.items():
         np.testing.assert_allclose(packed_metrics[name], value, rtol=1e-5, err_msg=name)
@@ -91,7 +106,7 @@ def test_packed_loss_and_gradients_equal_those_of_separate_rows(setting):
     absent = np.argmin([row.max() for row in batch.image.reshape(2, -1, *batch.image.shape[2:])[:, -1]])
     image = batch.image.copy()
     image[absent, -1] = 99
-    (other_loss, _), other_grads = run(packed_config, batch.replace(image=image))
+    (other_loss, _), other_grads = run_packed(batch.replace(image=image))
     np.testing.assert_allclose(other_loss, packed_loss, rtol=1e-6)
     for one, two in zip(jax.tree.leaves(packed_grads), jax.tree.leaves(other_grads), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
