@@ -501,8 +501,8 @@ def grpo_loss(
 
     divisor = {"dr_grpo": logps.shape[-1], "dapo": jnp.maximum(jnp.mean(valid_tokens), 1e-9)}
     divisor = divisor.get(cfg.objective, num_tokens)
-    # Note: surrogate = 1 + excess, and the advantages of a group sum to 0. That constant is taken apart, and what float32
-    # leaves of it is dropped, so that rounding at the size of the advantages does not drown the small rest.
+    # Note: surrogate = 1 + excess, and the advantages of a group sum to 0. That constant is taken apart, and what
+    # float32 leaves of it is dropped, so that rounding at the size of the advantages does not drown the small rest.
     gain = advantages * (jnp.sum((surrogate - 1) * weights, axis=-1) / divisor)
     constant = advantages * (valid_tokens / divisor)
     offset = jnp.mean(constant, axis=-1, keepdims=True)
