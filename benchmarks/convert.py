@@ -8,6 +8,7 @@ twice the checkpoint's size of disk; everything is removed afterwards. For 8B: `
 
 import argparse
 import json
+import os
 from pathlib import Path
 import shutil
 import subprocess
@@ -93,6 +94,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="alto_jax_convert_", dir=options.folder))
     try:
         nbytes = make_checkpoint(folder / "torch", options.size, options.kind)
+        os.sync()  # the source lies on disk, as a download would; what is measured does not wait for it
         print(f"{options.kind} {options.size}: {nbytes / 1e9:.2f} GB of bfloat16")
         commands = [("import", "import", folder / "torch", folder / "out", "--tokenizer", "none")]
         commands += [("export", "export", folder / "out", folder / "back")] if options.export else []
