@@ -17,10 +17,14 @@ Array = Any
 
 @struct.dataclass
 class MaskBatch:
-    """Stages 1 and 1.5: image uint8[B, S, S, 3] RGB; mask float32[B, H, W] in 0..1."""
+    """Stages 1 and 1.5: image uint8[B, S, S, 3] RGB; mask float32[B, H, W] in 0..1.
 
-    image: Array
+    features bfloat16[B, s*g, s*g, F]: the SAM features where they are cached (data/caches.py); image is None then.
+    """
+
+    image: Array | None
     mask: Array
+    features: Array | None = None
 
 
 @struct.dataclass
@@ -34,10 +38,13 @@ class ChatBatch:
     Packed rows hold up to J conversations (data/packing.py). Then image uint8[B, J, V, V, 3] and pixel_image
     uint8[B, J, S, S, 3] are their images in order (zeros where there is none), segment_ids int32[B, T] numbers
     the conversations of a row from 1 (0: padding), and mask_image int32[B, M] is each mask's image, in 0..J-1.
+
+    Cached (data/caches.py): features bfloat16[B, s*g, s*g, F] (packed: [B, J, …]), and then pixel_image is None;
+    codes int32[B, M, L] and code_lengths int32[B, M], the tokenizer's mask tokens.
     """
 
     image: Array
-    pixel_image: Array
+    pixel_image: Array | None
     ids: Array
     labels: Array
     text_mask: Array
@@ -45,18 +52,22 @@ class ChatBatch:
     mask_valid: Array
     segment_ids: Array | None = None
     mask_image: Array | None = None
+    features: Array | None = None
+    codes: Array | None = None
+    code_lengths: Array | None = None
 
 
 @struct.dataclass
 class PromptBatch:
     """Stage 3 and prediction: prompt_ids int32[B, P], LEFT padded; prompt_mask bool[B, P]; mask
-    float32[B, H, W] in 0..1 is the target; images as in ChatBatch."""
+    float32[B, H, W] in 0..1 is the target; images and cached features as in ChatBatch."""
 
     image: Array
-    pixel_image: Array
+    pixel_image: Array | None
     prompt_ids: Array
     prompt_mask: Array
     mask: Array
+    features: Array | None = None
 
 
 @struct.dataclass

@@ -16,7 +16,8 @@ import numpy as np
 from alto_jax import metrics, results, sharding, vqa
 from alto_jax.batch import MaskBatch, PromptBatch
 from alto_jax.config import ConfigError
-from alto_jax.data import benchmarks, pipeline, transforms
+from alto_jax.data import benchmarks, transforms
+from alto_jax.data.examples import mask_example
 from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, segment
 from alto_jax.mllm.generate import GenerateConfig, generate
@@ -336,7 +337,7 @@ class Reconstruction:
         record = self._source[index]
         if "phrase" in record and not record["mask"].any():
             return {"line": {"key": record["key"], "skipped": "no target"}}
-        image, mask = pipeline.mask_example(record, self._cfg.image_size, self._cfg.mask_size)
+        image, mask = mask_example(record, self._cfg.image_size, self._cfg.mask_size)
         return {"key": record["key"], "image": image, "mask": mask}
 
     def blank(self) -> dict[str, Any]:

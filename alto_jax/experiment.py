@@ -34,6 +34,7 @@ class DataConfig:
     are an error. length_buckets: a stage-2 batch is cut to the shortest of these lengths that its rows fit in (one
     program each; one process only), () keeps max_length. pack_samples: up to so many conversations share a row of
     stage 2 (1: each has its own); train.batch_size then counts rows, max_masks still the masks of a conversation.
+    use_caches: take SAM features and mask tokens from prepared data sets that have them.
     """
 
     source: Literal["scenes", "sa1b", "jsonl", "prepared", "referring", "mixture"] = "scenes"
@@ -50,6 +51,7 @@ class DataConfig:
     max_bad_fraction: float = 0.001
     length_buckets: tuple[int, ...] = ()
     pack_samples: int = 1
+    use_caches: bool = True
 
     def __post_init__(self):
         require(

@@ -76,6 +76,15 @@ def mask_example(record: Mapping[str, Any], image_size: int, mask_size: int) -> 
     return image, mask.astype(np.float32) / np.float32(255)
 
 
+def mask_fields(record: Mapping[str, Any], image_size: int, mask_size: int) -> dict[str, np.ndarray]:
+    """The fields of MaskBatch without their batch axis: `mask_example`, with cached features in place of the image."""
+    if "features" not in record:
+        image, mask = mask_example(record, image_size, mask_size)
+        return {"image": image, "mask": mask}
+    _check_prepared(record["key"], {"mask_size": (record["mask"], mask_size)})
+    return {"features": record["features"], "mask": record["mask"].astype(np.float32) / np.float32(255)}
+
+
 def mask_arrays(record: Mapping[str, Any], image_size: int, mask_size: int) -> tuple[np.ndarray, np.ndarray]:
     """`mask_example` with the mask as uint8[H, H] in 0..255; a prepared record is taken as it is."""
     image, mask = record["image"], record["mask"]
@@ -160,20 +169,19 @@ def chat_example(
         raise ValueError(f"record {key}: {len(masks)} masks, but {placeholders} mask placeholders in the text")
     padding = max_length - len(ids)
     prepared = bool(record.get("prepared"))
-    pixel_image = record["pixel_image"] if prepared else image
     if prepared:
-        sizes = {f"mask {i}": (mask, mask_size) for i, mask in enumerate(masks)}
-        _check_prepared(key, {"vision_size": (image, vision_size), "image_size": (pixel_image, image_size), **sizes})
-    small, large = (image, pixel_image) if prepared else transforms.squash_all(image, vision_size, image_size)
-    example = {
-        "image": small,
-        "pixel_image": large,
+        _check_prepared(key, {f"mask {i}": (mask, mask_size) for i, mask in enumerate(masks)})
+    example = _images(record, vision_size, image_size) | {
         "ids": np.array(ids + [tok.ids.pad] * padding, np.int32),
         "labels": np.array(list(labels) + [-100] * padding, np.int32),
         "text_mask": np.arange(max_length) < len(ids),
         "masks": np.zeros((max_masks, mask_size, mask_size), np.float32),
         "mask_valid": np.arange(max_masks) < len(masks),
     }
+    for name in ("codes", "code_lengths"):
+        if name in record:
+            example[name] = np.zeros((max_masks, *record[name].shape[1:]), np.int32)
+            example[name][: len(masks)] = record[name]
     for i, mask in enumerate(masks):
         if not prepared:
             _check_sizes(key, image, mask)
@@ -226,10 +234,8 @@ def prompt_example(
     key, image, masks = record["key"], record["image"], record["masks"]
     if len(masks) != 1:
         raise ValueError(f"record {key}: expected one mask, got {len(masks)}")
-    pixel_image = record["pixel_image"] if record.get("prepared") else image
     if record.get("prepared"):
-        sizes = {"vision_size": (image, vision_size), "image_size": (pixel_image, image_size)}
-        _check_prepared(key, sizes | {"mask_size": (masks[0], mask_size)})
+        _check_prepared(key, {"mask_size": (masks[0], mask_size)})
     else:
         _check_sizes(key, image, masks[0])
     question = grpo_question(record, template)
@@ -237,15 +243,25 @@ def prompt_example(
     padding = max_prompt_length - len(ids)
     if padding < 0:
         raise ValueError(f"record {key}: {len(ids)} prompt tokens, but max_prompt_length is {max_prompt_length}")
-    prepared = bool(record.get("prepared"))
-    small, large = (image, pixel_image) if prepared else transforms.squash_all(image, vision_size, image_size)
-    return {
-        "image": small,
-        "pixel_image": large,
+    return _images(record, vision_size, image_size) | {
         "prompt_ids": np.array([tok.ids.pad] * padding + list(ids), np.int32),
         "prompt_mask": np.arange(max_prompt_length) >= padding,
         "mask": transforms.soft_mask(masks[0], mask_size),
     }
+
+
+def _images(record: Mapping[str, Any], vision_size: int, image_size: int) -> dict[str, np.ndarray]:
+    """The MLLM's image of a ChatRecord, and the SAM encoder's image or, where they are cached, its features."""
+    image = record["image"]
+    if not record.get("prepared"):
+        small, large = transforms.squash_all(image, vision_size, image_size)
+        return {"image": small, "pixel_image": large}
+    sizes = {"vision_size": (image, vision_size)}
+    if "features" in record:
+        _check_prepared(record["key"], sizes)
+        return {"image": image, "features": record["features"]}
+    _check_prepared(record["key"], sizes | {"image_size": (record["pixel_image"], image_size)})
+    return {"image": image, "pixel_image": record["pixel_image"]}
 
 
 def _check_prepared(key: str, arrays: Mapping[str, tuple[np.ndarray, int]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from alto_jax.config import require
+from alto_jax.data import caches
 
 
 class Mixture:
@@ -17,11 +18,12 @@ class Mixture:
 
     Attributes:
       counts: records of each source in one epoch.
+      caches: what all sources have cached (data/caches.py).
       conversation: reads a record without its images; there if every source has it.
     """
 
     def __init__(self, sources: Mapping[str, tuple[Any, float]], *, seed: int = 0):
-        """ValueError: no source, an empty one, or a weight that is not above 0.
+        """ValueError: no source, an empty one, a weight that is not above 0, or different caches.
 
         Args:
           sources: name → (source, weight).
@@ -46,6 +48,7 @@ class Mixture:
         for number, size in enumerate(sizes):
             mine = self._which == number
             self._row[mine] = np.arange(int(mine.sum())) % size
+        self.caches = caches.same({name: getattr(source, "caches", {}) for name, (source, _) in sources.items()})
         if all(hasattr(source, "conversation") for source in self._sources):
             self.conversation = self._conversation
 

@@ -63,8 +63,10 @@ def pack_row(
     slots = {int(i): slot for slot, i in enumerate(np.argsort(np.logical_not(with_image), kind="stable"))}
     row = {name: np.array(blank[name]) for name in ("ids", "labels", "text_mask")}
     row["segment_ids"] = np.zeros(len(row["ids"]), np.int32)
-    row |= {name: np.stack([blank[name]] * max_segments) for name in ("image", "pixel_image")}
-    row |= {name: np.concatenate([blank[name]] * max_segments) for name in ("masks", "mask_valid")}
+    of_image = [name for name in ("image", "pixel_image", "features") if name in blank]
+    of_mask = [name for name in ("masks", "mask_valid", "codes", "code_lengths") if name in blank]
+    row |= {name: np.stack([blank[name]] * max_segments) for name in of_image}
+    row |= {name: np.concatenate([blank[name]] * max_segments) for name in of_mask}
     row["mask_image"] = np.zeros(len(row["mask_valid"]), np.int32)
     token = mask = 0
     for i, example in enumerate(examples):
@@ -74,9 +76,9 @@ def pack_row(
             row[name][at] = example[name][:length]
         row["labels"][token] = blank["labels"][0]  # Note: the token before belongs to another conversation.
         row["segment_ids"][at] = i + 1
-        for name in ("image", "pixel_image"):
+        for name in of_image:
             row[name][slots[i]] = example[name]
-        for name in ("masks", "mask_valid"):
+        for name in of_mask:
             row[name][of] = example[name][:num_masks]
         row["mask_image"][of] = slots[i]
         token, mask = token + length, mask + num_masks

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from alto_jax.data.examples import Examples, Source, chat_example, chat_text, mask_example, prompt_example
+from alto_jax.data.examples import Examples, Source, chat_example, chat_text, mask_fields, prompt_example
 from alto_jax.mllm import text
 
 
@@ -102,13 +102,10 @@ def mask_batches(
     """
     from alto_jax.batch import MaskBatch
 
-    def make_batch(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> MaskBatch:
-        images, masks = zip(*examples, strict=True)
-        return MaskBatch(image=np.stack(images), mask=np.stack(masks))
-
     examples = Examples(
-        source, lambda _, record: mask_example(record, image_size, mask_size), max_bad_records, max_bad_fraction
+        source, lambda _, record: mask_fields(record, image_size, mask_size), max_bad_records, max_bad_fraction
     )
+    make_batch = lambda rows: MaskBatch(**{"image": None} | _stack(rows))
     return batches(examples, make_batch, batch_size=batch_size, seed=seed, **options)
 
 
@@ -176,7 +173,8 @@ def chat_batches(
         batch = _stack(rows)
         longest = int(batch["text_mask"].sum(1).max())
         length = next(bucket for bucket in buckets if bucket >= longest)
-        return ChatBatch(**batch | {name: batch[name][:, :length] for name in ("ids", "labels", "text_mask")})
+        cut = {name: batch[name][:, :length] for name in ("ids", "labels", "text_mask")}
+        return ChatBatch(**{"pixel_image": None} | batch | cut)
 
     return batches(examples, make_batch, batch_size=batch_size, seed=seed, **options)
 
@@ -210,7 +208,7 @@ def _packed_chat_batches(
 
     def make_batch(rows: Sequence[Sequence[dict[str, np.ndarray]]]) -> ChatBatch:
         packed = [packing.pack_row(row, blank(), pack_samples, tok.ids.img_context) for row in rows]
-        return ChatBatch(**_stack(packed))
+        return ChatBatch(**{"pixel_image": None} | _stack(packed))
 
     return packing.Packed(
         examples,
@@ -282,7 +280,8 @@ def prompt_batches(
         )
 
     examples = Examples(source, transform, max_bad_records, max_bad_fraction)
-    return batches(examples, lambda e: PromptBatch(**_stack(e)), batch_size=batch_size, seed=seed, **options)
+    make_batch = lambda rows: PromptBatch(**{"pixel_image": None} | _stack(rows))
+    return batches(examples, make_batch, batch_size=batch_size, seed=seed, **options)
 
 
 def _stack(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

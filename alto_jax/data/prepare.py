@@ -1,6 +1,7 @@
 """Preparation of data sets: read once, resized as the model takes them, stored for fast random access.
 
     python -m alto_jax.data.prepare NAME --source DIR --out DIR [--vision-size 448 --image-size 1024 --mask-size 256]
+        [--cache-features CHECKPOINT] [--cache-tokens CHECKPOINT]
     python -m alto_jax.data.prepare NAME --source DIR --check
 
 NAME: sa1b, conversations, refcoco_train (refcoco+_, refcocog_, grefcoco_), scene_masks, scene_chats, or a benchmark
@@ -31,6 +32,7 @@ import numpy as np
 from alto_jax import cli
 from alto_jax.config import ConfigError
 from alto_jax.data import bad_data, examples, prepared, transforms
+from alto_jax.data.caches import CacheMaker
 
 SPLIT = "train"  # Of the TFDS data set; the benchmark's own split is part of the name.
 VERSION = "1.0.0"
@@ -38,7 +40,10 @@ VERSION = "1.0.0"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is prepared: raw source, kind, name in the manifest, and the options that the bytes depend on."""
+    """What is prepared: raw source, kind, name in the manifest, and the options that the bytes depend on.
+
+    caches: what is computed beside (caches.CacheMaker), or None.
+    """
 
     name: str
     kind: str
@@ -47,6 +52,7 @@ class Job:
     image_format: str
     records_per_shard: int
     seed: int
+    caches: CacheMaker | None = None
 
     @property
     def dataset(self) -> str:
@@ -65,7 +71,12 @@ class Job:
             "records": len(self.source),
             "split": SPLIT,
             "no_target": bool(getattr(self.source, "no_target", False)),
+            "caches": self.caches.manifest if self.caches else {},
         }
+
+    def features(self) -> Any:
+        """The TFDS features of its records."""
+        return prepared.features(self.kind, self.image_format, self.caches.manifest if self.caches else ())
 
 
 def open_source(name: str, source: str, *, seed: int, protocol: str, images: str | None, draws: int, num: int) -> tuple:
@@ -115,7 +126,8 @@ def example(job: Job, index: int) -> dict[str, Any]:
             image, mask = examples.mask_arrays(record, sizes["image_size"], sizes["mask_size"])
         elif image.shape[:2] != mask.shape or not mask.any():
             raise ValueError(f"record {key}: the mask is empty, or its image is of another size")
-        return {"key": key, "image": encode(image), "masks": [prepared.encode_mask(mask)]}
+        found = {"key": key, "image": encode(image), "masks": [prepared.encode_mask(mask)]}
+        return found | (job.caches(image, image, [mask]) if job.caches else {})
     masks = record["masks"] if job.kind == "chat" else [record["mask"]]
     for mask in masks:
         if mask.shape != image.shape[:2]:
@@ -129,6 +141,7 @@ def example(job: Job, index: int) -> dict[str, Any]:
             masks = [transforms.squash(mask, sizes["mask_size"]) for mask in masks]
     found = {"key": key, "image": encode(small), "masks": [prepared.encode_mask(mask) for mask in masks]}
     found["pixel_image"] = encode(pixel)
+    found |= job.caches(small, pixel, masks) if job.caches else {}
     if job.kind == "chat":
         return found | {"conversations": json.dumps(record["conversations"], ensure_ascii=False)}
     ignore = [prepared.encode_mask(record["ignore"])] if "ignore" in record else []
@@ -200,6 +213,7 @@ def prepare(job: Job, out: str | os.PathLike, *, max_bad_fraction: float, worker
 
 
 def _same_options(old: dict, new: dict, folder: pathlib.Path) -> None:
+    old = {"caches": {}} | old  # Data sets of earlier versions have none.
     different = [f"{k} {old.get(k)!r} (now {v!r})" for k, v in new.items() if old.get(k) != v]
     if different:
         raise ConfigError(f"--out: {folder} holds a data set with {'; '.join(different)}; choose another folder")
@@ -218,7 +232,7 @@ def _serializer(job: Job) -> Callable[[dict], bytes]:
     """Examples as serialised tf.Example protos, the same bytes every time."""
     from tensorflow_datasets.core import example_serializer
 
-    features = prepared.features(job.kind, job.image_format)
+    features = job.features()
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     # Note: protobuf writes maps in any order unless told not to.
     return lambda e: serializer.get_tf_example(features.encode_example(e)).SerializeToString(deterministic=True)
@@ -267,7 +281,7 @@ def _finish(job: Job, folder: pathlib.Path, shards: list[dict], options: dict) -
     )
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
-        features=prepared.features(job.kind, job.image_format),
+        features=job.features(),
         split_infos=[split],
         filename_template=None,
         check_data=False,
@@ -329,6 +343,11 @@ def main() -> int:
     parser.add_argument(
         "--format", choices=prepared.FORMATS, default="png", help="raw: fastest; jpeg: smallest, not exact"
     )
+    parser.add_argument("--cache-features", default="", metavar="CHECKPOINT", help="store SAM features made with it")
+    parser.add_argument("--cache-tokens", default="", metavar="CHECKPOINT", help="store mask tokens made with it")
+    parser.add_argument(
+        "--pixel-input", choices=("mllm", "native"), help="what the SAM features are made of, if not as the checkpoint"
+    )
     parser.add_argument("--protocol", choices=("joined", "per_sentence"), default="joined")
     parser.add_argument("--images", metavar="DIR", help="the COCO images, if not at a usual place")
     parser.add_argument("--draws-per-image", type=int, default=1, help="sa1b: records made of each image")
@@ -354,7 +373,10 @@ def main() -> int:
     sizes = {k: v if k in needed else 0 for k, v in sizes.items()}
     if options.records_per_shard < 1 or options.workers < 1:
         raise ConfigError("--records-per-shard, --workers: expected at least 1")
-    job = Job(name, kind, source, sizes, options.format, options.records_per_shard, options.seed)
+    caches = None
+    if (options.cache_features or options.cache_tokens) and not options.check:
+        caches = CacheMaker(kind, sizes, options.cache_features, options.cache_tokens, options.pixel_input)
+    job = Job(name, kind, source, sizes, options.format, options.records_per_shard, options.seed, caches)
     if options.check:
         found = check(job, options.workers)
         for entry in found["bad"]:

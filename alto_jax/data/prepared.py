@@ -4,9 +4,11 @@ A prepared data set is a TFDS directory (array_record) with `manifest.json` besi
 reader in the same order; with sizes in the manifest, images and masks are already as the model takes them.
 
 Kinds and what a record holds: "masks" key, image, mask; "chat" key, image, pixel_image, masks, conversations;
-"referring" key, image, pixel_image, mask, phrase, ignore.
+"referring" key, image, pixel_image, mask, phrase, ignore. With caches (caches.py) also features (then without the image
+of the SAM encoder), codes and code_lengths.
 """
 
+from collections.abc import Collection
 import io
 import json
 import os
@@ -21,8 +23,13 @@ FORMATS = ("raw", "png", "jpeg")
 MANIFEST = "manifest.json"
 
 
-def features(kind: str, image_format: str) -> Any:
-    """The TFDS features of a kind; images are arrays ("raw") or encoded files, masks PNG files."""
+def features(kind: str, image_format: str, cached: Collection[str] = ()) -> Any:
+    """The TFDS features of a kind; images are arrays ("raw") or encoded files, masks PNG files.
+
+    Args:
+      kind, image_format: of KINDS and FORMATS.
+      cached: names of caches.PARAMETERS.
+    """
     import tensorflow_datasets as tfds
 
     def image():
@@ -39,6 +46,11 @@ def features(kind: str, image_format: str) -> Any:
         fields["conversations"] = tfds.features.Text()
     if kind == "referring":
         fields |= {"phrase": tfds.features.Text(), "ignore": masks}
+    if "features" in cached:  # The bits of bfloat16, which TFDS does not know without TensorFlow.
+        fields["features"] = tfds.features.Tensor(shape=(None, None, None), dtype=np.uint16, encoding="bytes")
+    if "tokens" in cached:
+        fields["codes"] = tfds.features.Tensor(shape=(None, None), dtype=np.int32, encoding="bytes")
+        fields["code_lengths"] = tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding="bytes")
     return tfds.features.FeaturesDict(fields)
 
 
@@ -59,12 +71,12 @@ def encode_mask(mask: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def decode(value: Any) -> np.ndarray:
+def decode(value: Any, dtype: Any = np.uint8) -> np.ndarray:
     """An image or mask as stored: bytes of a file, or {"shape", "value"} of an array."""
     if isinstance(value, dict):
         value, shape = value["value"], [int(s) for s in value["shape"]]
         value = value.item() if isinstance(value, np.ndarray) else value
-        return np.frombuffer(value, np.uint8).reshape(shape)
+        return np.frombuffer(value, dtype).reshape(shape)
     return np.asarray(Image.open(io.BytesIO(value)))
 
 
@@ -73,15 +85,17 @@ class Prepared:
 
     Attributes:
       manifest: what prepare wrote: name, kind, sizes, counts, hashes.
+      caches: what is cached and read, of what identity, see caches.CacheMaker.
       no_target: see refcoco.Referring.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, expect: str = "", kind: str = ""):
+    def __init__(self, directory: str | os.PathLike, *, expect: str = "", kind: str = "", use_caches: bool = False):
         """Opens a data set.
 
         Args:
           directory: the folder with `manifest.json`.
           expect: name the data set must have; kind: one of KINDS it must have.
+          use_caches: whether to read what is cached.
 
         Raises:
           ValueError: not a complete prepared data set, or another one than expected.
@@ -95,18 +109,21 @@ class Prepared:
             if wanted and self.manifest[what] != wanted:
                 raise ValueError(f"{directory}: prepared {what} is {self.manifest[what]!r}, expected {wanted!r}")
         self.no_target = self.manifest["no_target"]
+        self.caches = self.manifest.get("caches", {}) if use_caches else {}
         self._sized = any(self.manifest["sizes"].values())
-        self._source = None
         self._open()
 
-    def _open(self) -> Any:
+    def _open(self) -> None:
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(self.directory)
+        builder, split = tfds.builder_from_directory(self.directory), self.manifest["split"]
         skip = tfds.decode.SkipDecoding()
-        names = set(builder.info.features) & {"image", "pixel_image"}  # Note: decoded here, without OpenCV.
-        self._source = builder.as_data_source(split=self.manifest["split"], decoders={name: skip for name in names})
-        return self._source
+        # Note: decoded here, where they are wanted, and without OpenCV.
+        names = set(builder.info.features) & {"image", "pixel_image", "features", "codes", "code_lengths"}
+        self._source = builder.as_data_source(split=split, decoders={name: skip for name in names})
+        if self.manifest["kind"] == "chat":
+            only = tfds.decode.PartialDecoding({"key": True, "conversations": True})
+            self._texts = builder.as_data_source(split=split, decoders=only)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -115,21 +132,34 @@ class Prepared:
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         stored = self._source[int(index) % len(self)]
-        record = {"key": stored["key"].decode(), "image": decode(stored["image"])}
-        if "pixel_image" in stored and self._sized:
-            record["pixel_image"] = decode(stored["pixel_image"])
+        record, kind = {"key": stored["key"].decode()}, self.manifest["kind"]
+        sam_image = "image" if kind == "masks" else "pixel_image"  # Not needed beside its features.
+        for name in ("image", "pixel_image") if self._sized else ("image",):
+            if name in stored and not (name == sam_image and "features" in self.caches):
+                record[name] = decode(stored[name])
+        if "features" in self.caches:
+            import ml_dtypes
+
+            record["features"] = decode(stored["features"], ml_dtypes.bfloat16)
+        if "tokens" in self.caches:
+            record |= {name: decode(stored[name], np.int32) for name in ("codes", "code_lengths")}
         masks = [mask[..., 0] for mask in stored["masks"]]
-        if self.manifest["kind"] == "chat":
+        if kind == "chat":
             record |= {"masks": masks, "conversations": json.loads(stored["conversations"])}
         else:
             record["mask"] = masks[0]
-        if self.manifest["kind"] == "referring":
+        if kind == "referring":
             record["phrase"] = stored["phrase"].decode()
             if len(stored["ignore"]):
                 record["ignore"] = stored["ignore"][0][..., 0]
         return record | ({"prepared": True} if self._sized else {})
 
+    def conversation(self, index: int) -> dict[str, Any]:
+        """Record `index` of kind "chat" without its images and masks."""
+        stored = self._texts[index]
+        return {"key": stored["key"].decode(), "conversations": json.loads(stored["conversations"])}
+
     def texts(self):
         """The turns of every record of kind "chat"."""
         for i in range(len(self)):
-            yield [turn["value"] for turn in json.loads(self._source[i]["conversations"])]
+            yield [turn["value"] for turn in self.conversation(i)["conversations"]]

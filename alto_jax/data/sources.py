@@ -1,4 +1,8 @@
-"""From a run's configuration to its data: sources, iterators, held-out samples and the text tokenizer."""
+"""From a run's configuration to its data: sources, iterators, held-out samples and the text tokenizer.
+
+Every source is random access and the same on all processes, so that each reads its rows of the same batches, whatever
+the source is: prepared sets and mixtures need nothing special with several processes.
+"""
 
 from collections.abc import Iterator
 import os
@@ -24,7 +28,7 @@ def mask_source(config: Any, *, held_out: bool = False) -> Any:
     if data.source == "prepared":
         from alto_jax.data.prepared import Prepared
 
-        return Prepared(data.root, kind="masks")
+        return Prepared(data.root, kind="masks", use_caches=data.use_caches)
     if data.source == "mixture":
         return _mixture(config, lambda part: mask_source(part, held_out=held_out))
     raise ValueError(
@@ -47,7 +51,7 @@ def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = Fa
     if data.source == "prepared":
         from alto_jax.data.prepared import Prepared
 
-        return Prepared(data.root, kind="chat")
+        return Prepared(data.root, kind="chat", use_caches=data.use_caches)
     if data.source == "referring":
         return _referring(config, adaptive_only)
     if data.source == "mixture":
@@ -109,12 +113,13 @@ def _scenes(config: Any, held_out: bool) -> composition.ScenesConfig:
     return dataclasses.replace(config.data.scenes, **changes)
 
 
-def mask_iterator(config: Any, process_index: int, process_count: int) -> Any:
-    """Endless MaskBatches of stages 1 and 1.5, with get_state and set_state."""
-    size = config.model.tokenizer
+def mask_iterator(config: Any, process_index: int, process_count: int, directory: os.PathLike | None = None) -> Any:
+    """Endless MaskBatches of stages 1 and 1.5, with get_state and set_state; `directory`: the run, if it has begun."""
+    size, source = config.model.tokenizer, mask_source(config)
+    _check_caches(source, config, "masks", directory)
     return iter(
         pipeline.mask_batches(
-            mask_source(config),
+            source,
             image_size=size.image_size,
             mask_size=size.mask_size,
             **_options(config, process_index, process_count),
@@ -122,11 +127,15 @@ def mask_iterator(config: Any, process_index: int, process_count: int) -> Any:
     )
 
 
-def chat_iterator(config: Any, text: TextTokenizer, process_index: int, process_count: int) -> Any:
-    """Endless ChatBatches of stage 2."""
+def chat_iterator(
+    config: Any, text: TextTokenizer, process_index: int, process_count: int, directory: os.PathLike | None = None
+) -> Any:
+    """Endless ChatBatches of stage 2, see `mask_iterator`."""
+    source = chat_source(config)
+    _check_caches(source, config, "chat", directory)
     return iter(
         pipeline.chat_batches(
-            chat_source(config),
+            source,
             text,
             **_sizes(config),
             max_length=config.data.max_length,
@@ -139,17 +148,28 @@ def chat_iterator(config: Any, text: TextTokenizer, process_index: int, process_
     )
 
 
-def prompt_iterator(config: Any, text: TextTokenizer, process_index: int, process_count: int) -> Any:
-    """Endless PromptBatches of stage 3."""
+def prompt_iterator(
+    config: Any, text: TextTokenizer, process_index: int, process_count: int, directory: os.PathLike | None = None
+) -> Any:
+    """Endless PromptBatches of stage 3, see `mask_iterator`."""
+    source = chat_source(config, adaptive_only=True)
+    _check_caches(source, config, "chat", directory)
     return iter(
         pipeline.prompt_batches(
-            chat_source(config, adaptive_only=True),
+            source,
             text,
             **_sizes(config),
             max_prompt_length=config.data.max_length,
             **_options(config, process_index, process_count),
         )
     )
+
+
+def _check_caches(source: Any, config: Any, kind: str, directory: os.PathLike | None) -> None:
+    """Refuses cached features and mask tokens of another tokenizer than the run's, see caches.check."""
+    from alto_jax.data import caches
+
+    caches.check(getattr(source, "caches", {}), config, kind, directory)
 
 
 def held_out_masks(config: Any) -> Iterator[MaskBatch]:

@@ -53,6 +53,13 @@ class ModelConfig:
         return (self.vision.grid // 2) ** 2
 
 
+def sam_input(cfg: ModelConfig, image: Array, pixel_image: Array | None) -> Array:
+    """The SAM encoder's image, in 0..255, of the MLLM's [B, V, V, 3] and the one of its own size [B, S, S, 3]."""
+    if cfg.pixel_input == "mllm":
+        return mllm_to_unit(imagenet_normalise(image), cfg.tokenizer.image_size) * 255.0
+    return pixel_image
+
+
 class ALToLLM(nn.Module):
     """The whole model; call its methods with `module.apply({"params": p}, ..., method="embed")`."""
 
@@ -73,12 +80,14 @@ class ALToLLM(nn.Module):
         x = pixel_shuffle(x.reshape(x.shape[0], grid, grid, x.shape[-1]), version=self.cfg.pixel_shuffle_version)
         return self.projector(x.reshape(x.shape[0], -1, x.shape[-1]))
 
-    def image_features(self, image: Array, pixel_image: Array) -> Array | None:
-        """What the de-tokenizer sees of the images [B, V, V, 3] and [B, S, S, 3] (uint8): SAM features."""
-        if self.cfg.pixel_input == "mllm":
-            size = self.cfg.tokenizer.image_size
-            pixel_image = mllm_to_unit(imagenet_normalise(image), size) * 255.0
-        return self.tokenizer.image_features(pixel_image)
+    def image_features(self, image: Array, pixel_image: Array | None, cached: Array | None = None) -> Array | None:
+        """What the de-tokenizer sees of the images [B, V, V, 3] and [B, S, S, 3] (uint8): SAM features.
+
+        `cached`: float[B, s*g, s*g, F] computed before (data/caches.py), given back.
+        """
+        if cached is not None:
+            return cached
+        return self.tokenizer.image_features(sam_input(self.cfg, image, pixel_image))
 
     def embed(self, ids: Array, image_tokens: Array, img_context: int) -> Array:
         """Token embeddings with the image tokens at the `<IMG_CONTEXT>` positions, in order.
@@ -176,7 +185,7 @@ def segment(
     parsed = parse_completion(
         ids, jnp.concatenate([inside, generated.mask], axis=-1), special, cfg.tokenizer.num_latent_tokens
     )
-    features = model.apply(variables, batch.image, batch.pixel_image, method="image_features")
+    features = model.apply(variables, batch.image, batch.pixel_image, batch.features, method="image_features")
     codes, length = parsed.codes.reshape(-1, parsed.codes.shape[-1]), parsed.length.reshape(-1)
     if num_samples is not None and features is not None:
         features = jnp.repeat(features, num_samples, axis=0)

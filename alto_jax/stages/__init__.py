@@ -61,7 +61,7 @@ def make_stage(config: Any, mesh: jax.sharding.Mesh, directory: os.PathLike | No
 def _tokenizer(config, mesh, directory):
     from alto_jax.stages import tokenizer
 
-    return tokenizer.make(config, mesh)
+    return tokenizer.make(config, mesh, directory)
 
 
 def _sft(config, mesh, directory):

@@ -33,7 +33,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
     return Stage(
         init=lambda key: init_params(config.model, key),
         finish_init=finish_init,
-        data=lambda process, count: sources.prompt_iterator(config, text, process, count),
+        data=lambda process, count: sources.prompt_iterator(config, text, process, count, directory),
         loss_fn=make_loss(config, text.ids),
         rollout=functools.partial(rollout, config, text.ids),
         inherits=names,

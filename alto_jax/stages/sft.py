@@ -25,7 +25,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
     text = sources.text_tokenizer(config, directory)
     return Stage(
         init=lambda key: init_params(config.model, key),
-        data=lambda process, count: sources.chat_iterator(config, text, process, count),
+        data=lambda process, count: sources.chat_iterator(config, text, process, count, directory),
         loss_fn=make_loss(config, text.ids),
         inherits=("tokenizer", "vision", "projector", "language_model"),
         requires=("tokenizer",),
@@ -56,13 +56,16 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
         batch_size, num_masks = batch.mask_valid.shape
         is_packed = batch.segment_ids is not None
         masks = batch.masks.reshape(-1, size.mask_size, size.mask_size)
-        codes, length = jax.lax.stop_gradient(tokenizer_apply(ALTo(size), params)(masks, method="tokenize"))
+        if batch.codes is None:
+            codes, length = jax.lax.stop_gradient(tokenizer_apply(ALTo(size), params)(masks, method="tokenize"))
+        else:
+            codes, length = batch.codes, batch.code_lengths.reshape(-1)
         ids, labels, segment_ids = mask_tokens.replace_mask_tokens(
             batch.ids, batch.labels, codes.reshape(batch_size, num_masks, -1), length.reshape(batch_size, num_masks),
             batch.mask_valid, special, text_mask=batch.segment_ids if is_packed else batch.text_mask,
         )  # fmt: skip
         # Images of packed rows lie along one axis; a row's image tokens follow each other in order.
-        join = lambda images: images.reshape(-1, *images.shape[2:]) if is_packed else images
+        join = lambda a: a.reshape(-1, *a.shape[2:]) if is_packed and a is not None else a
         image_tokens = apply(join(batch.image), rng, method="image_tokens")
         image_tokens = image_tokens.reshape(batch_size, -1, image_tokens.shape[-1])
         inputs = apply(ids, image_tokens, special.img_context, method="embed")
@@ -83,7 +86,8 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
             code_logits = code_logits[..., special.code_0 : special.code_0 + special.num_codes]
             code_logits = code_logits.reshape(batch_size * num_masks, size.num_latent_tokens, -1)
             probs = losses.mask_token_probabilities(code_logits, found.length.reshape(-1))
-            features = apply(join(batch.image), join(batch.pixel_image), method="image_features")
+            images = join(batch.image), join(batch.pixel_image), join(batch.features)
+            features = apply(*images, method="image_features")
             if features is not None:
                 features = features_of_masks(features, batch)
             mask_logits = tokenizer_apply(ALTo(size), params)(probs, features, method="decode_probs")
@@ -133,7 +137,7 @@ def make_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) 
     def answer(params, batch):
         found = segment(config.model, params, batch, generate_cfg, text.ids, jax.random.key(0))
         features = ALToLLM(config.model).apply(
-            {"params": params}, batch.image, batch.pixel_image, method="image_features"
+            {"params": params}, batch.image, batch.pixel_image, batch.features, method="image_features"
         )
         empty = jnp.zeros((batch.mask.shape[0], size.num_latent_tokens, size.token_size))
         baseline = tokenizer_apply(ALTo(size), params)(empty, features, method="decode")

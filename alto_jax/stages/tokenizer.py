@@ -1,6 +1,7 @@
 """Stages 1 and 1.5: the mask tokenizer on a random number of leading tokens, then the length predictor."""
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from alto_jax.tokenizer.quantizer import reseed_dead_codes
 USAGE_DECAY = 0.98
 
 
-def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
+def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLike | None = None) -> Stage:
     """The stage for `config.stage` "stage1" or "stage1_5"."""
     cfg, model = config.tokenizer, ALTo(config.model.tokenizer)
     size = config.model.tokenizer
@@ -45,7 +46,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
             count = jnp.full(keep.shape[:1], size.num_latent_tokens)
         is_quantized = step >= cfg.unquantized_steps
         embeddings = jnp.where(is_quantized, quantized.embeddings, quantized.z)
-        features = apply(batch.image, method="image_features")
+        features = image_features(apply, batch)
         logits = apply(embeddings * keep[..., None], features, method="decode")
         vq, vq_terms = losses.vq_loss(quantized.z, quantized.entries, cfg.commitment_cost)
         length = losses.length_loss(prediction.expectation, size.num_latent_tokens)
@@ -73,7 +74,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> Stage:
     reseeds = is_first and cfg.reseed_every > 0
     return Stage(
         init=init,
-        data=lambda process, count: sources.mask_iterator(config, process, count),
+        data=lambda process, count: sources.mask_iterator(config, process, count, directory),
         loss_fn=loss_fn,
         inherits=("tokenizer",),
         requires=() if is_first else ("tokenizer",),
@@ -90,6 +91,11 @@ def tokenizer_apply(model: ALTo, params: dict) -> Any:
     """`apply(*args, method=name)` of the tokenizer with the parameters of a whole model."""
     variables = {"params": params["tokenizer"]}
     return lambda *args, method: model.apply(variables, *args, method=method)
+
+
+def image_features(apply: Any, batch: MaskBatch) -> jax.Array | None:
+    """The SAM features of a batch, computed (`apply`: see `tokenizer_apply`) unless they are cached."""
+    return apply(batch.image, method="image_features") if batch.features is None else batch.features
 
 
 def mask_iou(logits: jax.Array, target: jax.Array) -> jax.Array:
@@ -116,7 +122,7 @@ def make_evaluate(config: ExperimentConfig, model: ALTo, mesh: jax.sharding.Mesh
         apply = tokenizer_apply(model, params)
         encoded = apply(batch.mask, method="encode")
         length = apply(encoded, method="predict_length").num_kept
-        return apply(encoded.z, method="quantize").codes, length, apply(batch.image, method="image_features")
+        return apply(encoded.z, method="quantize").codes, length, image_features(apply, batch)
 
     @jit
     def reconstruct(params, codes, length, features, target):

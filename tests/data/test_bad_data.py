@@ -9,6 +9,7 @@ import pytest
 
 from alto_jax.data import bad_data, benchmarks, pipeline, prepare, transforms
 from alto_jax.data.conversations import Conversations
+from alto_jax.data.examples import chat_example
 from alto_jax.data.sa1b import Sa1bMasks
 from alto_jax.mllm.text import TextTokenizer
 from tests.data import replicas
@@ -66,7 +67,7 @@ def test_every_bad_record_is_reported_and_the_rest_is_read(tmp_path, debug_model
     bad = bad_data.BadRecords(len(source), 0.9)
     for index in range(len(source)):
         try:
-            pipeline.chat_example(source[index], tok, **sizes, max_masks=2, system=None)
+            chat_example(source[index], tok, **sizes, max_masks=2, system=None)
         except (ValueError, OSError) as error:
             assert f"line {index + 1}" in str(error) or f"chat.jsonl:{index + 1}" in str(error)
             bad.add(index, error)

@@ -5,6 +5,7 @@ import pytest
 
 from alto_jax.batch import ChatBatch, MaskBatch, PromptBatch
 from alto_jax.data import pipeline
+from alto_jax.data.examples import mask_example
 from alto_jax.data.scenes import ChatConfig, SceneChats, ScenesConfig
 from alto_jax.mllm import text
 
@@ -138,7 +139,7 @@ def test_wrong_sizes_are_refused():
 def test_non_square_records_are_padded_and_small_masks_do_not_vanish():
     image, mask = np.full((40, 80, 3), 200, np.uint8), np.zeros((40, 80), np.uint8)
     mask[:, 10:11] = 255  # a line of one pixel, ten times finer than the target grid
-    image, soft = pipeline.mask_example({"key": "a", "image": image, "mask": mask}, 16, 8)
+    image, soft = mask_example({"key": "a", "image": image, "mask": mask}, 16, 8)
     assert (image[:7] > 190).all() and (image[9:] < 10).all()
     assert soft[:4].max() > 0.02 and soft[5:].max() == 0
 
@@ -163,7 +164,7 @@ def test_bad_records_are_bounded(caplog):
 def test_empty_mask_names_the_record():
     record = {"key": "here", "image": np.zeros((16, 16, 3), np.uint8), "mask": np.zeros((16, 16), np.uint8)}
     with pytest.raises(ValueError, match="record here: the mask is empty"):
-        pipeline.mask_example(record, 16, 8)
+        mask_example(record, 16, 8)
 
 
 def test_chat_batches_of_scenes(tok):
