@@ -76,7 +76,7 @@ class Job:
 
     def features(self) -> Any:
         """The TFDS features of its records."""
-        return prepared.features(self.kind, self.image_format, self.caches.manifest if self.caches else ())
+        return prepared.features(self.kind, self.image_format, self.caches.manifest if self.caches else None)
 
 
 def open_source(name: str, source: str, *, seed: int, protocol: str, images: str | None, draws: int, num: int) -> tuple:

@@ -8,7 +8,7 @@ Kinds and what a record holds: "masks" key, image, mask; "chat" key, image, pixe
 of the SAM encoder), codes and code_lengths.
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping
 import io
 import json
 import os
@@ -23,12 +23,12 @@ FORMATS = ("raw", "png", "jpeg")
 MANIFEST = "manifest.json"
 
 
-def features(kind: str, image_format: str, cached: Collection[str] = ()) -> Any:
+def features(kind: str, image_format: str, caches: Mapping[str, Any] | None = None) -> Any:
     """The TFDS features of a kind; images are arrays ("raw") or encoded files, masks PNG files.
 
     Args:
       kind, image_format: of KINDS and FORMATS.
-      cached: names of caches.PARAMETERS.
+      caches: what is cached, as caches.CacheMaker.manifest has it; None: nothing.
     """
     import tensorflow_datasets as tfds
 
@@ -46,10 +46,12 @@ def features(kind: str, image_format: str, cached: Collection[str] = ()) -> Any:
         fields["conversations"] = tfds.features.Text()
     if kind == "referring":
         fields |= {"phrase": tfds.features.Text(), "ignore": masks}
-    if "features" in cached:  # The bits of bfloat16, which TFDS does not know without TensorFlow.
+    caches = caches or {}
+    if "features" in caches:  # The bits of bfloat16, which TFDS does not know without TensorFlow.
         fields["features"] = tfds.features.Tensor(shape=(None, None, None), dtype=np.uint16, encoding="bytes")
-    if "tokens" in cached:
-        fields["codes"] = tfds.features.Tensor(shape=(None, None), dtype=np.int32, encoding="bytes")
+    if "tokens" in caches:
+        shape = (None, caches["tokens"]["settings"]["num_latent_tokens"])
+        fields["codes"] = tfds.features.Tensor(shape=shape, dtype=np.int32, encoding="bytes")
         fields["code_lengths"] = tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding="bytes")
     return tfds.features.FeaturesDict(fields)
 
@@ -119,11 +121,11 @@ class Prepared:
         builder, split = tfds.builder_from_directory(self.directory), self.manifest["split"]
         skip = tfds.decode.SkipDecoding()
         # Note: decoded here, where they are wanted, and without OpenCV.
-        names = set(builder.info.features) & {"image", "pixel_image", "features", "codes", "code_lengths"}
+        names = set(builder.info.features) & {"image", "pixel_image", "features"}
         self._source = builder.as_data_source(split=split, decoders={name: skip for name in names})
         if self.manifest["kind"] == "chat":
-            only = tfds.decode.PartialDecoding({"key": True, "conversations": True})
-            self._texts = builder.as_data_source(split=split, decoders=only)
+            skip.decode_batch_example_np = lambda masks: masks  # Note: TFDS skips single images only.
+            self._texts = builder.as_data_source(split=split, decoders={name: skip for name in names | {"masks"}})
 
     def __len__(self) -> int:
         return len(self._source)
@@ -142,7 +144,7 @@ class Prepared:
 
             record["features"] = decode(stored["features"], ml_dtypes.bfloat16)
         if "tokens" in self.caches:
-            record |= {name: decode(stored[name], np.int32) for name in ("codes", "code_lengths")}
+            record |= {name: stored[name] for name in ("codes", "code_lengths")}
         masks = [mask[..., 0] for mask in stored["masks"]]
         if kind == "chat":
             record |= {"masks": masks, "conversations": json.loads(stored["conversations"])}
