@@ -9,6 +9,7 @@ tokenizer alone on the masks of benchmark NAME, of `scenes`, or of the SA-1B fol
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import json
@@ -28,7 +29,7 @@ class Runner:
     def __init__(
         self, out: str | pathlib.Path, mesh: Any, *, batch_size: int, max_bad_fraction: float, threads: int = 2
     ):
-        """ConfigError: a batch size that does not split over the devices."""
+        """ConfigError: a batch size that does not split over the devices, or devices that do not over the processes."""
         import jax
 
         self.out, self.mesh, self.batch_size = pathlib.Path(out), mesh, batch_size
@@ -37,6 +38,11 @@ class Runner:
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
         if batch_size < 1 or batch_size % parts:
             raise ConfigError(f"--batch-size: expected a multiple of the {parts} devices, got {batch_size}")
+        if parts % self._processes:
+            raise ConfigError(
+                f"--tensor: devices that share one sample must be of one process, got {mesh.shape['tensor']} of "
+                f"{mesh.size} devices in {self._processes} processes"
+            )
 
     def run(self, task: Any, header: dict[str, Any]) -> tuple[list[dict], dict]:
         """Runs what is left of a task.
@@ -49,18 +55,18 @@ class Runner:
           ValueError: more bad samples than `max_bad_fraction` allows.
         """
         from alto_jax import results
+        from alto_jax.data import bad_data
         from alto_jax.progress import Progress
 
         total = len(task)
         path = self.out / "results" / f"{task.name}.jsonl"
         header = header | {"task": task.name, "samples": total, "batch_size": self.batch_size, **task.options}
-        file = results.ResultFile(path, header, batch_size=self.batch_size, total=total) if self._process == 0 else None
-        done = self._agree(file.done if file else 0)
+        file, done, earlier = self._open(path, header, total)
         progress = Progress(task.name, total, done)
-        bad = _BadSamples(task.name, total, self._max_bad)
+        bad = bad_data.BadRecords(total, self._max_bad, name=task.name, option="--max-bad-fraction")
         if done:
             print(f"[{task.name}] resumed after {done} of {total} samples")
-            bad.add(results.read_results(path)[1])
+            _count(bad, earlier)
         timing, shown = _Timing(self.out / "results" / f"{task.name}.timing.jsonl"), 0.0
         try:
             for number, (start, examples) in enumerate(self._batches(task, done, total)):
@@ -72,7 +78,7 @@ class Runner:
                     file.append(lines)
                     if number >= _NUM_TIMED_FROM:
                         timing.add(start, len(lines), tokens, time.monotonic() - began)
-                bad.add(lines)
+                _count(bad, lines)
                 if number == 0:
                     progress.restart_clock(start + len(lines))
                 if self._process == 0 and (time.monotonic() - shown > 2 or start + len(lines) == total):
@@ -81,16 +87,28 @@ class Runner:
         finally:
             if file is not None:
                 file.close()
+        if len(bad) and self._process == 0:
+            print(f"[{task.name}] {len(bad)} of {total} samples left out: {bad.by_kind()}")
         return (results.read_results(path)[1], timing.summary()) if self._process == 0 else ([], {})
 
-    def _agree(self, done: int) -> int:
-        """The first process's number, in every process."""
-        if self._processes == 1:
-            return done
-        from jax.experimental import multihost_utils
-        import numpy as np
+    def _open(self, path: pathlib.Path, header: dict[str, Any], total: int) -> tuple[Any, int, list[dict]]:
+        """The result file (None but in the first process), the samples it holds, and those of them without a result.
 
-        return int(multihost_utils.broadcast_one_to_all(np.int32(done)))
+        Every process comes to the same numbers, or raises the same ConfigError: only the first one sees the file.
+        """
+        from alto_jax import results
+
+        file, found = None, {"error": ""}
+        if self._process == 0:
+            try:
+                file = results.ResultFile(path, header, batch_size=self.batch_size, total=total)
+                found |= {"done": file.done, "bad": [x for x in results.read_results(path)[1] if "error" in x]}
+            except ConfigError as error:
+                found["error"] = str(error)
+        found = results.gather_lines([found])[0]
+        if found["error"]:
+            raise ConfigError(found["error"])
+        return file, found["done"], found["bad"]
 
     def _batches(self, task: Any, done: int, total: int) -> Iterator[tuple[int, list]]:
         """(index of the first sample, this process's examples) of each batch, read ahead by threads.
@@ -128,22 +146,11 @@ def _example(task: Any, index: int) -> dict:
         return {"line": {"error": " ".join(str(error).split())}}
 
 
-class _BadSamples:
-    """Counts samples that could not be read; raises ValueError above the limit."""
-
-    def __init__(self, name: str, total: int, fraction: float):
-        self._name, self._total, self._fraction, self._bad = name, total, fraction, 0
-
-    def add(self, lines: Sequence[dict]) -> None:
-        for line in lines:
-            if "error" in line:
-                self._bad += 1
-                print(f"[{self._name}] sample {line['index']} left out: {line['error']}")
-                if self._bad > self._fraction * self._total:
-                    raise ValueError(
-                        f"{self._name}: {self._bad} of {self._total} samples can't be read, more than "
-                        f"--max-bad-fraction {self._fraction} allows; the last: {line['error']}"
-                    )
+def _count(bad: Any, lines: Sequence[dict]) -> None:
+    """Counts and logs the samples among `lines` that have no result; ValueError above the limit."""
+    for line in lines:
+        if "error" in line:
+            bad.add(line["index"], line["error"])
 
 
 class _Timing:
@@ -181,6 +188,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from alto_jax import checkpoint, eval_tasks, sharding, tables
+    from alto_jax.data import bad_data
 
     mesh = sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=options.fsdp, tensor=options.tensor))
     loaded = checkpoint.load_model(options.checkpoint, mesh)
@@ -193,8 +201,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     for task in tasks:
         lines, times = runner.run(task, {"checkpoint": identity})
         if jax.process_index() == 0:
+            kinds = Counter(bad_data.kind_of(line["error"]) for line in lines if "error" in line)
             found[task.name] = {"family": task.family, "benchmark": task.benchmark, **task.options,
-                                **task.summary(lines)}  # fmt: skip
+                                **task.summary(lines), "bad_by_kind": dict(sorted(kinds.items()))}  # fmt: skip
             timing[task.name], samples[task.name] = times, lines
     if jax.process_index() == 0:
         out = pathlib.Path(options.out)

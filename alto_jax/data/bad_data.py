@@ -11,17 +11,19 @@ _log = logging.getLogger(__name__)
 
 # (what is found in the message, kind); the first that matches. The readers' messages carry path and line.
 _KINDS = (
-    (r"a file of 0 bytes", "file of 0 bytes"),
-    (r"(image|mask|label map) .* does not exist", "missing file"),
-    (r"counts does not decode|size differs from the image|annotations\[\d+\]\.segmentation", "segmentation"),
-    (r"truncated|cut short", "truncated file"),
-    (r"is no JSON|no readable JSON|no JSON", "malformed JSON"),
-    (r"empty", "empty mask"),
+    (r"cannot be read: a file of 0 bytes", "file of 0 bytes"),
+    (r"cannot be read: .*([Tt]runcated|[Bb]roken)", "truncated file"),
+    (r"cannot be read: ", "unreadable file"),
+    (r"(^|: )image .* does not exist", "missing image"),
+    (r"(^|: )(mask|label map) .* does not exist", "missing mask"),
+    (r"segmentation\.size differs|its image is \d|but a mask is \d|x\d+, but .* differs", "size of mask and image"),
+    (r"counts does not decode|segmentation: ", "segmentation"),
+    (r"is empty|an empty mask|have empty masks", "empty mask"),
     (r"sides must be at least", "image too small"),
-    (r"its image is|but a mask is|but the image differs|differs$", "size of mask and image"),
-    (r"placeholder|max_masks|max_length|conversation", "conversation"),
-    (r"cannot be read|cannot identify", "unreadable file"),
-    (r"field|expected|missing|malformed|is not in", "malformed entry"),
+    (r"expected one channel or a palette, got mode", "colour mode"),
+    (r"is no JSON|no readable JSON|no JSON: ", "malformed JSON"),
+    (r"conversations?(\[\d+\]\.from)?: |mask placeholders|max_masks is|max_length is|prompt tokens", "conversation"),
+    (r"field|expected|missing|malformed|is not in|no sentence", "malformed entry"),
 )
 
 
@@ -39,9 +41,19 @@ class BadRecords:
       kinds: number of bad records of each kind.
     """
 
-    def __init__(self, total: int, max_fraction: float = 0.0, at_least: int = 0):
-        require(0 <= max_fraction <= 1, "max_bad_fraction", max_fraction, "0..1")
+    def __init__(
+        self,
+        total: int,
+        max_fraction: float = 0.0,
+        at_least: int = 0,
+        *,
+        name: str = "",
+        option: str = "data.max_bad_fraction",
+    ):
+        """`name` of the data set and the `option` that sets `max_fraction` are for messages."""
+        require(0 <= max_fraction <= 1, option, max_fraction, "0..1")
         self.total, self._fraction = total, max_fraction
+        self._name, self._option = f"{name}: " if name else "", option
         self.limit = max(int(max_fraction * total), at_least)
         self.kinds: Counter[str] = Counter()
         self._seen: set[int] = set()
@@ -49,6 +61,10 @@ class BadRecords:
 
     def __len__(self) -> int:
         return len(self._seen)
+
+    def by_kind(self) -> str:
+        """Such as "2 empty mask, 1 missing image"."""
+        return ", ".join(f"{n} {kind}" for kind, n in sorted(self.kinds.items()))
 
     def add(self, index: int, error: Exception | str) -> None:
         """Counts record `index` once.
@@ -61,11 +77,11 @@ class BadRecords:
             if index not in self._seen:
                 self._seen.add(index)
                 self.kinds[kind_of(message)] += 1
-                _log.warning("record %d left out (%d bad of %d): %s", index, len(self._seen), self.total, message)
+                count = len(self._seen)
+                _log.warning("%srecord %d left out (%d bad of %d): %s", self._name, index, count, self.total, message)
             count = len(self._seen)
         if count > self.limit or count == self.total:
-            kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.kinds.items()))
             raise ValueError(
-                f"{message} ({count} bad of {self.total} records ({kinds}); at most {self.limit} are left out, "
-                f"data.max_bad_fraction is {self._fraction})"
+                f"{self._name}{message} ({count} bad of {self.total} records ({self.by_kind()}); at most {self.limit} "
+                f"are left out, {self._option} is {self._fraction})"
             )

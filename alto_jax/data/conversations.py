@@ -105,10 +105,17 @@ class Conversations:
         return {"key": key, "image": image, "masks": masks, "conversations": entry["conversations"]}
 
     def texts(self) -> Iterator[list[str]]:
-        """The turns of every line, each line once, without reading images: text to train a tokenizer on."""
+        """The turns of every line, each line once, without reading images: text to train a tokenizer on.
+
+        A malformed line has none; it is counted and reported where records are read.
+        """
         for part in self._parts:
             for row in range(len(part.offsets)):
-                yield [turn["value"] for turn in part.read(row)[1]["conversations"]]
+                try:
+                    _, entry = part.read(row)
+                except ValueError:
+                    continue
+                yield [turn["value"] for turn in entry["conversations"]]
 
 
 def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int) -> _Part:

@@ -179,7 +179,7 @@ def prepare(job: Job, out: str | os.PathLike, *, max_bad_fraction: float, worker
     _write_text(work / "options.json", json.dumps(options))
     total = len(job.source)
     count = -(-total // job.records_per_shard)
-    bad = bad_data.BadRecords(total, max_bad_fraction)
+    bad = bad_data.BadRecords(total, max_bad_fraction, name=job.name, option="--max-bad-fraction")
     shards: dict[int, dict] = {}
     for number in range(count):
         if (work / f"{number:05d}.json").is_file() and _shard_file(job, folder, number, count).is_file():

@@ -76,7 +76,7 @@ class Sa1bMasks:
         else:
             chosen = range(min(index % most + 1, count))
         mask = _union(file, [annotations[c] for c in chosen], height, width)
-        image = transforms.open_image(file.with_name(file_name))
+        image = _image(file, file_name)
         if image.shape[:2] != mask.shape:
             raise ValueError(f"{file}: image.height x width is {height}x{width}, but {file_name} differs")
         if self._train:
@@ -95,13 +95,13 @@ class Sa1bMasks:
             content = _read(file)
             info = _field(file, content, "image", dict)
             height, width = (_field(file, info, f, int, "image.") for f in ("height", "width"))
-            image = transforms.open_image(file.with_name(_field(file, info, "file_name", str, "image.")))
+            image = _image(file, _field(file, info, "file_name", str, "image."))
             annotations = _field(file, content, "annotations", list)
         except ValueError as error:
-            return [f"{file}: {error}"]
+            return [str(error)]
         found = []
         if image.shape[:2] != (height, width):
-            found.append(f"{file}: image.height x width is {height}x{width}, but the image differs")
+            found.append(f"{file}: image.height x width is {height}x{width}, but {info['file_name']} differs")
         for number, annotation in enumerate(annotations):
             where = f"annotations[{number}]."
             try:
@@ -140,6 +140,14 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
         return json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} is no readable JSON: {error}") from error
+
+
+def _image(file: pathlib.Path, name: str) -> np.ndarray:
+    """The image beside an annotation file; ValueError names both."""
+    try:
+        return transforms.open_image(file.with_name(name))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _field(file: pathlib.Path, mapping: Any, name: str, kind: Any, where: str = "") -> Any:

@@ -25,6 +25,7 @@ IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 _ORIENTATION = 0x0112  # EXIF tag
 _log = logging.getLogger(__name__)
 _notes = threading.local()
+_noted: set[str] = set()  # What has been logged as a warning.
 
 
 @contextlib.contextmanager
@@ -38,7 +39,9 @@ def noting() -> Iterator[list[tuple[str, str]]]:
 
 
 def _note(path: str | os.PathLike, what: str) -> None:
-    _log.info("%s: %s", os.fspath(path), what)
+    if what not in _noted:
+        _noted.add(what)
+        _log.warning("%s: %s (logged once; prepare --check lists all such files)", os.fspath(path), what)
     if getattr(_notes, "found", None) is not None:
         _notes.found.append((os.fspath(path), what))
 
