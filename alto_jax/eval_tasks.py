@@ -30,29 +30,47 @@ _NO_TARGET_TOKENS = 2  # As the reference: the answer to "Does the image contain
 
 
 def make_tasks(options: argparse.Namespace, cfg: ModelConfig, params: dict, text: Any, system: str | None) -> list[Any]:
-    """The tasks of the command line, their data opened; errors come before anything is computed."""
-    tasks: list[Any] = []
+    """The tasks of the command line, their data opened; errors come before anything is computed.
+
+    "all" stands for every benchmark whose files are there (with a mask tokenizer alone: its reconstruction of their
+    masks); what is left out is printed with the reason.
+    """
     answerer = None if text is None else Answerer(cfg, params, text, system)
+    names = [name.strip() for name in options.benchmark.split(",") if name.strip()]
+    optional = set()
+    if "all" in names:
+        with_masks = [n for n, b in benchmarks.BENCHMARKS.items() if b.family in (*benchmarks.MASK_FAMILIES, "scenes")]
+        every = [f"tokenizer_{name}" for name in with_masks] if answerer is None else list(benchmarks.BENCHMARKS)
+        optional = set(every) - set(names)
+        names = [each for name in names for each in (every if name == "all" else [name])]
+    tasks: list[Any] = []
     reconstruct: dict[str, Any] = {}
-    for name in dict.fromkeys(n.strip() for n in options.benchmark.split(",") if n.strip()):
-        if name.startswith("tokenizer_"):
-            source = _mask_source(name.removeprefix("tokenizer_"), options)
-            tasks.append(Reconstruction(cfg, params, name, source, reconstruct))
-            continue
-        found = benchmarks.benchmark(name)
-        if answerer is None:
-            raise ConfigError(f"--benchmark: {name} needs a whole model (stage 2 or 3); for a mask tokenizer alone: "
-                              f"tokenizer_{name}")  # fmt: skip
-        if found.family in vqa.MAX_NEW_TOKENS:
-            source = vqa.open_questions(found.family, found.split, options.data, options.images)
-            tasks.append(QuestionTask(answerer, found, _first(source, options.limit)))
-            continue
-        source = _referring_source(name, options)
-        for mode in ("adaptive", "fixed") if options.length == "both" else (options.length,):
-            tasks.append(SegmentationTask(answerer, found, source, mode, options))
+    for name in dict.fromkeys(names):
+        try:
+            tasks += _tasks_of(name, options, answerer, lambda *a: Reconstruction(cfg, params, *a, reconstruct))
+        except ValueError as error:
+            if name not in optional:
+                raise
+            print(f"[{name}] left out: {error}")
     if not tasks:
         raise ConfigError("--benchmark: expected at least one name")
     return tasks
+
+
+def _tasks_of(name: str, options: argparse.Namespace, answerer: Any, reconstruction: Any) -> list[Any]:
+    """The tasks of one benchmark."""
+    if name.startswith("tokenizer_"):
+        return [reconstruction(name, _mask_source(name.removeprefix("tokenizer_"), options))]
+    found = benchmarks.benchmark(name)
+    if answerer is None:
+        raise ConfigError(f"--benchmark: {name} needs a whole model (stage 2 or 3); for a mask tokenizer alone: "
+                          f"tokenizer_{name}")  # fmt: skip
+    if found.family in vqa.MAX_NEW_TOKENS:
+        source = vqa.open_questions(found.family, found.split, options.data, options.images)
+        return [QuestionTask(answerer, found, _first(source, options.limit))]
+    source = _referring_source(name, options)
+    modes = ("adaptive", "fixed") if options.length == "both" else (options.length,)
+    return [SegmentationTask(answerer, found, source, mode, options) for mode in modes]
 
 
 def _referring_source(name: str, options: argparse.Namespace) -> Any:

@@ -230,7 +230,9 @@ def parser() -> argparse.ArgumentParser:
 
     found = argparse.ArgumentParser(prog="python -m alto_jax.evaluate", description="Benchmarks and their tables.")
     found.add_argument("--checkpoint", metavar="DIR", help="a run's directory")
-    found.add_argument("--benchmark", metavar="NAMES", help="names with commas between")
+    found.add_argument(
+        "--benchmark", metavar="NAMES", help="names with commas between; all: every one whose files are there"
+    )
     found.add_argument("--data", default=".", metavar="DIR", help="the data folder, or a prepared data set")
     found.add_argument("--images", metavar="DIR", help="the COCO images, if not at a usual place in the data folder")
     found.add_argument("--out", metavar="DIR")

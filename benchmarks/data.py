@@ -1,9 +1,10 @@
-"""Images per second of the stage-2 pipeline: `python -m benchmarks.data [--images 48] [--rounds 3] [--format raw]`.
+"""Images per second of the stage-2 pipeline: `python -m benchmarks.data [--images 48] [--rounds 9] [--format raw]`.
 
 In one run, on the same files (images and masks) and the same number of threads: bare Pillow (decode; resize images to
 448 and to 1024, masks to 256), the pipeline from raw files (images at both sizes, masks, tokens, batched), and the
-pipeline from a prepared data set. Prints the medians over the rounds and both ratios to bare Pillow. Photos are
-scikit-image's.
+pipeline from a prepared data set. The three take turns in every round, each time in another order; printed are the
+medians over the rounds of the rates, and of each round's ratio to bare Pillow, so that other load on the machine, which
+changes from minute to minute, falls out of the ratios. Photos are scikit-image's.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def piped(source, tok: text.TextTokenizer, threads: int, batch: int, epochs: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--long-side", type=int, default=0, help="pixels of the photos' long side (SA-1B: 2250)")
     parser.add_argument("--format", default="raw", help="of the prepared data set: raw, png or jpeg")
@@ -102,16 +103,23 @@ def main() -> None:
         tok = text.TextTokenizer.train_builtin(["Segment the object by adaptive length."] * 50, 300, 1024)
         rates: dict[str, list[float]] = {"bare Pillow": [], "pipeline, raw files": [], "pipeline, prepared": []}
         piped(prepared, tok, args.threads, args.batch_size, 1)  # imports and caches
-        for _ in range(args.rounds):
-            rates["bare Pillow"].append(bare(work / "raw", args.images, args.threads))
-            rates["pipeline, raw files"].append(piped(raw, tok, args.threads, args.batch_size, 2))
-            rates["pipeline, prepared"].append(piped(prepared, tok, args.threads, args.batch_size, 12))
-        base = statistics.median(rates["bare Pillow"])
+        runs = {
+            "bare Pillow": lambda: bare(work / "raw", args.images, args.threads),
+            "pipeline, raw files": lambda: piped(raw, tok, args.threads, args.batch_size, 2),
+            "pipeline, prepared": lambda: piped(prepared, tok, args.threads, args.batch_size, 12),
+        }
+        for number in range(args.rounds):
+            names = list(runs)[number % 3 :] + list(runs)[: number % 3]
+            for name in names:
+                rates[name].append(runs[name]())
         size = sum(f.stat().st_size for f in (work / "prepared").rglob("*") if f.is_file()) / args.images
         print(f"{args.threads} threads, {args.images} photos; prepared as {args.format}: {size / 1e6:.2f} MB an image")
         for name, values in rates.items():
-            rate = statistics.median(values)
-            print(f"{name:22s}{rate:8.1f} images/s  {rate / base:5.2f} x bare Pillow")
+            ratios = sorted(value / base for value, base in zip(values, rates["bare Pillow"]))
+            print(
+                f"{name:22s}{statistics.median(values):8.1f} images/s  {statistics.median(ratios):5.2f} x bare Pillow "
+                f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            )
     finally:
         shutil.rmtree(work)
 

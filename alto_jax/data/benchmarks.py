@@ -61,7 +61,8 @@ BENCHMARKS: dict[str, Benchmark] = _referring() | _others()
 def benchmark(name: str) -> Benchmark:
     """The benchmark of that name; ValueError lists them all."""
     if name not in BENCHMARKS:
-        raise ValueError(f"--benchmark: unknown {name!r}; expected some of {', '.join(BENCHMARKS)}")
+        raise ValueError(f"--benchmark: unknown {name!r}; expected all, or some of {', '.join(BENCHMARKS)}, or "
+                         "tokenizer_NAME with such a name or sa1b")  # fmt: skip
     return BENCHMARKS[name]
 
 

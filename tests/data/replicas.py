@@ -66,9 +66,9 @@ def sentences(*texts: str):
     return [{"sent": t, "raw": t, "tokens": t.split(), "sent_id": i} for i, t in enumerate(texts)]
 
 
-def write_refer(root: pathlib.Path, dataset: str = "refcoco", splits=("val", "testA", "train")) -> dict:
+def write_refer(root: pathlib.Path, dataset: str = "refcoco", splits=("val", "testA", "train"), count: int = 6) -> dict:
     """refs(…).p or grefs(unc).json with instances.json; returns key → mask."""
-    images, annotations, masks = write_coco(root)
+    images, annotations, masks = write_coco(root, count)
     folder = root / dataset
     folder.mkdir(parents=True, exist_ok=True)
     content = {"images": images, "annotations": annotations, "categories": []}
@@ -182,3 +182,20 @@ def write_conversations(root: pathlib.Path, count: int = 6, repeat: float = 1) -
     entry = {"root": ".", "annotation": "chat.jsonl", "data_augment": False, "repeat_time": repeat, "length": count}
     (root / "meta.json").write_text(json.dumps({"sample": entry}))
     return root / "meta.json"
+
+
+def write_all(root: pathlib.Path) -> None:
+    """Every referring and open-vocabulary data set with its training and val split, and PSALM's in root/psalm."""
+    from alto_jax.data import open_vocab
+
+    for dataset in ("refcoco", "refcoco+", "refcocog", "grefcoco"):
+        write_refer(root, dataset, splits=("val", "train"))
+        for split in ("val", "train"):
+            (root / "psalm").mkdir(exist_ok=True)
+            write_psalm(root / "psalm", dataset, split, no_target=dataset == "grefcoco")
+    for part in ("val_part_only", "val_object_part"):
+        write_refcocom(root, part)
+    for name in open_vocab.LABEL_MAPS:
+        write_label_maps(root / name, name)
+        folders = root / name / "images", root / name / "labels", root / "open_vocab"
+        open_vocab.build(name, *folders, names=[f"thing {i}" for i in range(20)] if name == "a150" else None)

@@ -9,13 +9,14 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from alto_jax import results
+from alto_jax import evaluate, results
 from alto_jax.data import prepare
 from alto_jax.data.bad_data import kind_of
 from alto_jax.progress import read_metrics
 from tests.conftest import run_python
 from tests.data import replicas
 from tests.data.test_bad_data import ODD, corrupt, image_files
+from tests.data.test_evaluate import options
 from tests.data.test_prepare import job
 
 BAD = 3  # of each kind
@@ -139,12 +140,17 @@ def check_reports(messages: dict[int, str], listed: list[dict], expected: dict[s
     assert Counter(kind for _, kind in {(entry["index"], entry["kind"]) for entry in listed}) == expected
 
 
-def train(stage, root, steps, fraction, *flags):
+def train(stage, root, fraction, *flags):
     return run_python(
         "-m", "alto_jax.main", f"--config=configs/{stage}.py:debug", f"--workdir={root / 'run'}", *flags,
-        f"--config.train.steps={steps}", "--config.train.batch_size=8", "--config.train.checkpoint_every=1000",
+        "--config.train.steps=7", "--config.train.batch_size=8", "--config.train.checkpoint_every=1000",
         "--config.eval.num_samples=0", f"--config.data.max_bad_fraction={fraction}",
     )  # fmt: skip
+
+
+def check_trained(run) -> None:
+    losses = [record["loss"] for record in read_metrics(run)]
+    assert len(losses) == 7 and np.isfinite(losses).all()
 
 
 def test_stage_one_on_a_folder_with_bad_files(tmp_path, debug_model):
@@ -152,16 +158,31 @@ def test_stage_one_on_a_folder_with_bad_files(tmp_path, debug_model):
     assert sum(expected.values()) == 39 and len(expected) == 10
     listed = prepare.check(job("sa1b", tmp_path / "sa1b", draws=1))
     flags = ["--config.data.source=sa1b", f"--config.data.root={tmp_path / 'sa1b'}"]
-    steps = -(-listed["records"] // 8)  # one epoch: every record is met
-    done = train("stage1", tmp_path, steps, 0.9, *flags)
+    assert listed["records"] == 55  # seven steps of eight are an epoch: every record is met
+    done = train("stage1", tmp_path, 0.9, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    losses = [record["loss"] for record in read_metrics(tmp_path / "run")]
-    assert len(losses) == steps and np.isfinite(losses).all()
+    check_trained(tmp_path / "run")
     check_reports(reported(done.stderr), listed["bad"], expected, r"sa_\d+\.json")
     # Colour modes that can be converted are used; they are listed, and each is named once in the log.
     assert len(listed["converted"]) == len(ODD) and all(f"{what}" in done.stderr for what in ODD.values())
 
-    refused = train("stage1", tmp_path / "other", steps, 0.1, *flags)
+    # Prepared, what is bad stays out, and the same run has nothing to report.
+    sizes = {"vision_size": 0, "image_size": 64, "mask_size": 32}
+    raw = job("sa1b", tmp_path / "sa1b", sizes, draws=1)
+    folder = prepare.prepare(raw, tmp_path / "prepared", max_bad_fraction=0.9)
+    assert json.loads((folder / "manifest.json").read_text())["bad_by_kind"] == dict(sorted(expected.items()))
+    flags_prepared = ["--config.data.source=prepared", f"--config.data.root={folder}"]
+    prepared = train("stage1", tmp_path / "again", 0, *flags_prepared)
+    assert prepared.returncode == 0 and not reported(prepared.stderr), prepared.stderr[-2000:]
+    check_trained(tmp_path / "again" / "run")
+
+    trained = type(debug_model)(path=tmp_path / "again" / "run", config=None)
+    asked = options(trained, tmp_path / "sa1b", tmp_path / "out", "tokenizer_sa1b", max_bad_fraction=0.9)
+    found = evaluate.evaluate(asked)["tokenizer_sa1b"]
+    assert found["num_samples"] == 16 and found["bad_by_kind"] == dict(sorted(expected.items()))
+    assert 0 <= found["with_features"]["giou_adaptive"] <= 1
+
+    refused = train("stage1", tmp_path / "other", 0.1, *flags)
     errors = [line for line in refused.stderr.splitlines() if "left out (" not in line and "logged once" not in line]
     assert refused.returncode == 2 and len(errors) == 1
     limit = r"bad of 55 records \(.*\); at most 5 are left out, data.max_bad_fraction is 0.1\)$"
@@ -177,10 +198,9 @@ def test_stage_two_on_conversations_with_bad_files(tmp_path, debug_model):
             (start / file.name).symlink_to(file)
     flags = [f"--config.init_from={start}", "--config.data.source=jsonl", "--config.data.max_masks=2",
              f"--config.data.meta={tmp_path / 'chat' / 'meta.json'}", "--config.data.max_length=200"]  # fmt: skip
-    done = train("stage2", tmp_path, 7, 0.9, *flags)
+    done = train("stage2", tmp_path, 0.9, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    losses = [record["loss"] for record in read_metrics(tmp_path / "run")]
-    assert len(losses) == 7 and np.isfinite(losses).all()
+    check_trained(tmp_path / "run")
     messages = reported(done.stderr)
     listed = prepare.check(job("conversations", tmp_path / "chat"))["bad"]
     # Whether a conversation fits the model shows only where its text is rendered.

@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import re
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -47,8 +48,8 @@ def data(tmp_path_factory):
 def run(debug_model, data, tmp_path_factory):
     """All benchmarks, evaluated once."""
     out = tmp_path_factory.mktemp("evaluation")
-    names = [*benchmarks.BENCHMARKS, "tokenizer_refcoco_val", "tokenizer_scenes"]
-    found = evaluate.evaluate(options(debug_model, data, out, ",".join(names), scenes=3))
+    found = evaluate.evaluate(options(debug_model, data, out, "all,tokenizer_refcoco_val,tokenizer_scenes", scenes=3))
+    assert {task["benchmark"] for task in found.values()} > benchmarks.BENCHMARKS.keys()
     return out, found
 
 
@@ -117,14 +118,16 @@ def test_paper_rows_come_from_a_file_only(run):
     assert "| some model (given) | 80.5 | – |" in text and "(given)" not in tables.markdown(found, "debug")
 
 
-def test_bad_samples_are_counted_up_to_a_limit(debug_model, tmp_path):
+def test_bad_samples_are_counted_up_to_a_limit(debug_model, tmp_path, capsys):
     replicas.write_refcocom(tmp_path)
     images = sorted((tmp_path / replicas.IMAGES).iterdir())
     images[1].write_bytes(images[1].read_bytes()[:100])
     name = "refcocom_val_part_only"
     with pytest.raises(ValueError, match="cannot be read.*1 bad of 6 records.*at most 0 .*--max-bad-fraction is 0.001"):
         evaluate.evaluate(options(debug_model, tmp_path, tmp_path / "a", name))
-    found = evaluate.evaluate(options(debug_model, tmp_path, tmp_path / "b", name, max_bad_fraction=0.5))
+    found = evaluate.evaluate(options(debug_model, tmp_path, tmp_path / "b", "all", max_bad_fraction=0.5, scenes=2))
+    assert [task["benchmark"] for task in found.values()] == [name, "scenes"]  # the others' files are not there
+    assert re.search(r"\[refcoco_val\] left out: refcoco val: expected .*refs\(unc\)\.p", capsys.readouterr().out)
     one = found[f"{name}.joined.adaptive"]
     count = len(results.read_results(tmp_path / "b" / "results" / f"{name}.joined.adaptive.jsonl")[1])
     assert one["num_skipped"] in (1, 2) and one["num_samples"] == count - one["num_skipped"]

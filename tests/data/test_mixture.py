@@ -65,30 +65,50 @@ def config_of(debug_model, **data):
     return dataclasses.replace(config, init_from=str(debug_model.path), train=train, data=changed, eval=quick)
 
 
-def test_prepared_data_trains_two_steps_and_the_result_is_evaluated(tmp_path, debug_model):
-    """All conversation formats in one mixture: raw JSONL, prepared JSONL, and two referring data sets."""
+def test_every_format_is_prepared_trained_on_and_evaluated(tmp_path, debug_model):
+    """Two steps on a mixture of all training sets, prepared (and some raw); then every benchmark, prepared and raw.
+
+    SA-1B, of stage 1, has its turn in test_bad_files.py.
+    """
     from alto_jax.train import train
 
     data = tmp_path / "data"
     replicas.write_conversations(data / "chat")
-    replicas.write_refer(data, "refcoco", splits=("train", "val"))
-    replicas.write_refer(data, "grefcoco", splits=("train", "val"))
+    replicas.write_all(data)
     sizes = {**SIZES, "vision_size": debug_model.config.model.vision.image_size}
-    folder = prepare.prepare(job("conversations", data / "chat", sizes), tmp_path / "prepared", max_bad_fraction=0)
-    content = {
-        "chat": {"weight": 1, "source": "jsonl", "meta": "data/chat/meta.json"},
-        "prepared": {"weight": 1, "source": "prepared", "root": str(folder)},
-        "refer": {"weight": 2, "source": "referring", "root": "data", "meta": "refcoco,grefcoco"},
+
+    def prepared(name, folder):
+        return str(prepare.prepare(job(name, data / folder, sizes), tmp_path / folder, max_bad_fraction=0))
+
+    training = [("conversations", "chat"), ("refcoco_train", ""), ("refcoco_train", "psalm"), ("refcoco+_train", "")]
+    training += [("refcocog_train", ""), ("grefcoco_train", ""), ("grefcoco_train", "psalm")]
+    content = {f"{name} {folder}": {"weight": 1, "source": "prepared", "root": prepared(name, folder)}
+               for name, folder in training}  # fmt: skip
+    content |= {
+        "raw chat": {"weight": 1, "source": "jsonl", "meta": "data/chat/meta.json"},
+        "raw": {"weight": 1, "source": "referring", "root": "data", "meta": "refcoco,grefcoco"},
     }
     (tmp_path / "mix.json").write_text(json.dumps(content))
     config = config_of(debug_model, source="mixture", meta=str(tmp_path / "mix.json"))
-    kinds = {record["key"].split(":")[0] for record in sources.chat_source(config)}
-    assert kinds == {"chat", "prepared", "refer"}
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=24))
+    keys = [record["key"] for record in sources.chat_source(config)]
+    order = iter(pipeline.batches(keys, list, batch_size=24, seed=config.seed + sources._SEED_OFFSET))
+    assert {key.split(":")[0] for _ in range(2) for key in next(order)} == content.keys()
     result = train(config, tmp_path / "run")
     assert np.isfinite(result["metrics_last"]["loss"])
+
     trained = type(debug_model)(path=tmp_path / "run", config=config)
-    found = evaluate.evaluate(evaluate_options(trained, data, tmp_path / "out", "refcoco_val"))
-    assert 0 <= found["refcoco_val.joined.adaptive"]["giou"] <= 1
+    names = ["refcoco_val", "refcoco+_val", "refcocog_val", "grefcoco_val", "refcocom_val_part_only", "a150", "pc59"]
+    names += ["refcocom_val_object_part", "pas20"]
+    raw = evaluate.evaluate(evaluate_options(trained, data, tmp_path / "raw", ",".join(names)))
+    assert len(raw) == len(names) and all(0 <= task["giou"] <= 1 for task in raw.values())
+    for name in ("grefcoco_val", "pc59"):  # with samples without a target, and with ignored pixels
+        out = tmp_path / "out" / name
+        found = evaluate.evaluate(evaluate_options(trained, prepared(name, ""), out, name))
+        task = f"{name}.joined.adaptive"
+        assert found[task] == raw[task]
+        file = f"results/{task}.jsonl"
+        assert (out / file).read_bytes() == (tmp_path / "raw" / file).read_bytes()
 
 
 def test_stage_three_and_stage_one_sources(tmp_path, debug_model):
