@@ -150,11 +150,16 @@ def pope_scores(answers: Sequence[str], labels: Sequence[str]) -> dict[str, floa
     """Accuracy, precision, recall and F1 of "yes", and the share of "yes"."""
     said = np.array([pope_answer(a) == "yes" for a in answers])
     true = np.array([label == "yes" for label in labels])
+    precision, recall, f1 = _precision_recall_f1(said, true)
+    accuracy = float(np.mean(said == true))
+    return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1, "yes_rate": float(said.mean())}
+
+
+def _precision_recall_f1(said: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
+    """Of bool[N]; 0 where there is nothing to divide by."""
     hits = float(np.sum(said & true))
     precision, recall = hits / max(said.sum(), 1), hits / max(true.sum(), 1)
-    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-    return {"accuracy": float(np.mean(said == true)), "precision": float(precision), "recall": float(recall),
-            "f1": float(f1), "yes_rate": float(said.mean())}  # fmt: skip
+    return float(precision), float(recall), float(2 * precision * recall / (precision + recall)) if hits else 0.0
 
 
 def mme_scores(
@@ -230,5 +235,11 @@ def summarise_questions(family: str, lines: Sequence[Mapping[str, Any]], *, resa
     else:
         right, name = [a.strip().lower().startswith(g) for a, g in zip(answers, labels)], "question_accuracy"
         result[name] = float(np.mean(right))
-    result["intervals"] = {name: list(metrics.bootstrap_ci(np.mean, np.array(right, float), num_resamples=resamples))}
+    interval = lambda *arguments: list(metrics.bootstrap_ci(*arguments, num_resamples=resamples))
+    result["intervals"] = {name: interval(np.mean, np.array(right, float))}
+    if family == "pope":
+        said = np.array([pope_answer(a) == "yes" for a in answers])
+        true = np.array([label == "yes" for label in labels])
+        for number, name in enumerate(("precision", "recall", "f1")):
+            result["intervals"][name] = interval(lambda s, t, n=number: _precision_recall_f1(s, t)[n], said, true)
     return result

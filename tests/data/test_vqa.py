@@ -68,6 +68,14 @@ def test_pope_reading(answer, reading):
 def test_pope_scores():
     found = vqa.pope_scores(["Yes", "Yes", "No", "No"], ["yes", "no", "no", "yes"])
     assert found == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_rate": 0.5}
+    lines = [
+        {"key": str(i), "category": "random", "label": ("yes", "no")[i % 2], "answer": "Yes" if i % 3 else "No"}
+        for i in range(60)
+    ]
+    found = vqa.summarise_questions("pope", lines)
+    for name in ("accuracy", "precision", "recall", "f1"):
+        low, high = found["intervals"][name]
+        assert low < found[name] < high < low + 0.4
 
 
 def test_vqa_accuracy_by_hand():
