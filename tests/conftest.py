@@ -16,7 +16,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def pytest_configure(config):
-    """Compiled programs are kept for the session, also for the processes that tests start."""
+    """Compiled programs are kept for the session, also for the processes that tests start.
+
+    LLVM's optimisations are left out: compiling takes most of the time, and all processes give the same numbers.
+    """
+    flags_given = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_optimization_level" not in flags_given:
+        os.environ["XLA_FLAGS"] = f"{flags_given} --xla_backend_optimization_level=0".strip()
     flags.FLAGS.mark_as_parsed()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.alto_jax_cache = tempfile.mkdtemp(prefix="alto_jax_programs_")
@@ -30,16 +36,10 @@ def pytest_unconfigure(config):
         shutil.rmtree(config.alto_jax_cache, ignore_errors=True)
 
 
-def run_python(*arguments: str, fast_compile: bool = True) -> subprocess.CompletedProcess:
-    """Runs this interpreter in the root of the project, as a user would; output as text.
-
-    `fast_compile` leaves out LLVM's optimisations, which halves the time of what only runs a few steps.
-    """
-    env = dict(os.environ)
-    if fast_compile:
-        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+def run_python(*arguments: str) -> subprocess.CompletedProcess:
+    """Runs this interpreter in the root of the project, as a user would; output as text."""
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 @dataclasses.dataclass(frozen=True)

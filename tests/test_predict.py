@@ -63,7 +63,7 @@ def run(quickstart, scene, tmp_path_factory):
 
 
 def command(*arguments):
-    done = run_python("-m", *arguments, fast_compile=False)  # the same numbers as in this process
+    done = run_python("-m", *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

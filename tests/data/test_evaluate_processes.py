@@ -48,7 +48,7 @@ def start(model, data, out, *, devices: int = 1, **environment: str) -> subproce
         command.append("--distributed=env")
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     if devices > 1:
-        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([str(word) for word in command], cwd=ROOT, env=env, **pipes)
 
