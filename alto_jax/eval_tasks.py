@@ -75,7 +75,7 @@ def _tasks_of(name: str, options: argparse.Namespace, answerer: Any, reconstruct
 
 def _referring_source(name: str, options: argparse.Namespace) -> Any:
     if name == "scenes":
-        return _first(SceneReferring(options.scenes), options.limit)
+        return _first(benchmarks.SceneReferring(options.scenes), options.limit)
     return _first(
         benchmarks.open_benchmark(name, options.data, protocol=options.protocol, images=options.images), options.limit
     )
@@ -105,27 +105,6 @@ class _First:
 
     def __getitem__(self, index: int) -> Any:
         return self._source[index]
-
-
-class SceneReferring:
-    """The built-in held-out scenes as ReferringRecords."""
-
-    no_target = False
-
-    def __init__(self, count: int, image_size: int = 128):
-        from alto_jax.data.scenes import ChatConfig, SceneChats, ScenesConfig
-
-        config = ScenesConfig(image_size=image_size, num_scenes=count, split="validation")
-        self._chats = SceneChats(config, ChatConfig(adaptive_only=True))
-
-    def __len__(self) -> int:
-        return len(self._chats)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._chats[index]
-        phrase = words.find_reference(record["conversations"][0]["value"])
-        phrase = phrase.removeprefix(words.REF).removesuffix(words.REF_END)
-        return {"key": record["key"], "image": record["image"], "mask": record["masks"][0], "phrase": phrase}
 
 
 class Answerer:

@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from alto_jax.data import refcoco
+from alto_jax.mllm import text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,27 @@ def open_benchmark(
     if found.family not in _OPENERS:
         raise ValueError(f"--benchmark: {name} has no masks")
     return _OPENERS[found.family](found, root, protocol, images)
+
+
+class SceneReferring:
+    """The built-in held-out scenes as ReferringRecords."""
+
+    no_target = False
+
+    def __init__(self, count: int, image_size: int = 128):
+        from alto_jax.data.scenes import ChatConfig, SceneChats, ScenesConfig
+
+        config = ScenesConfig(image_size=image_size, num_scenes=count, split="validation")
+        self._chats = SceneChats(config, ChatConfig(adaptive_only=True))
+
+    def __len__(self) -> int:
+        return len(self._chats)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._chats[index]
+        phrase = text.find_reference(record["conversations"][0]["value"])
+        phrase = phrase.removeprefix(text.REF).removesuffix(text.REF_END)
+        return {"key": record["key"], "image": record["image"], "mask": record["masks"][0], "phrase": phrase}
 
 
 def train_split(
