@@ -216,7 +216,7 @@ def test_evaluation_of_data_with_bad_files(tmp_path, debug_model):
     listed = {name: prepare.check(job(name, tmp_path / "data")) for name in expected}
     command = ["-m", "alto_jax.evaluate", "--checkpoint", debug_model.path, "--data", tmp_path / "data", *MASKS]
     command += ["--benchmark", ",".join(expected), "--out", tmp_path / "out"]
-    done = run_python(*command, "--max-bad-fraction", "0.9", fast_compile=False)
+    done = run_python(*command, "--max-bad-fraction", "0.9")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())["tasks"]
     place = {"refcoco_val": r"refs\(unc\)\.p entry \d+", "refcocom_val_part_only": r"val_part_only\.json entry \d+"}
