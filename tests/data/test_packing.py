@@ -142,3 +142,27 @@ def test_wrong_options_are_refused(tok):
         packed(Texts(), tok, length_buckets=(60,))
     with pytest.raises(ValueError, match="record r.*: .*max_length is 40"):
         list(itertools.islice(packed(Texts(), tok, max_length=40, num_threads=0), 9))
+
+
+def test_sources_give_texts_without_images(tmp_path):
+    """Conversations, prepared conversations and a mixture of both: the texts of each record."""
+    from alto_jax.data import prepare
+    from alto_jax.data.conversations import Conversations
+    from alto_jax.data.mixture import Mixture
+    from alto_jax.data.prepared import Prepared
+    from tests.data import replicas
+
+    raw = Conversations(replicas.write_conversations(tmp_path / "raw", 4))
+    sizes = dict.fromkeys(("vision_size", "image_size", "mask_size"), 0)
+    job = prepare.Job("conversations", "chat", raw, sizes, "png", 8, 0)
+    stored = Prepared(prepare.prepare(job, tmp_path / "prepared", max_bad_fraction=0))
+    mixed = Mixture({"raw": (raw, 1.0), "stored": (stored, 2.0)})
+    for source in (raw, stored, mixed):
+        texts = [record["conversations"] for record in source]
+        assert len(texts) > 3 and texts == [source.conversation(i)["conversations"] for i in range(len(source))]
+    assert not hasattr(Mixture({"raw": (raw, 1.0), "whole": (Texts(), 1.0)}), "conversation")
+    for file in tmp_path.glob("raw/**/*.jpg"):
+        file.unlink()
+    assert raw.conversation(1)["conversations"] == stored[1]["conversations"]
+    with pytest.raises(ValueError, match="jpg"):
+        raw[1]
