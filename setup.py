@@ -41,7 +41,15 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
-        "test": [*DEMO, "pytest>=8", "ruff>=0.14", "sentencepiece>=0.2", "protobuf>=5"],
+        "test": [
+            *DEMO,
+            "filelock>=3.16",
+            "protobuf>=5",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.14",
+            "sentencepiece>=0.2",
+        ],
         "convert": ["torch>=2.5", "transformers>=5", "sentencepiece>=0.2", "protobuf>=5"],
         # jax pins the libtpu that its compiler speaks to; a bare "libtpu" would bring the newest.
         "plan": ["jax[tpu]>=0.10"],

@@ -9,6 +9,7 @@ import sys
 import tempfile
 
 from absl import flags
+import filelock
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,12 +53,19 @@ class Quickstart:
 
 
 @pytest.fixture(scope="session")
-def quickstart(tmp_path_factory) -> Quickstart:
+def quickstart(tmp_path_factory, worker_id) -> Quickstart:
     """All four stages in sequence, in one process, four steps each; the run that other tests compare with."""
-    path = tmp_path_factory.mktemp("runs") / "quickstart"
+    base = tmp_path_factory.getbasetemp()
+    base = base if worker_id == "master" else base.parent  # one run serves all workers
+    path, output = base / "quickstart", base / "quickstart.txt"
     # The paper's reward gives an untrained model's answers nothing to learn from; this one differs with each.
     overrides = {"stage3": ["grpo.reward.kind=reference", "grpo.advantage_normalization=paper"]}
     flags = [f"--config.{stage}.{change}" for stage, changes in overrides.items() for change in changes]
-    done = run_python("-m", "alto_jax.main", "--config=configs/quickstart.py:debug", f"--workdir={path}", *flags)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return Quickstart(path, overrides, done.stdout)
+    with filelock.FileLock(base / "quickstart.lock"):
+        if not output.exists():
+            done = run_python(
+                "-m", "alto_jax.main", "--config=configs/quickstart.py:debug", f"--workdir={path}", *flags
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+            output.write_text(done.stdout)
+    return Quickstart(path, overrides, output.read_text())
