@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 from tests.data.test_prepare import NONE, digest
 
 SIZES = {"vision_size": 56, "image_size": 64, "mask_size": 32}
-NUM = 12
+NUM = 16  # one of them without a mask
 
 
 def job(model, name="scene_chats", sizes=SIZES, features=True, tokens=True):
@@ -49,7 +49,7 @@ def with_data(debug_model, root, **data):
     return dataclasses.replace(config, init_from=str(debug_model.path), data=data, train=train, eval=quick)
 
 
-def batches(config, count=2):
+def batches(config, count=4):
     iterator = sources.chat_iterator(config, sources.text_tokenizer(config), 0, 1)
     return [next(iterator) for _ in range(count)]
 
