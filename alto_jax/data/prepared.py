@@ -76,9 +76,7 @@ def encode_mask(mask: np.ndarray) -> bytes:
 def decode(value: Any, dtype: Any = np.uint8) -> np.ndarray:
     """An image or mask as stored: bytes of a file, or {"shape", "value"} of an array."""
     if isinstance(value, dict):
-        value, shape = value["value"], [int(s) for s in value["shape"]]
-        value = value.item() if isinstance(value, np.ndarray) else value
-        return np.frombuffer(value, dtype).reshape(shape)
+        return np.frombuffer(value["value"], dtype).reshape([int(side) for side in value["shape"]])
     return np.asarray(Image.open(io.BytesIO(value)))
 
 
@@ -118,14 +116,25 @@ class Prepared:
     def _open(self) -> None:
         import tensorflow_datasets as tfds
 
-        builder, split = tfds.builder_from_directory(self.directory), self.manifest["split"]
-        skip = tfds.decode.SkipDecoding()
-        # Note: decoded here, where they are wanted, and without OpenCV.
-        names = set(builder.info.features) & {"image", "pixel_image", "features"}
-        self._source = builder.as_data_source(split=split, decoders={name: skip for name in names})
-        if self.manifest["kind"] == "chat":
-            skip.decode_batch_example_np = lambda masks: masks  # Note: TFDS skips single images only.
-            self._texts = builder.as_data_source(split=split, decoders={name: skip for name in names | {"masks"}})
+        builder = tfds.builder_from_directory(self.directory)
+        self._source = builder.as_data_source(split=self.manifest["split"])
+        fields = dict(builder.info.features.items())
+        self._large = [name for name in ("image", "pixel_image", "features") if name in fields]
+        self._small = tfds.features.FeaturesDict({k: v for k, v in fields.items() if k not in self._large})
+        texts = {name: tfds.features.Text() for name in ("key", "conversations") if name in fields}
+        self._texts = tfds.features.FeaturesDict(texts)
+
+    def _stored(self, index: int) -> dict[str, Any]:
+        """A record's fields; images and their features not decoded, see `decode`."""
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        example = tf_example_pb2.Example.FromString(self._source.data_source[index])
+        fields, large = example.features.feature, {}
+        for name in self._large:  # Note: TFDS would copy their bytes twice, which costs more than reading them.
+            is_array = f"{name}/value" in fields
+            value = fields[f"{name}/value" if is_array else name].bytes_list.value.pop()
+            large[name] = {"shape": fields[f"{name}/shape"].int64_list.value, "value": value} if is_array else value
+        return self._small.deserialize_example_np(example.SerializeToString()) | large
 
     def __len__(self) -> int:
         return len(self._source)
@@ -133,7 +142,7 @@ class Prepared:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        stored = self._source[int(index) % len(self)]
+        stored = self._stored(int(index) % len(self))
         record, kind = {"key": stored["key"].decode()}, self.manifest["kind"]
         sam_image = "image" if kind == "masks" else "pixel_image"  # Not needed beside its features.
         for name in ("image", "pixel_image") if self._sized else ("image",):
@@ -158,7 +167,7 @@ class Prepared:
 
     def conversation(self, index: int) -> dict[str, Any]:
         """Record `index` of kind "chat" without its images and masks."""
-        stored = self._texts[index]
+        stored = self._texts.deserialize_example_np(self._source.data_source[index])
         return {"key": stored["key"].decode(), "conversations": json.loads(stored["conversations"])}
 
     def texts(self):
