@@ -20,12 +20,11 @@ from alto_jax.data import benchmarks, transforms
 from alto_jax.data.examples import mask_example
 from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, segment
-from alto_jax.mllm.generate import GenerateConfig, generate
+from alto_jax.mllm.generate import GenerateConfig, bucket_length, generate
 from alto_jax.mllm.language_model import LanguageModel
 from alto_jax.stages.tokenizer import mask_iou, tokenizer_apply
 from alto_jax.tokenizer.alto import ALTo
 
-_PROMPT_BUCKET = 32
 _NO_TARGET_TOKENS = 2  # As the reference: the answer to "Does the image contain …?" is Yes or No.
 
 
@@ -134,7 +133,7 @@ class Answerer:
             from jax.experimental import multihost_utils
 
             longest = int(np.max(multihost_utils.process_allgather(np.array([longest]))))
-        length = longest + -longest % _PROMPT_BUCKET
+        length = bucket_length(longest)
         pad, size = self.text.ids.pad, self.cfg.tokenizer.mask_size
         batch = PromptBatch(
             image=np.stack([e["image"] for e in examples]),

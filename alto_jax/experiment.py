@@ -144,10 +144,21 @@ class SftStageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GrpoStageConfig:
-    """Stage 3. num_generations: G, completions per prompt. updates_per_rollout: optimizer steps on each rollout."""
+    """Stage 3.
+
+    num_generations: G, completions per prompt. updates_per_rollout: optimizer steps on each rollout. minibatches: parts
+    of a rollout (by prompts); each update takes the next one. max_rollouts: DAPO's dynamic sampling: groups
+    whose rewards are all equal are replaced by those of fresh prompts, in up to so many rollouts an update (1: never).
+    log_samples_every: updates between two tables of samples in the run's folder `samples` (0: never), of
+    log_samples prompts.
+    """
 
     num_generations: int = 12
     updates_per_rollout: int = 1
+    minibatches: int = 1
+    max_rollouts: int = 1
+    log_samples_every: int = 0
+    log_samples: int = 2
     advantage_normalization: Literal["paper", "reference", "none"] = "paper"
     generate: GenerateConfig = GenerateConfig(max_new_tokens=48, temperature=1.0, top_k=10)
     reward: RewardConfig = RewardConfig()
@@ -155,7 +166,12 @@ class GrpoStageConfig:
 
     def __post_init__(self):
         require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
-        require(self.updates_per_rollout >= 1, "updates_per_rollout", self.updates_per_rollout, "at least 1")
+        updates, parts = self.updates_per_rollout, self.minibatches
+        require(updates >= 1, "updates_per_rollout", updates, "at least 1")
+        require(parts >= 1 and updates % parts == 0, "minibatches", parts, f"a divisor of the {updates} updates")
+        require(self.max_rollouts >= 1, "max_rollouts", self.max_rollouts, "at least 1")
+        require(self.log_samples_every >= 0, "log_samples_every", self.log_samples_every, "at least 0")
+        require(self.log_samples >= 1, "log_samples", self.log_samples, "at least 1")
         require(
             self.generate.temperature > 0, "generate.temperature", self.generate.temperature, "more than 0 to sample"
         )
@@ -186,6 +202,9 @@ class ExperimentConfig:
                 None,
                 f"the sizes that {self.stage} needs",
             )
+        if self.stage == "stage3":
+            parts, rows = self.grpo.minibatches, self.train.batch_size
+            require(rows % parts == 0, "grpo.minibatches", parts, f"a divisor of train.batch_size {rows}")
 
 
 # Fields that may change between two runs of the same command line: they do not change what is learned.
@@ -194,6 +213,7 @@ _FREE_FIELDS = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "eval.",
+    "grpo.log_samples",
     "mesh.",
     "data.num_threads",
     "data.max_bad_fraction",

@@ -35,8 +35,8 @@ def mask_iou(prediction, target):
     return (intersection + is_empty) / (union + is_empty)
 
 
-def mask_boundary(mask: np.ndarray, dilation_ratio: float = 0.02) -> np.ndarray:
-    """Pixels of bool[..., H, W] within a few pixels of the mask's border (or of the image's).
+def mask_boundary(mask, dilation_ratio: float = 0.02):
+    """Pixels of bool[..., H, W] (numpy or jax) within a few pixels of the mask's border (or of the image's).
 
     The width is `dilation_ratio` times the image diagonal, at least 1 pixel: the mask minus its erosion by a
     square of side 2 * width + 1, with zeros outside the image.
@@ -44,14 +44,14 @@ def mask_boundary(mask: np.ndarray, dilation_ratio: float = 0.02) -> np.ndarray:
     height, width = mask.shape[-2:]
     reach = max(1, round(dilation_ratio * float(np.hypot(height, width))))
     pad = [(0, 0)] * (mask.ndim - 2) + [(reach + 1, reach)] * 2
-    sums = np.pad(mask, pad).astype(np.int64).cumsum(axis=-2).cumsum(axis=-1)
+    sums = mask.__array_namespace__().pad(mask, pad).astype(np.int32).cumsum(axis=-2).cumsum(axis=-1)
     side = 2 * reach + 1
     window = sums[..., side:, side:] - sums[..., :-side, side:] - sums[..., side:, :-side] + sums[..., :-side, :-side]
     return mask & (window < side * side)
 
 
-def boundary_iou(prediction: np.ndarray, target: np.ndarray, dilation_ratio: float = 0.02) -> np.ndarray:
-    """IoU of the `mask_boundary` of two bool[..., H, W] masks; float[...], 1 where both are empty."""
+def boundary_iou(prediction, target, dilation_ratio: float = 0.02):
+    """IoU of the `mask_boundary` of two bool[..., H, W] masks (numpy or jax); float[...], 1 where both are empty."""
     return mask_iou(mask_boundary(prediction, dilation_ratio), mask_boundary(target, dilation_ratio))
 
 

@@ -19,8 +19,6 @@ import numpy as np
 from alto_jax import cli
 from alto_jax.config import ConfigError
 
-_PROMPT_BUCKET = 32  # Note: prompts are padded to a multiple of this, so that few lengths are ever compiled.
-
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -137,6 +135,9 @@ class Segmenter(TokenizerModel):
         prompt: str | None = None,
         target: np.ndarray | None = None,
         max_new_tokens: int | None = None,
+        min_length: int = 1,
+        max_length: int | None = None,
+        end_bias: float = 0.0,
     ) -> Prediction:
         """Segments what `text` names.
 
@@ -147,6 +148,8 @@ class Segmenter(TokenizerModel):
           prompt: the whole question instead of the built-in wording.
           target: bool or uint8[H, W], the true mask, for `iou`.
           max_new_tokens: longest answer; None: enough for one mask and a sentence.
+          min_length, max_length: limits of an adaptive number of mask tokens (None: all of them).
+          end_bias: added to the logit of the mask's end; positive gives shorter, cheaper masks, negative longer ones.
 
         Raises:
           ValueError: no object named, an image or target that does not fit, or a length out of range.
@@ -156,7 +159,7 @@ class Segmenter(TokenizerModel):
         from alto_jax.batch import PromptBatch
         from alto_jax.data import transforms
         from alto_jax.mllm import text as words
-        from alto_jax.mllm.generate import GenerateConfig
+        from alto_jax.mllm.generate import GenerateConfig, bucket_length
 
         began = time.monotonic()
         num_tokens = self.cfg.tokenizer.num_latent_tokens
@@ -175,7 +178,7 @@ class Segmenter(TokenizerModel):
             raise ValueError(f"target: expected the image's size {image.shape[:2]}, got {np.shape(target)}")
 
         ids = words.render_prompt(self.text, prompt, self.cfg.num_image_tokens, system=self.system)
-        padding = -len(ids) % _PROMPT_BUCKET
+        padding = bucket_length(len(ids)) - len(ids)  # Note: few lengths are ever compiled.
         size = self.cfg.tokenizer.mask_size
         batch = PromptBatch(
             image=transforms.squash(image, self.cfg.vision.image_size)[None],
@@ -187,10 +190,12 @@ class Segmenter(TokenizerModel):
         config = GenerateConfig(
             max_new_tokens=max_new_tokens or num_tokens + 32,
             grammar=True,
-            max_length=num_tokens,
+            min_length=min_length,
+            max_length=num_tokens if max_length is None else _token_count(max_length, num_tokens),
             forced_length=count,
+            end_logit_bias=end_bias,
         )
-        found = self._compiled(config)(self.params, batch, jax.random.key(0))
+        found = self._compiled(config.static())(self.params, batch, jax.random.key(0), config.controls())
         tokens = np.asarray(found.generated.ids)[0][np.asarray(found.generated.mask)[0]].tolist()
         kept = int(found.parsed.length[0])
         probability = np.asarray(jax.nn.sigmoid(found.mask_logits))[0]
@@ -213,14 +218,16 @@ class Segmenter(TokenizerModel):
         )
 
     def _compiled(self, config: Any) -> Any:
-        """`segment` for a generation configuration, compiled once per shape."""
+        """`segment` for a generation configuration, compiled once per shape; the controls are an argument."""
         import jax
 
         from alto_jax.mllm.alto_llm import segment
 
         if config not in self._functions:
             cfg, special = self.cfg, self.text.ids
-            self._functions[config] = jax.jit(lambda p, b, key: segment(cfg, p, b, config, special, key))
+            self._functions[config] = jax.jit(
+                lambda p, b, key, controls: segment(cfg, p, b, config, special, key, controls=controls)
+            )
         return self._functions[config]
 
 
@@ -259,6 +266,8 @@ def main() -> int:
     parser.add_argument("--image", required=True, metavar="FILE")
     parser.add_argument("--text", default="", help='the object, such as "the red apple"')
     parser.add_argument("--length", default="adaptive", help="adaptive, full, or a number of mask tokens")
+    parser.add_argument("--max_length", type=int, metavar="N", help="at most so many mask tokens (adaptive)")
+    parser.add_argument("--end_bias", type=float, default=0.0, metavar="X", help="> 0: fewer mask tokens; < 0: more")
     parser.add_argument("--prompt", metavar="RAW", help="the whole question, instead of --text")
     parser.add_argument("--target", metavar="FILE", help="the true mask, to report the IoU")
     parser.add_argument("--out", metavar="FILE", help="the mask as a PNG, 0 and 255, at the image's size")
@@ -275,7 +284,10 @@ def main() -> int:
     model = load(options.checkpoint)
     if not isinstance(model, Segmenter):
         raise ConfigError(f"--checkpoint={options.checkpoint}: a mask tokenizer alone; predict needs stage 2 or 3")
-    result = model.segment(image, options.text, length=length, prompt=options.prompt, target=target)
+    result = model.segment(
+        image, options.text, length=length, prompt=options.prompt, target=target, max_length=options.max_length,
+        end_bias=options.end_bias,
+    )  # fmt: skip
     if options.out:
         Image.fromarray(result.mask.astype(np.uint8) * 255).save(options.out)
     if options.overlay:

@@ -5,11 +5,11 @@ import os
 import pathlib
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 
 class MetricWriter:
-    """Writes scalar metrics to `metrics.jsonl` and TensorBoard files of a run's directory.
+    """Writes metrics to `metrics.jsonl` and TensorBoard files of a run's directory; histograms to the latter only.
 
     Reopened after a restart at step s, records after s are dropped, so that the file reads as if the run
     had never stopped.
@@ -34,6 +34,11 @@ class MetricWriter:
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+
+    def write_histograms(self, step: int, values: dict[str, Any]) -> None:
+        """Adds a histogram of each array."""
+        for name, array in values.items():
+            self._board.add_histogram(name, array, step)
 
     def close(self) -> None:
         self._file.close()

@@ -1,7 +1,7 @@
-"""Rewards of stage 3 and what becomes of them: format, IoU, length; advantages inside a group.
+"""Rewards of stage 3 and what becomes of them: format, IoU, length, and more by weight; advantages inside a group.
 
-What comes in are completions parsed by `mllm.mask_tokens.parse_completion` and the masks decoded from
-their codes; what goes out are rewards, their parts (for logging) and advantages. Paper section 3.3;
+What comes in are completions parsed by `mllm.mask_tokens.parse_completion`, the masks decoded from their codes
+and, for two further parts, the codes that the mask tokenizer gives the target; what goes out are rewards, their parts (for logging) and advantages. Paper section 3.3;
 the PyTorch code's form is NUMERICS section 7. Everything is jittable float32, [B, G] per prompt and
 sample.
 """
@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from alto_jax import metrics
 from alto_jax.config import require
 from alto_jax.mllm.mask_tokens import ParsedMask
 
@@ -25,37 +26,55 @@ class RewardConfig:
       "reference": Compat: `0.1 * (number of the four format checks passed) + (L - n) * length_weight + IoU`;
         a malformed completion keeps its length bonus.
     length_weight: lambda of the paper, reward per mask token; the reference's script uses 1e-3.
+    boundary_weight: of the IoU of both masks' boundaries, 2 % of the diagonal wide (`metrics.boundary_iou`).
+    token_weight: of the share of an answer's codes that are the tokenizer's own for the target (`token_match`).
     """
 
     kind: Literal["paper", "reference"] = "paper"
     format_weight: float = 1.0
     iou_weight: float = 1.0
     length_weight: float = 1e-3
+    boundary_weight: float = 0.0
+    token_weight: float = 0.0
 
     def __post_init__(self):
         kinds = ("paper", "reference")
         require(self.kind in kinds, "reward.kind", self.kind, f"one of {kinds}")
-        for name in ("format_weight", "iou_weight", "length_weight"):
+        for name in ("format_weight", "iou_weight", "length_weight", "boundary_weight", "token_weight"):
             require(getattr(self, name) >= 0, f"reward.{name}", getattr(self, name), "a weight >= 0")
 
 
-def iou_reward(masks: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+def iou_reward(masks: jax.Array, target: jax.Array, valid: jax.Array, *, boundary: bool = False) -> jax.Array:
     """IoU of each sample's mask with its prompt's target, both thresholded at > 0.5.
 
     Args:
       masks: float[B, G, H, W], decoded mask probabilities.
       target: float[B, H, W] in 0..1.
       valid: bool[B, G], well-formed completions; the others get 0.
+      boundary: compare the masks' boundaries only.
 
     Returns:
       float32[B, G] in 0..1; 1 where both masks are empty.
     """
-    prediction = masks > 0.5
-    wanted = (target > 0.5)[:, None]
-    intersection = jnp.sum(prediction & wanted, axis=(-2, -1), dtype=jnp.float32)
-    union = jnp.sum(prediction | wanted, axis=(-2, -1), dtype=jnp.float32)
-    iou = jnp.where(union > 0, intersection / jnp.maximum(union, 1), 1.0)
-    return jnp.where(valid, iou, 0.0)
+    measure = metrics.boundary_iou if boundary else metrics.mask_iou
+    iou = measure(masks > 0.5, (target > 0.5)[:, None])
+    return jnp.where(valid, iou, 0.0).astype(jnp.float32)
+
+
+def token_match(parsed: ParsedMask, target_codes: jax.Array) -> jax.Array:
+    """Share of each answer's codes that equal the tokenizer's own at the same place.
+
+    A mask's leading codes do not depend on how many are kept, so answers of any length compare.
+
+    Args:
+      parsed: the completions' masks, leading axes [B, G].
+      target_codes: int32[B, L], the target mask as the tokenizer writes it.
+
+    Returns:
+      float32[B, G] in 0..1; 0 for malformed answers.
+    """
+    equal = (parsed.codes == target_codes[:, None]) & parsed.code_mask
+    return jnp.sum(equal, axis=-1, dtype=jnp.float32) / jnp.maximum(parsed.length, 1)
 
 
 def format_checks(parsed: ParsedMask) -> jax.Array:
@@ -68,18 +87,33 @@ def format_checks(parsed: ParsedMask) -> jax.Array:
     return jnp.stack([parsed.num_starts == 1, parsed.num_ends == 1, parsed.in_range, parsed.valid], axis=-1)
 
 
-def compute_rewards(parsed: ParsedMask, iou: jax.Array, cfg: RewardConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Combines format, IoU and length into the reward of each sample.
+def compute_rewards(
+    parsed: ParsedMask,
+    iou: jax.Array,
+    cfg: RewardConfig,
+    *,
+    boundary: jax.Array | None = None,
+    tokens: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Combines format, IoU and length, and boundary and token match if given, into the reward of each sample.
 
     Args:
       parsed: the completions' masks, leading axes [B, G].
       iou: float32[B, G] from `iou_reward`.
       cfg: form and weights.
+      boundary: float32[B, G] from `iou_reward(..., boundary=True)`; needed for a boundary_weight > 0.
+      tokens: float32[B, G] from `token_match`; needed for a token_weight > 0.
 
     Returns:
-      rewards float32[B, G], and its parts, each float32[B, G]: format, iou and length_reward, which sum to
-      the reward, and length (mask tokens, 0 if malformed) and valid (1 if well formed).
+      rewards float32[B, G], and its parts, each float32[B, G]: format, iou, length_reward, boundary and tokens (those
+      given), which sum to the reward, and length (mask tokens, 0 if malformed) and valid (1 if well formed).
+
+    Raises:
+      ValueError: a part has a weight but is not given.
     """
+    extra = {"boundary": (boundary, cfg.boundary_weight), "tokens": (tokens, cfg.token_weight)}
+    for name, (part, weight) in extra.items():
+        require(part is not None or weight == 0, name, part, f"values for a weight of {weight}")
     valid = parsed.valid.astype(jnp.float32)
     if cfg.kind == "paper":
         format_part = cfg.format_weight * valid
@@ -91,15 +125,10 @@ def compute_rewards(parsed: ParsedMask, iou: jax.Array, cfg: RewardConfig) -> tu
         iou_part = iou * valid
         unused = num_latent_tokens - parsed.num_between
         length_part = unused.astype(jnp.float32) * cfg.length_weight
-    rewards = format_part + length_part + iou_part
-    components = {
-        "format": format_part,
-        "iou": iou_part,
-        "length_reward": length_part,
-        "length": parsed.length.astype(jnp.float32),
-        "valid": valid,
-    }
-    return rewards, components
+    components = {"format": format_part, "iou": iou_part, "length_reward": length_part}
+    components |= {name: weight * part * valid for name, (part, weight) in extra.items() if part is not None}
+    rewards = sum(components.values())
+    return rewards, {**components, "length": parsed.length.astype(jnp.float32), "valid": valid}
 
 
 def group_advantages(
@@ -135,6 +164,7 @@ def group_advantages(
 def informative_groups(rewards: jax.Array, tolerance: float = 1e-6) -> jax.Array:
     """Which groups of float32[B, G] have rewards that differ by more than `tolerance`; bool[B].
 
-    The others have no gradient: "dapo" leaves their tokens out of its mean (and of the completion mask).
+    The others have no gradient; `grpo.max_rollouts` > 1 replaces them by groups of fresh prompts, and leaves those that
+    remain out of the completion mask.
     """
     return jnp.max(rewards, axis=-1) - jnp.min(rewards, axis=-1) > tolerance

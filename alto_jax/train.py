@@ -22,6 +22,7 @@ from alto_jax import checkpoint, sharding
 from alto_jax.config import to_dict
 from alto_jax.experiment import ExperimentConfig, claim_workdir
 from alto_jax.progress import MetricWriter, Progress, duration
+from alto_jax.rollouts import Rollouts
 from alto_jax.stages import Stage, make_stage
 from alto_jax.train_state import TrainState, create_state, make_optimizer, make_schedule, merge_params
 
@@ -170,10 +171,10 @@ def make_step(stage: Stage, optimizer: Any, schedule: Any, seed: int, shardings:
 
 
 def make_rollout(stage: Stage, seed: int) -> Any:
-    """The jitted rollout `(state, batch) -> batch for the loss`."""
+    """The jitted rollout `(state, batch, attempt) -> batch for the loss`; attempts of one step differ in their keys."""
 
-    def rollout(state: TrainState, batch: Any) -> Any:
-        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), 2)
+    def rollout(state: TrainState, batch: Any, attempt: Any) -> Any:
+        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), 2 + attempt)
         return stage.rollout(state.all_params(), batch, rng)
 
     return jax.jit(rollout)
@@ -184,18 +185,17 @@ def _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path) ->
     total, start = config.train.steps, int(state.step)
     schedule = make_schedule(config.optim, total)
     step_fn = make_step(stage, optimizer, schedule, config.seed, jax.tree.map(lambda a: a.sharding, state))
-    rollout_fn = make_rollout(stage, config.seed) if stage.rollout is not None else None
-    repeats = config.grpo.updates_per_rollout if stage.rollout is not None else 1
+    next_batch = lambda: sharding.put_batch(next(iterator), mesh)
+    rollouts, repeats = None, 1
+    if stage.rollout is not None:
+        rollouts = Rollouts(config.grpo, stage, make_rollout(stage, config.seed), next_batch, mesh)
+        repeats = config.grpo.updates_per_rollout
     meta = {"stage": config.stage, "model": to_dict(config.model), "data": {"system": config.data.system}}
     writer = MetricWriter(path, start) if jax.process_index() == 0 else None
     progress = Progress(config.stage, total, start)
     pending: list[dict] = []
-    batch = None
     for step in range(start + 1, total + 1):
-        if batch is None or (step - 1) % repeats == 0:
-            batch = sharding.put_batch(next(iterator), mesh)
-            if rollout_fn is not None:
-                batch = rollout_fn(state, batch)
+        batch = next_batch() if rollouts is None else rollouts.batch(state, step)
         state, metrics = step_fn(state, batch)
         pending.append(metrics)
         if step == start + 1:
@@ -211,6 +211,10 @@ def _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path) ->
             if writer is not None:
                 writer.write(step, means)
                 progress.line(step, {name: means[name] for name in stage.headline if name in means})
+            if rollouts is not None:
+                rollouts.log_histograms(step, writer)
+        if rollouts is not None:
+            rollouts.log_samples(state, step, path)
         # Note: a rollout in progress is not part of the checkpoint, so saves fall between rollouts.
         save = config.train.checkpoint_every and step % config.train.checkpoint_every == 0 and step % repeats == 0
         if save or step == total:

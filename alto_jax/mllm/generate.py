@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from alto_jax.mllm.text import SpecialIds
 
 Array = jax.Array
+CACHE_DTYPES = ("model", *DTYPES, "int8")
+PROMPT_BUCKET = 32
+
+
+def bucket_length(length: int) -> int:
+    """The prompt length to pad to: a multiple of 32, so that all prompts of a bucket share one program."""
+    return -(-length // PROMPT_BUCKET) * PROMPT_BUCKET
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +55,10 @@ class GenerateConfig:
       forced_length: exactly so many codes per mask; overrides both; needs the grammar.
       end_logit_bias: added to the logit of `<ALTo_End>` inside a mask; positive shortens masks.
       stop_at_mask_end: a row is done at its first `<ALTo_End>` that ends a mask, not only at `<|im_end|>`.
-      share_prompt: False computes and stores the prompt once per sample (same result; the oracle).
-      cache_dtype: type of keys and values; None: the model's.
+      share_prompt: False computes and stores the prompt once per sample (same result; the oracle), in the policy
+        and reference passes of GRPO too.
+      cache_dtype: type of keys and values: "model" (the model's), a float type, or "int8" (with a scale per position
+        and head, half the memory of bfloat16).
     """
 
     max_new_tokens: int = 64
@@ -63,7 +72,7 @@ class GenerateConfig:
     end_logit_bias: float = 0.0
     stop_at_mask_end: bool = False
     share_prompt: bool = True
-    cache_dtype: str | None = None
+    cache_dtype: str = "model"
 
     def __post_init__(self):
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
@@ -80,7 +89,12 @@ class GenerateConfig:
         else:
             require(forced is None, "forced_length", forced, "None without grammar=True")
             require(low == 1, "min_length", low, "1 without grammar=True")
-        require(self.cache_dtype in (None, *DTYPES), "cache_dtype", self.cache_dtype, f"None or one of {DTYPES}")
+        require(self.cache_dtype in CACHE_DTYPES, "cache_dtype", self.cache_dtype, f"one of {CACHE_DTYPES}")
+
+    def static(self) -> GenerateConfig:
+        """Returns what is compiled in: this configuration with neutral values for all that `controls` holds."""
+        neutral = dict(min_length=1, max_length=32, forced_length=None, end_logit_bias=0.0)
+        return dataclasses.replace(self, temperature=1.0 if self.temperature else 0.0, **neutral)
 
     def controls(self) -> Controls:
         """Returns the values that may differ per row and call, as scalars."""
@@ -257,9 +271,9 @@ def generate(
     else:
         start = mask_state(jnp.asarray(prompt_ids), special)
     controls = cfg.controls() if controls is None else controls
-    neutral = dict(temperature=1.0 if cfg.temperature else 0.0, min_length=1, max_length=32, forced_length=None)
-    static = dataclasses.replace(cfg, end_logit_bias=0.0, **neutral)
-    out = _generate(model, static, special, num_samples or 1, params, inputs_embeds, prompt_mask, start, controls, rng)
+    out = _generate(
+        model, cfg.static(), special, num_samples or 1, params, inputs_embeds, prompt_mask, start, controls, rng
+    )
     if num_samples is not None:
         group = lambda a: a.reshape(batch, num_samples, *a.shape[1:]) if a.ndim else a
         out = jax.tree.map(group, out)

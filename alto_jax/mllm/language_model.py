@@ -82,17 +82,49 @@ class LanguageModelConfig:
 
 @struct.dataclass
 class KVCache:
-    """Keys (already rotated) and values of all layers: k, v [num_layers, B, S, K, Hd]."""
+    """Keys (already rotated) and values of all layers: k, v [num_layers, B, S, K, Hd].
+
+    An int8 cache has a scale per position and head, float32[num_layers, B, S, K], for keys and for values: a vector
+    is stored as its integers in -127..127 times its scale. It takes (Hd + 4) / 2 Hd of the bytes of a bfloat16 cache.
+    """
 
     k: Array
     v: Array
+    k_scale: Array | None = None
+    v_scale: Array | None = None
 
     @classmethod
-    def create(cls, cfg: LanguageModelConfig, batch: int, size: int, dtype: Any = None) -> "KVCache":
-        """Returns an empty cache for `batch` rows of `size` positions, in `dtype` (default: cfg.dtype)."""
+    def create(cls, cfg: LanguageModelConfig, batch: int, size: int, dtype: str = "model") -> "KVCache":
+        """Returns an empty cache for `batch` rows of `size` positions, in `dtype` ("model": cfg.dtype)."""
         shape = (cfg.num_layers, batch, size, cfg.num_kv_heads, cfg.head_width)
-        dtype = jnp.dtype(cfg.dtype if dtype is None else dtype)
-        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+        zeros = functools.partial(jnp.zeros, shape, cfg.dtype if dtype == "model" else dtype)
+        scale = lambda: jnp.zeros(shape[:-1], jnp.float32) if dtype == "int8" else None
+        return cls(k=zeros(), v=zeros(), k_scale=scale(), v_scale=scale())
+
+    def write(self, layer: Array, index: Array, k: Array, v: Array) -> "KVCache":
+        """Returns the cache with keys and values [B, T, K, Hd] of a layer at positions index .. index + T - 1."""
+
+        def update(buffer, scales, new):
+            start = (layer, 0, index, 0, 0)
+            if scales is None:
+                return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start), None
+            new = new.astype(jnp.float32)
+            scale = jnp.max(jnp.abs(new), axis=-1) / 127
+            integers = jnp.rint(new / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8)
+            buffer = jax.lax.dynamic_update_slice(buffer, integers[None], start)
+            return buffer, jax.lax.dynamic_update_slice(scales, scale[None], start[:-1])
+
+        (k, k_scale), (v, v_scale) = update(self.k, self.k_scale, k), update(self.v, self.v_scale, v)
+        return KVCache(k, v, k_scale, v_scale)
+
+    def layer(self, layer: Array) -> "KVCache":
+        """Returns one layer's cache, without the leading axis."""
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), self)
+
+    def values(self, dtype: Any) -> tuple[Array, Array]:
+        """Returns keys and values in `dtype`."""
+        scaled = lambda a, scale: a.astype(dtype) if scale is None else (a * scale[..., None]).astype(dtype)
+        return scaled(self.k, self.k_scale), scaled(self.v, self.v_scale)
 
     def repeat(self, num_samples: int) -> "KVCache":
         """Returns a cache of B*G rows, row b*G + g holding what row b holds."""
@@ -185,17 +217,12 @@ class DecoderAttention(nn.Module):
         q = layers.apply_rope(q, positions, inv_freq)
         k, v = layers.apply_rope(kv[..., 0, :, :], positions, inv_freq), kv[..., 1, :, :]
         if cache is not None:
-
-            def update(buffer, new):
-                start = (layer, 0, cache_index, 0, 0)
-                return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start)
-
-            cache = KVCache(update(cache.k, k), update(cache.v, v))
-            k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False).astype(q.dtype) for a in (cache.k, cache.v))
+            cache = cache.write(layer, cache_index, k, v)
+            k, v = cache.layer(layer).values(q.dtype)
         if prefix is None:
             out = layers.attention(q, k, v, mask=mask)
         else:
-            out = prefix_attention(q, k, v, mask, prefix.k.astype(q.dtype), prefix.v.astype(q.dtype), prefix_mask)
+            out = prefix_attention(q, k, v, mask, *prefix.values(q.dtype), prefix_mask)
         return nn.DenseGeneral(cfg.embed_dim, axis=(-2, -1), use_bias=False, name="out", **kwargs)(out), cache
 
 

@@ -27,6 +27,10 @@ class Stage:
       reset: regex of paths that keep their fresh values all the same.
       finish_init: `finish_init(params) -> params` after the start checkpoint is read; traceable.
       rollout: `rollout(params, batch, rng) -> batch` for the loss, or None; jitted by the loop.
+      refill: `refill(batch, other) -> batch` moves what is worth learning from another rollout into places of the first
+        that are not, or None; num_missing: `num_missing(batch) -> int` of places left; both jitted by the loop.
+      histograms: `histograms(batch) -> dict` of arrays whose distribution is logged, or None; jitted by the loop.
+      log_samples: `log_samples(params, batch, step, directory)` writes a table of samples, or None.
       init_stats: `init_stats() -> dict` of arrays kept between steps.
       after_update: `after_update(state, aux, rng) -> state`, inside the jitted step, or None.
       evaluate: `evaluate(params) -> dict` of floats (and lists) on held-out data, or None.
@@ -44,6 +48,10 @@ class Stage:
     reset: str | None = None
     finish_init: Callable | None = None
     rollout: Callable | None = None
+    refill: Callable | None = None
+    num_missing: Callable | None = None
+    histograms: Callable | None = None
+    log_samples: Callable | None = None
     init_stats: Callable[[], dict] = dict
     after_update: Callable | None = None
     evaluate: Callable | None = None

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from alto_jax import losses, rewards
+from alto_jax import losses, rewards, rollout_log
 from alto_jax.batch import PromptBatch, Rollout
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
@@ -20,6 +20,7 @@ from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, init_params, segment
 from alto_jax.mllm.language_model import KVCache
 from alto_jax.stages import Stage
 from alto_jax.stages.sft import make_evaluate
+from alto_jax.tokenizer.alto import ALTo
 
 
 def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLike | None = None) -> Stage:
@@ -36,11 +37,15 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
         data=lambda process, count: sources.prompt_iterator(config, text, process, count, directory),
         loss_fn=make_loss(config, text.ids),
         rollout=functools.partial(rollout, config, text.ids),
+        refill=refill,
+        num_missing=lambda batch: jnp.sum(~rewards.informative_groups(batch.rewards)),
+        histograms=reward_parts,
+        log_samples=rollout_log.make_writer(config, text, mesh),
         inherits=names,
         requires=names,
         evaluate=make_evaluate(config, text, mesh),
         previous="python -m alto_jax.main --config=configs/stage2.py --config.init_from=DIR --workdir=DIR",
-        headline=("loss", "reward", "format", "iou", "length", "kl"),
+        headline=("loss", "reward", "format", "iou", "length", "kl", "entropy"),
         save_files=text.save,
     )
 
@@ -57,15 +62,23 @@ def rollout(config: ExperimentConfig, special: Any, params: dict, batch: PromptB
     cfg = config.grpo
     policy = {k: v for k, v in params.items() if k != "reference"}
     found = segment(config.model, policy, batch, cfg.generate, special, rng, cfg.num_generations)
-    iou = rewards.iou_reward(jax.nn.sigmoid(found.mask_logits), batch.mask, found.parsed.valid)
-    reward, components = rewards.compute_rewards(found.parsed, iou, cfg.reward)
+    masks, valid, extra = jax.nn.sigmoid(found.mask_logits), found.parsed.valid, {}
+    if cfg.reward.boundary_weight > 0:
+        extra["boundary"] = rewards.iou_reward(masks, batch.mask, valid, boundary=True)
+    if cfg.reward.token_weight > 0:
+        tokenizer = ALTo(config.model.tokenizer)
+        codes, _ = tokenizer.apply({"params": params["tokenizer"]}, batch.mask, method="tokenize")
+        extra["tokens"] = rewards.token_match(found.parsed, codes)
+    iou = rewards.iou_reward(masks, batch.mask, valid)
+    reward, components = rewards.compute_rewards(found.parsed, iou, cfg.reward, **extra)
     generated = found.generated
     reference_logps = jnp.zeros_like(generated.per_token_logps)
     if "reference" in params:
         reference = {**policy, "language_model": params["reference"]}
         reference_logps, _ = completion_logps(
-            config.model, reference, special, batch, found.image_tokens, generated.ids
-        )
+            config.model, reference, special, batch, found.image_tokens, generated.ids,
+            share_prompt=cfg.generate.share_prompt,
+        )  # fmt: skip
     return Rollout(
         prompt=batch,
         completion_ids=generated.ids,
@@ -79,6 +92,18 @@ def rollout(config: ExperimentConfig, special: Any, params: dict, batch: PromptB
     )
 
 
+def reward_parts(batch: Rollout) -> dict[str, jax.Array]:
+    """The reward and its components, float32[B, G] each."""
+    return {"reward": batch.rewards, **batch.components}
+
+
+def refill(rollout: Rollout, other: Rollout) -> Rollout:
+    """Replaces groups whose rewards are all equal by groups of another rollout whose rewards differ, in order."""
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rollout, other)
+    order = jnp.argsort(~rewards.informative_groups(both.rewards), stable=True)[: rollout.rewards.shape[0]]
+    return jax.tree.map(lambda a: a[order], both)
+
+
 def completion_logps(
     cfg: ModelConfig,
     params: dict,
@@ -86,6 +111,8 @@ def completion_logps(
     batch: PromptBatch,
     image_tokens: jax.Array,
     completion_ids: jax.Array,
+    *,
+    share_prompt: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of G completions per prompt, with one pass over each prompt.
 
@@ -93,6 +120,7 @@ def completion_logps(
       cfg: the model; params: its parameters; special: the tokenizer's special ids.
       batch: B prompts, left padded; image_tokens float[B, I, D].
       completion_ids: int32[B, G, T].
+      share_prompt: False repeats the prompt for every completion (the same numbers at a multiple of the cost).
 
     Returns:
       (logps, entropy), float32[B, G, T]: of the untempered full-vocabulary distribution, at padding too;
@@ -100,6 +128,13 @@ def completion_logps(
     """
     model = ALToLLM(cfg)
     apply = lambda *args, method, **kwargs: model.apply({"params": params}, *args, method=method, **kwargs)
+    if not share_prompt:
+        batch, image_tokens = jax.tree.map(
+            lambda a: jnp.repeat(a, completion_ids.shape[1], axis=0), (batch, image_tokens)
+        )
+        rows = completion_ids.reshape(-1, 1, completion_ids.shape[-1])
+        outputs = completion_logps(cfg, params, special, batch, image_tokens, rows)
+        return jax.tree.map(lambda a: a.reshape(completion_ids.shape), outputs)
     batch_size, group, length = completion_ids.shape
     prompt_mask, prompt_length = batch.prompt_mask, batch.prompt_mask.shape[1]
 
@@ -129,20 +164,25 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
     def loss_fn(params, batch: Rollout, rng, step):
         del rng, step
         logps, entropy = completion_logps(
-            config.model, params, special, batch.prompt, batch.image_tokens, batch.completion_ids
-        )
+            config.model, params, special, batch.prompt, batch.image_tokens, batch.completion_ids,
+            share_prompt=cfg.generate.share_prompt,
+        )  # fmt: skip
         reference = batch.ref_per_token_logps if cfg.loss.beta > 0 else None
+        informative = rewards.informative_groups(batch.rewards)
+        mask = batch.completion_mask
+        if cfg.max_rollouts > 1:
+            mask &= informative[:, None, None]
         loss, logged = losses.grpo_loss(
             logps,
             batch.old_per_token_logps,
             reference,
             batch.advantages,
-            batch.completion_mask,
+            mask,
             cfg.loss,
             entropy=entropy,
         )
-        parts = {name: jnp.mean(value) for name, value in batch.components.items()}
-        spread = jnp.mean(jnp.std(batch.rewards, axis=1))
-        return loss, ({"reward": jnp.mean(batch.rewards), "reward_std": spread, **parts, **logged}, ())
+        means = {name: jnp.mean(value) for name, value in reward_parts(batch).items()}
+        spread = {"reward_std": jnp.mean(jnp.std(batch.rewards, axis=1)), "informative_groups": jnp.mean(informative)}
+        return loss, ({**means, **spread, **logged}, ())
 
     return loss_fn
