@@ -1,9 +1,9 @@
 """Rewards of stage 3 and what becomes of them: format, IoU, length, and more by weight; advantages inside a group.
 
 What comes in are completions parsed by `mllm.mask_tokens.parse_completion`, the masks decoded from their codes
-and, for two further parts, the codes that the mask tokenizer gives the target; what goes out are rewards, their parts (for logging) and advantages. Paper section 3.3;
-the PyTorch code's form is NUMERICS section 7. Everything is jittable float32, [B, G] per prompt and
-sample.
+and, for two further parts, the codes that the mask tokenizer gives the target; what goes out are rewards, their
+parts (for logging) and advantages. Paper section 3.3; the PyTorch code's form is NUMERICS section 7. Everything is
+jittable float32, [B, G] per prompt and sample.
 """
 
 import dataclasses

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import jax
+import numpy as np
 
 from alto_jax import sharding
 from alto_jax.experiment import GrpoStageConfig
@@ -26,7 +27,7 @@ class Rollouts:
         """Args: cfg; stage (see `stages.Stage`); rollout: jitted `rollout(state, batch, attempt)`; next_batch: gives a
         prompt batch on the devices; mesh."""
         self._cfg, self._stage, self._rollout, self._next_batch = cfg, stage, rollout, next_batch
-        whole = sharding.replicated(mesh)
+        self._whole = whole = sharding.replicated(mesh)
         self._histograms = jax.jit(stage.histograms, out_shardings=whole)
         self._num_missing = jax.jit(stage.num_missing, out_shardings=whole)
         rows = jax.sharding.NamedSharding(mesh, sharding.batch_spec())
@@ -40,21 +41,26 @@ class Rollouts:
             self._current = self._collect(state)
         if cfg.minibatches == 1:
             return self._current
-        return minibatch(self._current, (step - 1) % cfg.minibatches, cfg.minibatches)
+        return minibatch(self._current, self._put((step - 1) % cfg.minibatches), cfg.minibatches)
 
     def _collect(self, state: Any) -> Any:
-        batch = self._rollout(state, self._next_batch(), 0)
+        roll = lambda attempt: self._rollout(state, self._next_batch(), self._put(attempt))
+        batch = roll(0)
         for attempt in range(1, self._cfg.max_rollouts):
             if int(self._num_missing(batch)) == 0:
                 break
-            batch = self._refill(batch, self._rollout(state, self._next_batch(), attempt))
+            batch = self._refill(batch, roll(attempt))
         return batch
+
+    def _put(self, number: int) -> jax.Array:
+        """A number on the devices; an explicit transfer, so that the jitted calls make none."""
+        return jax.device_put(np.int32(number), self._whole)
 
     def log_histograms(self, step: int, writer: Any) -> None:
         """Adds the distributions of the current rollout to the logs; `writer` is None where nothing is written."""
         values = jax.device_get(self._histograms(self._current))
         if writer is not None:
-            writer.write_histograms(step, values)
+            writer.write_histograms(step, {f"rollout/{name}": value for name, value in values.items()})
 
     def log_samples(self, state: Any, step: int, directory: str | os.PathLike) -> None:
         """Writes samples of the current rollout, every `log_samples_every` updates."""
@@ -63,6 +69,6 @@ class Rollouts:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def minibatch(batch: Any, index: int | jax.Array, count: int) -> Any:
+def minibatch(batch: Any, index: jax.Array, count: int) -> Any:
     """Part `index` of `count` of a batch: every `count`-th row, so that each device keeps rows of its own."""
     return jax.tree.map(lambda a: a.reshape(a.shape[0] // count, count, *a.shape[1:])[:, index], batch)

@@ -1,22 +1,25 @@
 """A group that shares its prompt gives the log-probabilities and gradients of separate rows."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alto_jax.batch import PromptBatch
+from alto_jax.batch import PromptBatch, Rollout
 from alto_jax.losses import GrpoLossConfig, grpo_loss, token_log_probs
 from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, init_params
 from alto_jax.mllm.intern_vit import InternViTConfig
 from alto_jax.mllm.language_model import LanguageModelConfig
 from alto_jax.mllm.text import SpecialIds
-from alto_jax.stages.grpo import completion_logps
+from alto_jax.rollouts import minibatch
+from alto_jax.stages.grpo import completion_logps, refill
 from alto_jax.tokenizer.alto import TokenizerConfig
 from alto_jax.tokenizer.encoder import ViTConfig
 from alto_jax.tokenizer.pixel_decoder import PixelDecoderConfig
+from tests.conftest import run_python
 
 SPECIAL = SpecialIds(
     pad=0, bos=None, im_start=1, im_end=2, img=3, img_end=4, img_context=5, ref=6, ref_end=7, box=8, box_end=9,
@@ -61,10 +64,11 @@ def group():
 
 def naive_logps(params, batch, image_tokens, completion_ids):
     """One full row per completion: prompt and completion side by side, image tokens repeated."""
-    model = ALToLLM(CONFIG)
+    model, (batch_size, group_size, length) = ALToLLM(CONFIG), completion_ids.shape
+    prompt_length = batch.prompt_ids.shape[1]
     apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
-    repeat = lambda a: jnp.repeat(a, GROUP, axis=0)
-    completions = completion_ids.reshape(-1, LENGTH)
+    repeat = lambda a: jnp.repeat(a, group_size, axis=0)
+    completions = completion_ids.reshape(-1, length)
     ids = jnp.concatenate([repeat(batch.prompt_ids), completions], axis=1)
     mask = jnp.concatenate([repeat(batch.prompt_mask), jnp.ones_like(completions, bool)], axis=1)
     # The image goes to the prompt alone: a sampled <IMG_CONTEXT> is text.
@@ -73,13 +77,14 @@ def naive_logps(params, batch, image_tokens, completion_ids):
     total = ids.shape[1]
     attn_mask = jnp.tril(jnp.ones((total, total), bool)) & mask[:, None]
     hidden, _ = apply(inputs, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0), attn_mask, method="hidden")
-    logps = token_log_probs(apply(hidden[:, PROMPT - 1 : -1], method="logits"), completions)
-    return logps.reshape(BATCH, GROUP, LENGTH)
+    logps = token_log_probs(apply(hidden[:, prompt_length - 1 : -1], method="logits"), completions)
+    return logps.reshape(batch_size, group_size, length)
 
 
-def test_shared_prompt_gives_the_log_probabilities_of_separate_rows(group):
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_shared_prompt_gives_the_log_probabilities_of_separate_rows(group, share_prompt):
     params, batch, image_tokens, ids, mask = group
-    packed, entropy = completion_logps(CONFIG, params, SPECIAL, batch, image_tokens, ids)
+    packed, entropy = completion_logps(CONFIG, params, SPECIAL, batch, image_tokens, ids, share_prompt=share_prompt)
     naive = naive_logps(params, batch, image_tokens, ids)
     np.testing.assert_allclose(np.asarray(packed)[mask], np.asarray(naive)[mask], atol=1e-5)
     assert float(jnp.min(entropy)) > 0
@@ -115,3 +120,42 @@ def test_beta_zero_needs_no_reference():
     logps = jnp.zeros((1, 2, 3))
     loss, metrics = grpo_loss(logps, None, None, jnp.array([[1.0, -1.0]]), jnp.ones((1, 2, 3), bool), cfg)
     assert float(loss) == 0 and float(metrics["kl"]) == 0
+
+
+def rollout_of(rewards, first=0):
+    """A rollout with these rewards [B][G], whose prompts are numbered from `first` on."""
+    rewards = jnp.asarray(rewards, jnp.float32)
+    numbers = jnp.arange(first, first + len(rewards))
+    prompt = PromptBatch(*[numbers] * 5)
+    return Rollout(prompt, *[numbers] * 5, rewards=rewards, components={"iou": rewards}, image_tokens=numbers)
+
+
+def test_refill_replaces_groups_that_teach_nothing():
+    first = rollout_of([[1, 1], [0, 1], [0, 0], [2, 2]])
+    other = rollout_of([[3, 3], [1, 0], [2, 5], [4, 4]], first=10)
+    once = jax.jit(refill)(first, other)
+    np.testing.assert_array_equal(once.prompt.image, [1, 11, 12, 0])
+    np.testing.assert_array_equal(once.rewards, [[0, 1], [1, 0], [2, 5], [1, 1]])
+    np.testing.assert_array_equal(once.components["iou"], once.rewards)
+    twice = refill(once, rollout_of([[0, 9], [0, 9], [0, 9], [0, 9]], first=20))
+    np.testing.assert_array_equal(twice.completion_ids, [1, 11, 12, 20])
+
+
+def test_minibatches_are_the_whole():
+    whole = rollout_of(np.arange(12).reshape(6, 2))
+    parts = [minibatch(whole, jnp.int32(i), 3) for i in range(3)]
+    np.testing.assert_array_equal([p.prompt.image for p in parts], [[0, 3], [1, 4], [2, 5]])
+    np.testing.assert_array_equal(parts[1].rewards, [[2, 3], [8, 9]])
+    assert minibatch._cache_size() == 1
+
+
+def test_packed_equals_naive_on_a_mesh(monkeypatch):
+    """Eight devices, mesh (2, 2, 2), two images on each: see grpo_on_mesh.py."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    done = run_python("-m", "tests.stages.grpo_on_mesh")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["devices"] == 8 and found["images_per_device"] == 2 and found["split_parameters"] > 5
+    assert found["logps"] < 1e-5
+    assert set(found["gradients"]) == {"paper", "reference", "dr_grpo", "dapo", "gspo"}
+    assert max(found["gradients"].values()) < 1e-4

@@ -1,0 +1,88 @@
+"""Packed and naive policy passes on the mesh (2, 2, 2): prints how far log-probabilities and gradients differ.
+
+Run by test_grpo.py in a process with eight virtual devices. Parameters and batch are split by the rules of
+`sharding`; completions are ragged. Gradients are those of the language model, relative to the largest entry of each
+parameter's gradient.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alto_jax import sharding
+from alto_jax.batch import PromptBatch
+from alto_jax.losses import GrpoLossConfig, grpo_loss
+from alto_jax.mllm.alto_llm import ALToLLM, init_params
+from alto_jax.stages.grpo import completion_logps
+from tests.stages import test_grpo as case
+
+BATCH, GROUP, PROMPT, LENGTH = 8, 3, 7, 6
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+    params = jax.jit(lambda key: init_params(case.CONFIG, key))(jax.random.key(0))
+    params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(np.float32), params)
+    params = jax.device_put(params, sharding.tree_shardings(params, mesh))
+    ids = rng.integers(13, 40, (BATCH, PROMPT)).astype(np.int32)
+    ids[:, 3] = case.SPECIAL.img_context
+    prompt_mask = np.arange(PROMPT) >= rng.integers(0, 3, (BATCH, 1))
+    lengths = rng.integers(1, LENGTH + 1, (BATCH, GROUP, 1))
+    batch = PromptBatch(
+        image=rng.integers(0, 256, (BATCH, 28, 28, 3)).astype(np.uint8),
+        pixel_image=np.zeros((BATCH, 16, 16, 3), np.uint8),
+        prompt_ids=np.where(prompt_mask, ids, case.SPECIAL.pad),
+        prompt_mask=prompt_mask,
+        mask=np.zeros((BATCH, 16, 16), np.float32),
+    )
+    mask = np.arange(LENGTH) < lengths
+    completions = np.where(mask, rng.integers(0, 40, (BATCH, GROUP, LENGTH)), case.SPECIAL.pad).astype(np.int32)
+    noise = rng.normal(size=(2, BATCH, GROUP, LENGTH)).astype(np.float32).swapaxes(0, 1)
+    advantages = rng.normal(size=(BATCH, GROUP)).astype(np.float32)
+    data = sharding.put_batch((batch, completions, mask, noise, advantages), mesh)
+
+    def passes(logps_of):
+        """Log-probabilities, and the gradients of every objective through one compiled backward pass."""
+
+        def logps(language_model, rest, batch, completions):
+            params = {**rest, "language_model": language_model}
+            image_tokens = ALToLLM(case.CONFIG).apply({"params": params}, batch.image, method="image_tokens")
+            return logps_of(params, batch, image_tokens, completions)
+
+        forward = jax.jit(logps)
+
+        @jax.jit
+        def backward(language_model, rest, batch, completions, cotangent):
+            return jax.vjp(lambda p: logps(p, rest, batch, completions), language_model)[1](cotangent)[0]
+
+        return forward, backward
+
+    packed = passes(lambda p, b, t, c: completion_logps(case.CONFIG, p, case.SPECIAL, b, t, c)[0])
+    naive = passes(case.naive_logps)
+    batch, completions, mask, noise, advantages = data
+    rest = {k: v for k, v in params.items() if k != "language_model"}
+    args = params["language_model"], rest, batch, completions
+    got, want = packed[0](*args), naive[0](*args)
+    gradients = {}
+    for objective in ("paper", "reference", "dr_grpo", "dapo", "gspo"):
+        cfg = GrpoLossConfig(objective=objective, beta=0.1, loss_cap=100.0)
+        old, reference = want + 0.3 * noise[:, 0], want + 0.3 * noise[:, 1]
+        slope = jax.jit(jax.grad(lambda x: grpo_loss(x, old, reference, advantages, mask, cfg)[0]))
+        pairs = zip(*(jax.tree.leaves(f[1](*args, slope(x))) for f, x in ((packed, got), (naive, want))))
+        gradients[objective] = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
+    split = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(params["language_model"]))
+    report = {
+        "devices": jax.device_count(),
+        "images_per_device": batch.image.addressable_shards[0].data.shape[0],
+        "split_parameters": split,
+        "logps": float(jnp.max(jnp.where(mask, jnp.abs(got - want), 0))),
+        "gradients": gradients,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
