@@ -113,7 +113,7 @@ def iou_curve_figure(
     Raises:
       ImportError: matplotlib is not installed.
     """
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     colors = iter(_SERIES_COLORS * (1 + (len(curves) + len(points or {})) // len(_SERIES_COLORS)))
     ticks: set[int] = set()
     for name, curve in curves.items():
@@ -146,7 +146,7 @@ def length_histogram_figure(lengths: Mapping[str, Sequence[int]], max_length: in
     Raises:
       ImportError: matplotlib is not installed.
     """
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     width = 0.86 / max(len(lengths), 1)
     for i, (name, values) in enumerate(lengths.items()):
         counts = np.bincount(np.asarray(values, np.int64), minlength=max_length + 1)
@@ -162,7 +162,7 @@ def length_histogram_figure(lengths: Mapping[str, Sequence[int]], max_length: in
     return figure
 
 
-def _new_figure():
+def new_figure():
     """Returns a figure and its axes in the report's style, without touching matplotlib's global state."""
     try:
         from matplotlib.figure import Figure

@@ -1,10 +1,10 @@
 """Cost of one GRPO step with a shared prompt and without (`naive`), in one run: `python benchmarks/grpo.py`.
 
-The paper's shape: groups of 12, 256 image and 60 prompt tokens, 34 new tokens; rollout, reference pass, policy pass and
-update by the stage's own functions. A language model of two wide, unrolled layers, whose head costs about as large a part
-of it as the 8B model's; vision tower and mask tokenizer are small and run once per image in both programs, which is to
-the naive one's favour. FLOPs are XLA's own count of the compiled programs; the body of the rollout's `while_loop`, which
-XLA counts once, is counted apart and multiplied. Targets: 0.25 of the FLOPs, 0.4 of the wall time.
+The paper's shape: groups of 12, 256 image and 60 prompt tokens, 34 new tokens; rollout, reference pass, policy pass
+and update by the stage's own functions. A language model of two wide, unrolled layers, whose head costs about as large
+a part of it as the 8B model's; vision tower and mask tokenizer are small and run once per image in both programs,
+which is to the naive one's favour. FLOPs are XLA's own count of the compiled programs; the body of the rollout's
+`while_loop`, which XLA counts once, is counted apart and multiplied. Targets: 0.25 of the FLOPs, 0.4 of the wall time.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from alto_jax.stages import grpo
 GROUP, IMAGE_TOKENS, TEXT_TOKENS, NEW_TOKENS = 12, 256, 60, 34
 # Note: no id of these can be sampled (there are 1,024 tokens), so that no answer ends early.
 SPECIAL = SpecialIds(
-    pad=0, bos=None, im_start=2001, im_end=2002, img=2003, img_end=2004, img_context=1, ref=2006, ref_end=2007, box=2008,
-    box_end=2009, mask_start=2010, mask_end=2011, code_0=2012, num_codes=64,
+    pad=0, bos=None, im_start=2001, im_end=2002, img=2003, img_end=2004, img_context=1, ref=2006, ref_end=2007,
+    box=2008, box_end=2009, mask_start=2010, mask_end=2011, code_0=2012, num_codes=64,
 )  # fmt: skip
 
 

@@ -60,11 +60,10 @@ def ascend(cfg, updates_per_rollout, key):
     return jnp.exp(first[2] + second[2, 4])
 
 
-@pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("objective", ["paper", "reference", "dr_grpo", "dapo", "gspo"])
-def test_every_objective_finds_the_best_answer(objective, updates):
+def test_every_objective_finds_the_best_answer(objective):
     cfg = GrpoLossConfig(objective=objective, beta=0.0)
-    assert float(ascend(cfg, updates, jax.random.key(0))) > 0.9
+    assert float(ascend(cfg, 2, jax.random.key(0))) > 0.9
 
 
 def test_a_strong_penalty_keeps_the_policy_at_the_reference():

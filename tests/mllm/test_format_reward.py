@@ -55,7 +55,7 @@ def test_grammar_and_format_reward_on_ten_thousand_samples():
     free = run(GenerateConfig(max_new_tokens=10, temperature=2.0), 1, SAMPLES)
     free = [a.reshape(-1, a.shape[-1]) for a in (free.ids, free.mask)]
     rng = np.random.default_rng(0)
-    for name, (ids, mask) in {"free": free, "near": (mutated(rng, ids, mask), mask)}.items():
-        wanted = np.array([is_well_formed(row[valid]) for row, valid in zip(ids, mask)])
-        np.testing.assert_array_equal(format_rewards(ids, mask), wanted.astype(np.float32), err_msg=name)
+    for name, rows, valid in [("free", *free), ("near", mutated(rng, ids, mask), mask)]:
+        wanted = np.array([is_well_formed(row[real]) for row, real in zip(rows, valid)])
+        np.testing.assert_array_equal(format_rewards(rows, valid), wanted.astype(np.float32), err_msg=name)
         assert len(wanted) >= 10_000 and 10 < wanted.sum() < len(wanted) - 1000, (name, wanted.sum())

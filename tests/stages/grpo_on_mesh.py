@@ -67,11 +67,15 @@ def main() -> None:
     args = params["language_model"], rest, batch, completions
     got, want = packed[0](*args), naive[0](*args)
     gradients = {}
+
+    def slope(x, old, reference, cfg):
+        return jax.grad(lambda logps: grpo_loss(logps, old, reference, advantages, mask, cfg)[0])(x)
+
     for objective in ("paper", "reference", "dr_grpo", "dapo", "gspo"):
         cfg = GrpoLossConfig(objective=objective, beta=0.1, loss_cap=100.0)
         old, reference = want + 0.3 * noise[:, 0], want + 0.3 * noise[:, 1]
-        slope = jax.jit(jax.grad(lambda x: grpo_loss(x, old, reference, advantages, mask, cfg)[0]))
-        pairs = zip(*(jax.tree.leaves(f[1](*args, slope(x))) for f, x in ((packed, got), (naive, want))))
+        slopes = [jax.jit(slope, static_argnums=3)(logps, old, reference, cfg) for logps in (got, want)]
+        pairs = zip(*(jax.tree.leaves(f[1](*args, s)) for f, s in zip((packed, naive), slopes)))
         gradients[objective] = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
     split = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(params["language_model"]))
     report = {
