@@ -5,6 +5,7 @@ Run by test_grpo.py in a process with eight virtual devices. Parameters and batc
 parameter's gradient.
 """
 
+import functools
 import json
 
 import jax
@@ -15,10 +16,15 @@ from alto_jax import sharding
 from alto_jax.batch import PromptBatch
 from alto_jax.losses import GrpoLossConfig, grpo_loss
 from alto_jax.mllm.alto_llm import ALToLLM, init_params
-from alto_jax.stages.grpo import completion_logps
 from tests.stages import test_grpo as case
 
 BATCH, GROUP, PROMPT, LENGTH = 8, 3, 7, 6
+
+
+@functools.partial(jax.jit, static_argnums=5)
+def slope(logps, old, reference, advantages, mask, cfg):
+    """Gradient of the objective in the log-probabilities."""
+    return jax.grad(lambda x: grpo_loss(x, old, reference, advantages, mask, cfg)[0])(logps)
 
 
 def main() -> None:
@@ -44,38 +50,23 @@ def main() -> None:
     advantages = rng.normal(size=(BATCH, GROUP)).astype(np.float32)
     data = sharding.put_batch((batch, completions, mask, noise, advantages), mesh)
 
-    def passes(logps_of):
-        """Log-probabilities, and the gradients of every objective through one compiled backward pass."""
-
-        def logps(language_model, rest, batch, completions):
-            params = {**rest, "language_model": language_model}
-            image_tokens = ALToLLM(case.CONFIG).apply({"params": params}, batch.image, method="image_tokens")
-            return logps_of(params, batch, image_tokens, completions)
-
-        forward = jax.jit(logps)
-
-        @jax.jit
-        def backward(language_model, rest, batch, completions, cotangent):
-            return jax.vjp(lambda p: logps(p, rest, batch, completions), language_model)[1](cotangent)[0]
-
-        return forward, backward
-
-    packed = passes(lambda p, b, t, c: completion_logps(case.CONFIG, p, case.SPECIAL, b, t, c)[0])
-    naive = passes(case.naive_logps)
     batch, completions, mask, noise, advantages = data
-    rest = {k: v for k, v in params.items() if k != "language_model"}
-    args = params["language_model"], rest, batch, completions
-    got, want = packed[0](*args), naive[0](*args)
+    apply = lambda p, image: ALToLLM(case.CONFIG).apply({"params": p}, image, method="image_tokens")
+    arguments = params, batch, jax.jit(apply)(params, batch.image), completions
+    logps = {
+        f: case.logps_and_gradients(f, *arguments, jnp.zeros(completions.shape))[0]
+        for f in (case.first_of_packed, case.naive_logps)
+    }
+    got, want = logps.values()
     gradients = {}
-
-    def slope(x, old, reference, cfg):
-        return jax.grad(lambda logps: grpo_loss(logps, old, reference, advantages, mask, cfg)[0])(x)
-
     for objective in ("paper", "reference", "dr_grpo", "dapo", "gspo"):
         cfg = GrpoLossConfig(objective=objective, beta=0.1, loss_cap=100.0)
         old, reference = want + 0.3 * noise[:, 0], want + 0.3 * noise[:, 1]
-        slopes = [jax.jit(slope, static_argnums=3)(logps, old, reference, cfg) for logps in (got, want)]
-        pairs = zip(*(jax.tree.leaves(f[1](*args, s)) for f, s in zip((packed, naive), slopes)))
+        both = [
+            case.logps_and_gradients(f, *arguments, slope(values, old, reference, advantages, mask, cfg))[1]
+            for f, values in logps.items()
+        ]
+        pairs = zip(*map(jax.tree.leaves, both))
         gradients[objective] = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
     split = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(params["language_model"]))
     report = {

@@ -1,6 +1,7 @@
 """A group that shares its prompt gives the log-probabilities and gradients of separate rows."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -43,7 +44,7 @@ BATCH, GROUP, PROMPT, LENGTH = 2, 3, 7, 6
 def group():
     """Parameters, two prompts of different lengths with their images, and ragged completions."""
     rng = np.random.default_rng(0)
-    params = init_params(CONFIG, jax.random.key(0))
+    params = jax.jit(lambda key: init_params(CONFIG, key))(jax.random.key(0))
     params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(np.float32), params)
     ids = rng.integers(13, 40, (BATCH, PROMPT)).astype(np.int32)
     ids[:, 3] = SPECIAL.img_context
@@ -58,8 +59,17 @@ def group():
     completion_ids = rng.integers(0, 40, (BATCH, GROUP, LENGTH)).astype(np.int32)
     lengths = np.array([[6, 1, 3], [2, 5, 4]])
     mask = np.arange(LENGTH) < lengths[..., None]
-    image_tokens = ALToLLM(CONFIG).apply({"params": params}, batch.image, method="image_tokens")
+    image_tokens = jax.jit(lambda p, x: ALToLLM(CONFIG).apply({"params": p}, x, method="image_tokens"))
+    image_tokens = image_tokens(params, batch.image)
     return params, batch, image_tokens, np.where(mask, completion_ids, SPECIAL.pad), mask
+
+
+def packed_logps(params, batch, image_tokens, completion_ids, share_prompt=True):
+    return completion_logps(CONFIG, params, SPECIAL, batch, image_tokens, completion_ids, share_prompt=share_prompt)
+
+
+def first_of_packed(*arguments):
+    return packed_logps(*arguments)[0]
 
 
 def naive_logps(params, batch, image_tokens, completion_ids):
@@ -81,11 +91,20 @@ def naive_logps(params, batch, image_tokens, completion_ids):
     return logps.reshape(batch_size, group_size, length)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logps_and_gradients(logps_of, params, batch, image_tokens, completion_ids, slope):
+    """The log-probabilities, and the gradients of the language model for a loss with this slope in them."""
+    logps = lambda p: logps_of({**params, "language_model": p}, batch, image_tokens, completion_ids)
+    values, backward = jax.vjp(logps, params["language_model"])
+    return values, backward(slope)[0]
+
+
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_shared_prompt_gives_the_log_probabilities_of_separate_rows(group, share_prompt):
     params, batch, image_tokens, ids, mask = group
-    packed, entropy = completion_logps(CONFIG, params, SPECIAL, batch, image_tokens, ids, share_prompt=share_prompt)
-    naive = naive_logps(params, batch, image_tokens, ids)
+    arguments = params, batch, image_tokens, ids
+    packed, entropy = jax.jit(packed_logps, static_argnums=4)(*arguments, share_prompt)
+    naive = jax.jit(naive_logps)(*arguments)
     np.testing.assert_allclose(np.asarray(packed)[mask], np.asarray(naive)[mask], atol=1e-5)
     assert float(jnp.min(entropy)) > 0
 
@@ -95,19 +114,19 @@ def test_shared_prompt_gives_the_gradients_of_separate_rows(group, objective):
     params, batch, image_tokens, ids, mask = group
     rng = np.random.default_rng(1)
     advantages = jnp.asarray(rng.normal(size=(BATCH, GROUP)), jnp.float32)
-    base = naive_logps(params, batch, image_tokens, ids)
+    arguments = params, batch, image_tokens, ids
+    base = jax.jit(naive_logps)(*arguments)
     old = base + 0.3 * rng.normal(size=base.shape).astype(np.float32)
     reference = base + 0.3 * rng.normal(size=base.shape).astype(np.float32)
     cfg = GrpoLossConfig(objective=objective, beta=0.1, loss_cap=100.0)
 
-    def loss(language_model, logps_of):
-        logps = logps_of({**params, "language_model": language_model})
-        return grpo_loss(logps, old, reference, advantages, jnp.asarray(mask), cfg)[0]
+    loss = jax.jit(lambda logps: grpo_loss(logps, old, reference, advantages, jnp.asarray(mask), cfg)[0])
 
-    packed = lambda p: completion_logps(CONFIG, p, SPECIAL, batch, image_tokens, ids)[0]
-    naive = lambda p: naive_logps(p, batch, image_tokens, ids)
-    got = jax.grad(loss)(params["language_model"], packed)
-    want = jax.grad(loss)(params["language_model"], naive)
+    def gradients(logps_of):
+        values, _ = logps_and_gradients(logps_of, *arguments, jnp.zeros_like(base))
+        return logps_and_gradients(logps_of, *arguments, jax.grad(loss)(values))[1]
+
+    got, want = gradients(first_of_packed), gradients(naive_logps)
     for path, leaf in jax.tree_util.tree_leaves_with_path(want):
         other = dict(jax.tree_util.tree_leaves_with_path(got))[path]
         scale = float(jnp.max(jnp.abs(leaf)))
