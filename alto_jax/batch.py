@@ -89,3 +89,38 @@ class Rollout:
     rewards: Array
     components: dict
     image_tokens: Array
+
+
+def abstract_batch(config: Any) -> MaskBatch | ChatBatch | PromptBatch:
+    """Shapes and dtypes of the global batch that a run's data gives, without reading any.
+
+    Args:
+      config: an ExperimentConfig; rows have `config.data.max_length` tokens.
+    """
+    import jax
+    import numpy as np
+
+    model, rows, length = config.model, config.train.batch_size, config.data.max_length
+    size = model.tokenizer
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((rows, *shape), np.dtype(dtype))
+
+    pixel_image = array("uint8", size.image_size, size.image_size, 3)
+    mask = (size.mask_size, size.mask_size)
+    if config.stage in ("stage1", "stage1_5"):
+        return MaskBatch(image=pixel_image, mask=array("float32", *mask))
+    images = {"image": array("uint8", model.vision.image_size, model.vision.image_size, 3), "pixel_image": pixel_image}
+    if config.stage == "stage2":
+        masks = config.data.max_masks
+        return ChatBatch(
+            **images,
+            ids=array("int32", length),
+            labels=array("int32", length),
+            text_mask=array("bool", length),
+            masks=array("float32", masks, *mask),
+            mask_valid=array("bool", masks),
+        )
+    return PromptBatch(
+        **images, prompt_ids=array("int32", length), prompt_mask=array("bool", length), mask=array("float32", *mask)
+    )

@@ -178,7 +178,7 @@ class Answerer:
 
     def _compiled(self, key: Any, function: Any, mesh: Any) -> Any:
         if key not in self._functions:
-            self._functions[key] = jax.jit(function, out_shardings=sharding.replicated(mesh))
+            self._functions[key] = jax.jit(sharding.on_mesh(mesh, function), out_shardings=sharding.replicated(mesh))
         return self._functions[key]
 
 
@@ -343,7 +343,9 @@ class Reconstruction:
 
     def run(self, examples: list[dict], mesh: Any) -> tuple[list[dict], int]:
         if "reconstruct" not in self._compiled:
-            self._compiled["reconstruct"] = jax.jit(self._reconstruct, out_shardings=sharding.replicated(mesh))
+            self._compiled["reconstruct"] = jax.jit(
+                sharding.on_mesh(mesh, self._reconstruct), out_shardings=sharding.replicated(mesh)
+            )
         batch = MaskBatch(image=np.stack([e["image"] for e in examples]), mask=np.stack([e["mask"] for e in examples]))
         found = _local(
             self._compiled["reconstruct"](self._params, sharding.put_batch(batch, mesh)),

@@ -11,6 +11,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from alto_jax.sharding import constrain
+
 Array = jax.Array
 REMAT_POLICIES = ("none", "full", "dots")
 
@@ -79,6 +81,7 @@ class SelfAttention(nn.Module):
             (3, self.num_heads, head_dim), use_bias=self.qkv_bias, dtype=self.dtype,
             param_dtype=self.param_dtype, kernel_init=self.kernel_init, name="qkv",
         )(x)  # fmt: skip
+        qkv = constrain(qkv, "batch", ..., "heads", None)
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
         if self.qk_norm_eps is not None:
 
@@ -109,7 +112,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init)
-        return nn.Dense(x.shape[-1], name="fc2", **kwargs)(gelu(nn.Dense(self.mlp_dim, name="fc1", **kwargs)(x)))
+        hidden = constrain(nn.Dense(self.mlp_dim, name="fc1", **kwargs)(x), "batch", ..., "mlp")
+        return nn.Dense(x.shape[-1], name="fc2", **kwargs)(gelu(hidden))
 
 
 class GatedMlp(nn.Module):
@@ -123,8 +127,8 @@ class GatedMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kwargs = dict(use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init)
-        gate = nn.Dense(self.mlp_dim, name="gate", **kwargs)(x)
-        up = nn.Dense(self.mlp_dim, name="up", **kwargs)(x)
+        gate = constrain(nn.Dense(self.mlp_dim, name="gate", **kwargs)(x), "batch", ..., "mlp")
+        up = constrain(nn.Dense(self.mlp_dim, name="up", **kwargs)(x), "batch", ..., "mlp")
         return nn.Dense(x.shape[-1], name="down", **kwargs)(jax.nn.silu(gate) * up)
 
 
@@ -163,7 +167,7 @@ class ViTBlock(nn.Module):
                 branch = branch * self.param(f"ls{index + 1}", init, (x.shape[-1],), self.param_dtype).astype(x.dtype)
             if drop_path is not None:
                 branch = branch * drop_path[index, :, None, None].astype(x.dtype)
-            return x + branch
+            return constrain(x + branch, "batch", ...)
 
         attn = SelfAttention(
             self.num_heads, self.qkv_bias, self.norm_eps if self.qk_norm else None, kernel_init=self.kernel_init,

@@ -1,10 +1,15 @@
-"""Mesh, parameter rules, batch specs: the only place with axis names.
+"""Mesh, parameter rules, activation rules, batch specs: the only place with axis names.
 
 A mesh has the axes data (replicas), fsdp (parameters split, batch split) and tensor (heads, MLP and
-vocabulary split). `PARAM_RULES` maps a parameter's path to the split of its trailing dimensions.
+vocabulary split). `PARAM_RULES` maps a parameter's path to the split of its trailing dimensions,
+`ACTIVATION_RULES` a dimension's meaning to the axes that an activation is split over; the model says what its
+dimensions mean by `constrain`, and which mesh it runs on is said once, by `on_mesh`.
+`python -m alto_jax.plan --config=FILE --rules` prints the rules as applied to a configuration.
 """
 
+from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -16,30 +21,58 @@ import numpy as np
 from alto_jax.config import require
 
 AXES = ("data", "fsdp", "tensor")
+_BOTH = ("fsdp", "tensor")
 
-# (regex on "a/b/c", split of the last dimensions). The first match wins; leading dimensions (the layer
-# axis of a stack) are never split. Vectors and what matches nothing are replicated.
-PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(attn|attention)/qkv/kernel$", ("fsdp", None, "tensor", None)),
-    (r"(attn|attention)/q/kernel$", ("fsdp", "tensor", None)),
-    (r"(attn|attention)/kv/kernel$", ("fsdp", None, "tensor", None)),
-    (r"(attn|attention)/out/kernel$", ("tensor", None, "fsdp")),
-    (r"mlp/(fc1|gate|up)/kernel$", ("fsdp", "tensor")),
-    (r"mlp/(fc2|down)/kernel$", ("tensor", "fsdp")),
-    (r"embed/embedding$", ("tensor", "fsdp")),
-    (r"head/kernel$", ("fsdp", "tensor")),
-    (r"(fc1|fc2|fc3|ffn1|ffn2|vae_project)/kernel$", ("fsdp", None)),
-    (r"(conv(?!_out)\w*|spatial_mapper|patch_embed)/kernel$", (None, None, None, "fsdp")),
-)
+# (regex on "a/b/c", splits of the last dimensions: the preferred one, then what is taken instead where the sizes
+# do not divide). The first regex that matches wins; leading dimensions (the layer axis of a stack) are never split.
+# Vectors and what matches nothing are replicated. A rule without a split that divides is an error: the language
+# model's heads and every MLP's width must be multiples of the tensor axis.
+PARAM_RULES: tuple[tuple, ...] = (
+    # Note: InternViT-6B has 25 heads. It is then stored in parts of its width, and every device computes all heads.
+    (r"(attn|attention)/qkv/kernel$", ("fsdp", None, "tensor", None), (_BOTH, None, None, None),
+     ("fsdp", None, None, None), (None, None, "tensor", None), (None, None, None, None)),
+    (r"(vision|tokenizer)/.*attn/out/kernel$", ("tensor", None, "fsdp"), (None, None, _BOTH), (None, None, "fsdp"),
+     ("tensor", None, None), (None, None, None)),
+    (r"(attn|attention)/q/kernel$", ("fsdp", "tensor", None), (None, "tensor", None)),
+    # Note: fewer key/value heads than tensor devices (two in the 1B and 4B models): every device computes them all.
+    (r"(attn|attention)/kv/kernel$", ("fsdp", None, "tensor", None), (_BOTH, None, None, None),
+     ("fsdp", None, None, None), (None, None, "tensor", None), (None, None, None, None)),
+    (r"(attn|attention)/out/kernel$", ("tensor", None, "fsdp"), ("tensor", None, None)),
+    (r"mlp/(fc1|gate|up)/kernel$", ("fsdp", "tensor"), (None, _BOTH), (None, "tensor")),
+    (r"mlp/(fc2|down)/kernel$", ("tensor", "fsdp"), (_BOTH, None), ("tensor", None)),
+    # Note: by width, so that a lookup is local. Published vocabularies and the mask tokens make odd numbers (93,579
+    # tokens), so the head falls back to its width too; its logits are split over the vocabulary all the same.
+    (r"embed/embedding$", (None, _BOTH), (None, "fsdp"), (None, "tensor"), (None, None)),
+    (r"head/kernel$", ("fsdp", "tensor"), (_BOTH, None), ("tensor", None)),
+    (r"(fc1|fc2|fc3|ffn1|ffn2|vae_project)/kernel$", ("fsdp", None), (None, "fsdp"), (None, None)),
+    (r"(conv(?!_out)\w*|spatial_mapper|patch_embed)/kernel$", (None, None, None, "fsdp"), (None, None, "fsdp", None),
+     (None, None, None, None)),
+)  # fmt: skip
+
+# What a dimension of an activation means → the axes that it is split over. A dimension that does not divide is left
+# whole, but for the names in UNEVEN, whose last device gets the smaller part (the compiler pads).
+ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "replica": ("data",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "width": ("fsdp", "tensor"),
+}
+UNEVEN = ("vocab",)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1: whatever remains."""
+    """Devices along each axis; one of them may be -1: whatever remains.
+
+    auto: choose all three from the number of devices and the model (`choose_sizes`), whatever the other fields say.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    auto: bool = False
 
     def __post_init__(self):
         sizes = [self.data, self.fsdp, self.tensor]
@@ -48,13 +81,31 @@ class MeshConfig:
         )
 
 
-def make_mesh(cfg: MeshConfig, devices: Any = None) -> Mesh:
+@dataclasses.dataclass(frozen=True)
+class AutoInputs:
+    """What `mesh.auto` decides by: the training state (ShapeDtypeStructs) and the global batch."""
+
+    state: Any
+    batch_size: int
+
+
+def make_mesh(cfg: MeshConfig, devices: Any = None, auto_inputs: Callable[[], AutoInputs] | None = None) -> Mesh:
     """Builds the mesh over `devices` (all of them by default).
 
+    Args:
+      cfg: sizes, or `auto`.
+      devices: the devices, also those of a topology that is not here.
+      auto_inputs: called if `cfg.auto`.
+
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or auto without `auto_inputs`.
     """
     devices = jax.devices() if devices is None else devices
+    if cfg.auto:
+        if auto_inputs is None:
+            raise ValueError("config.mesh.auto: only a training run chooses its mesh; give data, fsdp and tensor here")
+        inputs = auto_inputs()
+        cfg = choose_sizes(inputs.state, len(devices), inputs.batch_size, device_memory(devices[0]))
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
     known = math.prod(s for s in sizes if s != -1)
     if -1 in sizes and len(devices) % known == 0:
@@ -64,28 +115,131 @@ def make_mesh(cfg: MeshConfig, devices: Any = None) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+# HBM of one device in bytes, by what JAX calls its kind (a device is a whole chip, from v4 on).
+DEVICE_MEMORY = {
+    "TPU v4": 32 * 2**30,
+    "TPU v5 lite": 16 * 2**30,
+    "TPU v5": 95 * 2**30,
+    "TPU v6 lite": 32 * 2**30,
+    "TPU7x": 96 * 2**30,
+    "NVIDIA A100-SXM4-40GB": 40 * 2**30,
+    "NVIDIA A100-SXM4-80GB": 80 * 2**30,
+    "NVIDIA H100 80GB HBM3": 80 * 2**30,
+    "NVIDIA H200": 141 * 10**9,
+}
+AUTO_STATE_SHARE = 0.4  # of a device's memory; the rest is for gradients and activations
+
+
+def device_memory(device: Any) -> int | None:
+    """HBM of a device in bytes; None if it is unknown (a CPU)."""
+    return DEVICE_MEMORY.get(device.device_kind)
+
+
+def mesh_sizes(num_devices: int, batch_size: int) -> Iterator[MeshConfig]:
+    """The meshes worth trying: all of `num_devices`, tensor up to 8, the batch split evenly over data and fsdp.
+
+    In order of preference: the smallest tensor axis first (it communicates in every layer), then the smallest fsdp
+    axis (it gathers parameters in every layer; data alone reduces gradients once a step).
+    """
+    for tensor in (1, 2, 4, 8):
+        rest = num_devices // tensor
+        if num_devices % tensor == 0 and batch_size % rest == 0:
+            yield from (MeshConfig(rest // f, f, tensor) for f in range(1, rest + 1) if rest % f == 0)
+
+
+def choose_sizes(state: Any, num_devices: int, batch_size: int, memory: int | None) -> MeshConfig:
+    """The rule of `mesh.auto`: the first of `mesh_sizes` whose state takes at most 40 % of a device's memory.
+
+    If none does (or the memory is unknown), the one with the least state on a device.
+
+    Args:
+      state: ShapeDtypeStructs of parameters and optimizer state.
+      num_devices, batch_size: devices, and rows of the global batch.
+      memory: bytes of one device, or None.
+
+    Raises:
+      ValueError: the batch or the model does not divide over any mesh of so many devices.
+    """
+    best, reasons = None, []
+    for sizes in mesh_sizes(num_devices, batch_size):
+        try:
+            needed = bytes_per_device(state, sizes)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
+        if memory is not None and needed <= AUTO_STATE_SHARE * memory:
+            return sizes
+        if best is None or needed < best[0]:
+            best = needed, sizes
+    if best is None:
+        reason = reasons[0] if reasons else f"config.train.batch_size {batch_size} does not split"
+        raise ValueError(f"config.mesh.auto: no mesh of {num_devices} devices: {reason}")
+    return best[1]
+
+
 def param_path(path: Any) -> str:
     """Turns a jax key path into "a/b/c"."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def axis_sizes(mesh: Any) -> dict[str, int]:
+    """Devices along each axis, of a Mesh, an AbstractMesh or a MeshConfig without -1."""
+    return dataclasses.asdict(mesh) if isinstance(mesh, MeshConfig) else dict(mesh.shape)
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The axes of one entry of a split: None, a name or several names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _ways(entry: Any, sizes: dict[str, int]) -> int:
+    return math.prod(sizes[axis] for axis in _axes(entry))
+
+
+def matching_rule(path: str, shape: tuple[int, ...], mesh: Any) -> tuple[str, int, PartitionSpec] | None:
+    """The rule of one parameter: (regex, which of its splits is taken, that split); None if no rule matches.
+
+    Raises:
+      ValueError: none of the rule's splits divides; names the parameter, the dimension and the axis.
+    """
+    sizes = axis_sizes(mesh)
+    for pattern, *splits in PARAM_RULES:
+        if not re.search(pattern, path) or len(shape) < len(splits[0]):
+            continue
+        for index, trailing in enumerate(splits):
+            spec = (None,) * (len(shape) - len(trailing)) + trailing
+            if all(size % _ways(entry, sizes) == 0 for size, entry in zip(shape, spec)):
+                return pattern, index, PartitionSpec(*spec)
+        # The last split is the one that asks for least, so what fails in it cannot be avoided.
+        for size, entry in zip(shape, spec):
+            if size % _ways(entry, sizes):
+                names = " and ".join(repr(axis) for axis in _axes(entry))
+                raise ValueError(
+                    f"parameter {path} {shape}: {size} is not a multiple of the {_ways(entry, sizes)} devices"
+                    f" of mesh axis {names}"
+                )
+    return None
+
+
+def param_spec(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     """The split of one parameter.
 
     Raises:
-      ValueError: a dimension that the rule splits is not a multiple of its axis; names both.
+      ValueError: see `matching_rule`.
     """
-    for pattern, trailing in PARAM_RULES:
-        if re.search(pattern, path) and len(shape) >= len(trailing):
-            spec = (None,) * (len(shape) - len(trailing)) + trailing
-            for size, axis in zip(shape, spec):
-                if axis and size % mesh.shape[axis]:
-                    raise ValueError(
-                        f"parameter {path} {shape}: {size} is not a multiple of the {mesh.shape[axis]} devices"
-                        f" of mesh axis {axis!r}"
-                    )
-            return PartitionSpec(*spec)
-    return PartitionSpec()
+    found = matching_rule(path, shape, mesh)
+    return PartitionSpec() if found is None else found[2]
+
+
+def bytes_per_device(tree: Any, mesh: Any) -> int:
+    """Bytes that a tree of arrays or ShapeDtypeStructs takes on each device, by the rules."""
+    sizes = axis_sizes(mesh)
+    return sum(
+        math.prod(leaf.shape)
+        // math.prod(_ways(entry, sizes) for entry in param_spec(param_path(path), leaf.shape, mesh))
+        * leaf.dtype.itemsize
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    )
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -101,6 +255,48 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 def batch_spec() -> PartitionSpec:
     """The leading (batch) axis is split over data and fsdp."""
     return PartitionSpec(("data", "fsdp"))
+
+
+def on_mesh(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, traced so that `constrain` inside it knows the mesh. For what is jitted."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def activation_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Any) -> PartitionSpec:
+    """The split of an activation whose dimensions mean `names`, by ACTIVATION_RULES."""
+    sizes = axis_sizes(mesh)
+    spec = [() if name is None else ACTIVATION_RULES[name] for name in names]
+    return PartitionSpec(
+        *(
+            axes if axes and (name in UNEVEN or size % _ways(axes, sizes) == 0) else None
+            for size, name, axes in zip(shape, names, spec)
+        )
+    )
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Says what the dimensions of an activation mean, so that the compiler splits them by ACTIVATION_RULES.
+
+    Without this XLA is free to split activations like the parameters they meet, which moves far more data. Does
+    nothing outside of `on_mesh` or on one device.
+
+    Args:
+      x: the activation.
+      *names: one of ACTIVATION_RULES for each dimension, or None; `...` stands for as many None as are missing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    if ... in names:
+        at = names.index(...)
+        names = names[:at] + (None,) * (x.ndim - len(names) + 1) + names[at + 1 :]
+    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, names, mesh))
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

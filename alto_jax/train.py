@@ -46,7 +46,7 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
     if (path / "result.json").exists():
         print(f"[{config.stage}] {path} is already complete")
         return json.loads((path / "result.json").read_text())
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = run_mesh(config)
     checkpointer = checkpoint.Checkpointer(path, keep=config.train.keep_checkpoints)
     stage = make_stage(config, mesh, path if checkpointer.latest_step() is not None else None)
     optimizer = make_optimizer(config.optim, config.train.steps)
@@ -75,6 +75,18 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
         temporary.replace(path / "result.json")
     return result
+
+
+def run_mesh(config: ExperimentConfig, devices: Any = None) -> jax.sharding.Mesh:
+    """The mesh of a run over `devices` (None: all); `config.mesh.auto` chooses it by its state and batch."""
+
+    def inputs():
+        alone = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), (devices or jax.devices())[:1])
+        optimizer = make_optimizer(config.optim, config.train.steps)
+        state = abstract_state(config, make_stage(config, alone), optimizer, alone)
+        return sharding.AutoInputs(state, config.train.batch_size)
+
+    return sharding.make_mesh(config.mesh, devices, inputs)
 
 
 def abstract_state(config: ExperimentConfig, stage: Stage, optimizer: Any, mesh: Any) -> TrainState:
@@ -286,7 +298,7 @@ def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
     """
     checkpoint.find_run(workdir)
     path = claim_workdir(workdir, config)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = run_mesh(config)
     stage = make_stage(config, mesh, path)
     abstract = abstract_state(config, stage, make_optimizer(config.optim, config.train.steps), mesh)
     wanted = merge_params(abstract.params, abstract.frozen)

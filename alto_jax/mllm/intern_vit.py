@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from alto_jax import layers
 from alto_jax.config import require
+from alto_jax.sharding import constrain
 from alto_jax.tokenizer.resize import resize
 from alto_jax.tokenizer.sam_encoder import IMAGENET_MEAN, IMAGENET_STD
 
@@ -111,7 +112,7 @@ class InternViT(nn.Module):
         position = self.param("position_embedding", normal, (cfg.grid**2 + 1, dim), types["param_dtype"])
         x = x.reshape(batch, height * width, dim)
         x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (batch, 1, dim)), x], axis=1)
-        x = x + self._resized(position, height, width).astype(x.dtype)
+        x = constrain(x + self._resized(position, height, width).astype(x.dtype), "batch", ...)
 
         block = functools.partial(
             layers.ViTBlock, num_heads=cfg.num_heads, mlp_dim=cfg.mlp_dim, norm_eps=cfg.norm_eps,
@@ -173,8 +174,8 @@ class Projector(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         # Compat: this norm has PyTorch's default epsilon, not the vision transformer's.
         x = layers.layer_norm(1e-5, name="norm", **types)(x)
-        x = layers.gelu(nn.Dense(self.out_dim, name="fc1", **types)(x))
-        return nn.Dense(self.out_dim, name="fc2", **types)(x)
+        x = layers.gelu(constrain(nn.Dense(self.out_dim, name="fc1", **types)(x), "batch", ...))
+        return constrain(nn.Dense(self.out_dim, name="fc2", **types)(x), "batch", ...)
 
 
 def imagenet_normalise(image: Array) -> Array:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from alto_jax import layers
 from alto_jax.config import require
+from alto_jax.sharding import constrain
 
 Array = jax.Array
 INIT = nn.initializers.normal(0.02)
@@ -97,8 +98,9 @@ class KVCache:
     def create(cls, cfg: LanguageModelConfig, batch: int, size: int, dtype: str = "model") -> "KVCache":
         """Returns an empty cache for `batch` rows of `size` positions, in `dtype` ("model": cfg.dtype)."""
         shape = (cfg.num_layers, batch, size, cfg.num_kv_heads, cfg.head_width)
-        zeros = functools.partial(jnp.zeros, shape, cfg.dtype if dtype == "model" else dtype)
-        scale = lambda: jnp.zeros(shape[:-1], jnp.float32) if dtype == "int8" else None
+        logical = (None, "batch", None, "heads", None)
+        zeros = lambda: constrain(jnp.zeros(shape, cfg.dtype if dtype == "model" else dtype), *logical)
+        scale = lambda: constrain(jnp.zeros(shape[:-1], jnp.float32), *logical[:-1]) if dtype == "int8" else None
         return cls(k=zeros(), v=zeros(), k_scale=scale(), v_scale=scale())
 
     def write(self, layer: Array, index: Array, k: Array, v: Array) -> "KVCache":
@@ -214,6 +216,7 @@ class DecoderAttention(nn.Module):
         kwargs = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, kernel_init=INIT)
         q = nn.DenseGeneral((cfg.num_heads, cfg.head_width), use_bias=cfg.qkv_bias, name="q", **kwargs)(x)
         kv = nn.DenseGeneral((2, cfg.num_kv_heads, cfg.head_width), use_bias=cfg.qkv_bias, name="kv", **kwargs)(x)
+        q, kv = (constrain(a, "batch", ..., "heads", None) for a in (q, kv))
         q = layers.apply_rope(q, positions, inv_freq)
         k, v = layers.apply_rope(kv[..., 0, :, :], positions, inv_freq), kv[..., 1, :, :]
         if cache is not None:
@@ -248,9 +251,9 @@ class DecoderBlock(nn.Module):
         cfg = self.cfg
         norm = functools.partial(layers.RMSNorm, cfg.norm_eps, cfg.dtype, cfg.param_dtype)
         branch, cache = DecoderAttention(cfg, name="attn")(norm(name="attn_norm")(x), cache, *args)
-        x = x + branch
+        x = constrain(x + branch, "batch", ...)
         mlp = layers.GatedMlp(cfg.mlp_dim, cfg.dtype, cfg.param_dtype, kernel_init=INIT, name="mlp")
-        return (x + mlp(norm(name="mlp_norm")(x)), cache), None
+        return (constrain(x + mlp(norm(name="mlp_norm")(x)), "batch", ...), cache), None
 
 
 class LanguageModel(nn.Module):
@@ -279,7 +282,10 @@ class LanguageModel(nn.Module):
 
     def embed(self, ids: Array) -> Array:
         """ids int32[...] -> embeddings [..., D] in the compute type."""
-        return self.embedder(ids).astype(self.cfg.dtype)
+        # Note: every device looks its part of the width up for all rows; moving these few rows is far cheaper than
+        # gathering the table.
+        rows = self.embedder(constrain(ids, "replica", ...)).astype(self.cfg.dtype)
+        return constrain(constrain(rows, "replica", ..., "width"), "batch", ...)
 
     def __call__(
         self,
@@ -333,8 +339,10 @@ class LanguageModel(nn.Module):
         """hidden [..., D] -> float32[..., V]."""
         if self.cfg.tie_embeddings:
             table = self.embedder.embedding.astype(self.cfg.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        return self.head(hidden).astype(jnp.float32)
+            logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        else:
+            logits = self.head(hidden).astype(jnp.float32)
+        return constrain(logits, "batch", ..., "vocab")
 
     def forward(self, ids: Array, positions: Array | None = None, attn_mask: Array | None = None) -> Array:
         """Text only, without a cache: ids int32[B, T] -> logits float32[B, T, V]."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from alto_jax.sharding import on_mesh
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -63,7 +65,9 @@ class Stage:
 
 def make_stage(config: Any, mesh: jax.sharding.Mesh, directory: os.PathLike | None = None) -> Stage:
     """The stage that `config.stage` names, for a run in `directory` (None: for no run)."""
-    return STAGES[config.stage](config, mesh, directory)
+    stage = STAGES[config.stage](config, mesh, directory)
+    rollout = None if stage.rollout is None else on_mesh(mesh, stage.rollout)
+    return dataclasses.replace(stage, loss_fn=on_mesh(mesh, stage.loss_fn), rollout=rollout)
 
 
 def _tokenizer(config, mesh, directory):

@@ -134,6 +134,7 @@ def make_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) 
     size = config.model.tokenizer
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    @functools.partial(sharding.on_mesh, mesh)
     def answer(params, batch):
         found = segment(config.model, params, batch, generate_cfg, text.ids, jax.random.key(0))
         features = ALToLLM(config.model).apply(

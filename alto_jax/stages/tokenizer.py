@@ -1,6 +1,5 @@
 """Stages 1 and 1.5: the mask tokenizer on a random number of leading tokens, then the length predictor."""
 
-import functools
 import os
 from typing import Any
 
@@ -115,7 +114,7 @@ def make_evaluate(config: ExperimentConfig, model: ALTo, mesh: jax.sharding.Mesh
     """
     num_tokens = model.cfg.num_latent_tokens
     # Note: every process computes the same and must be able to read the result.
-    jit = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    jit = lambda function: jax.jit(sharding.on_mesh(mesh, function), out_shardings=sharding.replicated(mesh))
 
     @jit
     def encode(params, batch):

@@ -18,6 +18,7 @@ import numpy as np
 
 from alto_jax import layers
 from alto_jax.config import require
+from alto_jax.sharding import constrain
 from alto_jax.tokenizer.resize import resize, torch_linear_matrix
 
 Array = jax.Array
@@ -134,7 +135,7 @@ class SamAttention(nn.Module):
         batch, height, width, dim = x.shape
         num_heads, head_dim = cfg.num_heads, dim // cfg.num_heads
         dense = functools.partial(nn.DenseGeneral, dtype=dtype, param_dtype=param_dtype)
-        qkv = dense((3, num_heads, head_dim), name="qkv")(x)
+        qkv = constrain(dense((3, num_heads, head_dim), name="qkv")(x), "batch", ..., "heads", None)
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
         tables = [
             self.param(
@@ -178,9 +179,9 @@ class SamBlock(nn.Module):
             y = merge_windows(attn(partition_windows(y, self.window)), x.shape[1], x.shape[2])
         else:
             y = attn(y)
-        x = x + y
+        x = constrain(x + y, "batch", ...)
         y = layers.layer_norm(1e-6, name="norm2", **types)(x)
-        return x + layers.Mlp(cfg.mlp_ratio * cfg.embed_dim, name="mlp", **types)(y), None
+        return constrain(x + layers.Mlp(cfg.mlp_ratio * cfg.embed_dim, name="mlp", **types)(y), "batch", ...), None
 
 
 class SamEncoder(nn.Module):
