@@ -72,14 +72,14 @@ def test_every_size_shards(size):
         for fsdp in (1, 2, 8, 64, 128, 256):
             sizes = MeshConfig(1, fsdp, tensor)
             if heads % tensor:
-                with pytest.raises(ValueError, match=rf"attn/(q|out)/kernel .*: {heads} is not .* {tensor} .* 'tensor'"):
+                with pytest.raises(ValueError, match=rf"attn/(q|out)/kernel .*: {heads} is not .* {tensor} devices"):
                     bytes_per_device(shapes, sizes)
                 continue
             held = bytes_per_device(shapes, sizes)
             assert total / (fsdp * tensor) <= held
             # What stays whole: vectors, position tables, the codebook (2.3 MB to 24 MB); over the tensor axis also
             # convolutions and small projections.
-            if size not in ("tiny", "debug") and fsdp in (2, 8, 64):
+            if size not in ("tiny", "debug") and 2 <= fsdp and fsdp * tensor <= 64:
                 assert held < total / (fsdp * tensor) + 0.03 * total / fsdp + 3e7, (fsdp, tensor, held, total)
 
 
