@@ -106,13 +106,24 @@ def make_mesh(cfg: MeshConfig, devices: Any = None, auto_inputs: Callable[[], Au
             raise ValueError("config.mesh.auto: only a training run chooses its mesh; give data, fsdp and tensor here")
         inputs = auto_inputs()
         cfg = choose_sizes(inputs.state, len(devices), inputs.batch_size, device_memory(devices[0]))
+    cfg = fill_sizes(cfg, len(devices))
+    sizes = (cfg.data, cfg.fsdp, cfg.tensor)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def fill_sizes(cfg: MeshConfig, num_devices: int) -> MeshConfig:
+    """The sizes with -1 replaced by what remains of `num_devices`.
+
+    Raises:
+      ValueError: they do not multiply to the number of devices.
+    """
     sizes = [cfg.data, cfg.fsdp, cfg.tensor]
     known = math.prod(s for s in sizes if s != -1)
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        raise ValueError(f"config.mesh: {dict(zip(AXES, sizes))} does not fit {len(devices)} devices")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if -1 in sizes and num_devices % known == 0:
+        sizes[sizes.index(-1)] = num_devices // known
+    if math.prod(sizes) != num_devices:
+        raise ValueError(f"config.mesh: {dict(zip(AXES, sizes))} does not fit {num_devices} devices")
+    return MeshConfig(*sizes)
 
 
 # HBM of one device in bytes, by what JAX calls its kind (a device is a whole chip, from v4 on).
@@ -317,6 +328,11 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, array)
 
     return jax.tree.map(put, batch)
+
+
+def constrain_batch(batch: Any) -> Any:
+    """Splits what a jitted function makes for a batch as `put_batch` does; see `constrain`."""
+    return jax.tree.map(lambda leaf: constrain(leaf, "batch", ...), batch)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

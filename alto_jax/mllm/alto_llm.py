@@ -21,6 +21,7 @@ from alto_jax.mllm.intern_vit import InternViT, InternViTConfig, Projector, imag
 from alto_jax.mllm.language_model import LanguageModel, LanguageModelConfig
 from alto_jax.mllm.mask_tokens import ParsedMask, parse_completion
 from alto_jax.mllm.text import SpecialIds
+from alto_jax.sharding import constrain
 from alto_jax.tokenizer.alto import ALTo, TokenizerConfig
 from alto_jax.tokenizer.sam_encoder import mllm_to_unit
 
@@ -78,7 +79,8 @@ class ALToLLM(nn.Module):
         x = self.vision(imagenet_normalise(image), drop_path_key)
         grid = self.cfg.vision.grid
         x = pixel_shuffle(x.reshape(x.shape[0], grid, grid, x.shape[-1]), version=self.cfg.pixel_shuffle_version)
-        return self.projector(x.reshape(x.shape[0], -1, x.shape[-1]))
+        # Note: else the projector's split of its inputs would reach the shuffle's reshapes, which cannot keep it.
+        return self.projector(constrain(x.reshape(x.shape[0], -1, x.shape[-1]), "batch", ...))
 
     def image_features(self, image: Array, pixel_image: Array | None, cached: Array | None = None) -> Array | None:
         """What the de-tokenizer sees of the images [B, V, V, 3] and [B, S, S, 3] (uint8): SAM features.

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from alto_jax.sharding import on_mesh
+from alto_jax.sharding import constrain_batch, on_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Stage:
 def make_stage(config: Any, mesh: jax.sharding.Mesh, directory: os.PathLike | None = None) -> Stage:
     """The stage that `config.stage` names, for a run in `directory` (None: for no run)."""
     stage = STAGES[config.stage](config, mesh, directory)
-    rollout = None if stage.rollout is None else on_mesh(mesh, stage.rollout)
-    return dataclasses.replace(stage, loss_fn=on_mesh(mesh, stage.loss_fn), rollout=rollout)
+    rollout = stage.rollout and (lambda *args: constrain_batch(stage.rollout(*args)))
+    return dataclasses.replace(stage, loss_fn=on_mesh(mesh, stage.loss_fn), rollout=rollout and on_mesh(mesh, rollout))
 
 
 def _tokenizer(config, mesh, directory):

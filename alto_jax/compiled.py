@@ -1,0 +1,181 @@
+"""What a compiled program says about itself: memory by kind, and the data that its collectives move.
+
+XLA's own cost analysis counts the body of a loop once; here the text of the optimised program is read, and a collective
+inside a loop counts as often as the loop runs, where its trip count is known.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+KINDS = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
+_ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "f8": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
+
+_COMPUTATION = re.compile(r"^\s*(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*)?->.*\{\s*$")
+_OPCODE = re.compile(rf"[\s)}}]({'|'.join(KINDS)})(-start)?\(")
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e\d+m\d+\w*)?)\[([0-9,]*)\]")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|called_computations|async_computation)=\{?%?([\w.\-]+(?:,\s*%?[\w.\-]+)*)\}?"
+)
+_BRANCHES = re.compile(
+    r"\b(?:branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+)|false_computation=%?([\w.\-]+))"
+)
+_TRIPS = re.compile(r'known_trip_count[\\"]*\s*:\s*\{[\\"]*n[\\"]*\s*:\s*[\\"]*(\d+)')
+_IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+_LISTED_GROUPS = re.compile(r"replica_groups=\{\{([0-9,]*)\}")
+
+
+class OutOfMemory(Exception):
+    """The program does not fit: used, limit and shortfall in bytes (None where the compiler did not say)."""
+
+    def __init__(self, used: int | None, limit: int | None):
+        super().__init__(f"used {used} of {limit} bytes")
+        self.used, self.limit = used, limit
+        self.shortfall = None if used is None or limit is None else used - limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind among groups of one size, in one run of the program.
+
+    count: how often one is executed. bytes: what each device receives in all of them. in_unknown_loop: some are in a
+    loop whose trip count the text does not tell, and counted once.
+    """
+
+    kind: str
+    group_size: int
+    count: int
+    bytes: int
+    in_unknown_loop: bool
+
+
+def compile_program(lowered: Any) -> Any:
+    """Compiles `lowered`.
+
+    Raises:
+      OutOfMemory: the compiler found that the program does not fit into the device.
+    """
+    try:
+        return lowered.compile()
+    except Exception as error:
+        found = parse_out_of_memory(str(error))
+        if found is None:
+            raise
+        raise found from error
+
+
+def parse_out_of_memory(message: str) -> OutOfMemory | None:
+    """Reads XLA's out-of-memory message; None if it is another one."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? (?:hbm|HBM)", message)
+    if found:
+        factor = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        used, limit = (float(found[i]) * factor[found[i + 1]] for i in (1, 3))
+        return OutOfMemory(round(used), round(limit))
+    if re.search(r"RESOURCE_EXHAUSTED|[Rr]an out of memory|out of memory|exceeds? .*hbm capacity", message):
+        return OutOfMemory(None, None)
+    return None
+
+
+def _shape_bytes(text: str) -> list[int]:
+    """Bytes of every array shape in the text of a type."""
+    sizes = []
+    for dtype, dims in _SHAPE.findall(text):
+        bits = _ITEM_BITS.get(dtype)
+        if bits is None:
+            digits = re.match(r"(?:f8|[a-z]+(\d+))", dtype)
+            bits = 8 if dtype.startswith("f8") else int(digits[1]) if digits and digits[1] else 0
+        count = 1
+        for dim in filter(None, dims.split(",")):
+            count *= int(dim)
+        sizes.append(count * bits // 8)
+    return sizes
+
+
+def _group_size(line: str, num_devices: int) -> int:
+    found = _IOTA_GROUPS.search(line)
+    if found:
+        return int(found[2])
+    found = _MESH_GROUPS.search(line)
+    if found:
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        # Note: 'axis':(a)b is a part of an axis, of size b.
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in parts)
+    found = _LISTED_GROUPS.search(line)
+    return len(found[1].split(",")) if found and found[1] else num_devices
+
+
+def _received(kind: str, sizes: list[int], is_start: bool, group: int) -> int:
+    """Bytes that one device receives in a collective whose result has arrays of `sizes`."""
+    if is_start and kind in ("all-gather", "collective-permute", "ragged-all-to-all", "all-to-all") and len(sizes) > 1:
+        # An asynchronous one returns (operands, results, ...): scalars are flags.
+        arrays = [size for size in sizes if size > 4]
+        sizes = arrays[len(arrays) // 2 :]
+    total, others = sum(sizes), group - 1
+    if kind == "all-reduce":
+        return 2 * total * others // group
+    if kind == "reduce-scatter":
+        return total * others
+    return total if kind in ("collective-permute", "collective-broadcast") else total * others // group
+
+
+def collectives(text: str, num_devices: int) -> list[Collective]:
+    """Reads the collectives of an optimised HLO module (`compiled.as_text()`), the largest first."""
+    computations: dict[str, list[str]] = {}
+    entry, name = None, None
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header and "=" not in line.split("->")[0].split("(")[0]:
+            name = header[2]
+            computations[name] = []
+            entry = name if header[1] else entry
+        elif line.strip() == "}":
+            name = None
+        elif name is not None:
+            computations[name].append(line)
+    found: dict[tuple[str, int], list] = {}
+
+    def visit(name: str, times: int, unknown: bool, depth: int = 0) -> None:
+        for line in computations.get(name, ()) if depth < 64 else ():
+            match = _OPCODE.search(line)
+            if match:
+                kind, group = match[1], _group_size(line, num_devices)
+                moved = _received(kind, _shape_bytes(line[: match.start()].split("=", 1)[1]), bool(match[2]), group)
+                total = found.setdefault((kind, group), [0, 0, False])
+                total[0] += times
+                total[1] += times * moved
+                total[2] |= unknown
+                continue
+            if re.search(r"[\s)}]while\(", line):
+                trips = _TRIPS.search(line)
+                body = re.search(r"\bbody=%?([\w.\-]+)", line)
+                if body:
+                    visit(body[1], times * int(trips[1]) if trips else times, unknown or not trips, depth + 1)
+                continue
+            if re.search(r"[\s)}]async-(done|update)\(", line):
+                continue
+            for called in _CALLED.findall(line):
+                for child in re.split(r",\s*%?", called):
+                    visit(child, times, unknown, depth + 1)
+            for names in _BRANCHES.findall(line):
+                for child in re.split(r",\s*", ",".join(filter(None, names))):
+                    visit(child.lstrip("%"), times, unknown, depth + 1)
+
+    if entry is not None:
+        visit(entry, 1, False)
+    result = [Collective(kind, group, *values) for (kind, group), values in found.items() if group > 1]
+    return sorted(result, key=lambda c: -c.bytes)
+
+
+def program_text(executable: Any) -> str | None:
+    """The optimised program as text, or None where the compiler cannot print it."""
+    try:
+        return executable.as_text()
+    # Note: libtpu fails an internal check for some programs; what it raises is not documented.
+    except Exception:
+        return None

@@ -1,0 +1,103 @@
+"""The table of benchmarks/results/plan.md: which slice holds which stage, and how fast it could be.
+
+    python benchmarks/plan.py [--compile stage2.py:8b@v5e:16x16,...] [--timeout 3600]
+
+Every row is estimated from shapes (seconds); those named by --compile (or all, with --compile all) are compiled ahead
+of time by `alto_jax.plan`, which takes minutes each and libtpu. What was compiled is kept in
+benchmarks/results/plan.jsonl and used again; `--mesh=auto` chooses each mesh.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CONFIGS = ("stage1.py:base", "stage2.py:2b", "stage2.py:8b", "stage3.py:2b", "stage3.py:8b")
+# (topology, its name without a compiler, devices)
+TOPOLOGIES = (
+    ("v5e:4x4", 16), ("v5e:16x16", 256), ("v5p:2x2x4", 16), ("v6e:4x4", 16), ("v6e:8x8", 64), ("h100-80g:8", 8),
+)  # fmt: skip
+GIB = 2**30
+
+
+def plan(config: str, topology: str, devices: int, timeout: int, compiled: bool) -> dict:
+    """The JSON of one plan; {"error": ...} if there is none."""
+    batch = max(64, devices)
+    command = [
+        sys.executable, "-m", "alto_jax.plan", f"--config=configs/{config}", f"--topology={topology}", "--mesh=auto",
+        f"--config.train.batch_size={batch}", "--json", *([] if compiled else ["--estimate"]),
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not compiled within {timeout} s"}
+    found = done.stdout.find("{")
+    if done.returncode not in (0, 1) or found < 0:
+        return {"error": " ".join(done.stderr.split())[-300:]}
+    return {**json.loads(done.stdout[found:]), "command": " ".join(command[1:])}
+
+
+def row(config: str, topology: str, estimate: dict, compiled: dict | None) -> str:
+    """One line of the table; figures of the compiler where it was asked."""
+    best = compiled or estimate
+    if "error" in best:
+        return f"| {config} | {topology} | {best['error']} |" + " |" * 8
+    mesh = ", ".join(map(str, best["mesh"].values()))
+    total = lambda p: max(program["hbm"]["total"] or 0 for program in p["programs"]) / GIB
+    short = max((program["shortfall"] or 0 for program in best["programs"]), default=0) / GIB
+    fits = "yes" if best["fits"] else f"no, {short:.1f} GiB short"
+    limit = best["programs"][0]["hbm"]["limit"] / GIB
+    peak = [p["mfu"] * p["seconds"]["estimate"] / p["flops"] for p in best["programs"]][0]
+    flops = sum(p["flops"] for p in best["programs"])
+    serial = sum(p["seconds"]["serial"] for p in best["programs"])
+    cells = [
+        config, topology, mesh, best["batch_size"], fits, f"{total(compiled):.1f}" if compiled else "",
+        f"{total(estimate):.1f}" if "programs" in estimate else "", f"{limit:.0f}", f"{flops / 1e12:,.0f}",
+        f"{best['step_seconds'] * 1e3:,.0f}–{serial * 1e3:,.0f}",
+        f"{flops / serial * peak:.0%}–{flops / best['step_seconds'] * peak:.0%}",
+    ]  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main() -> int:
+    """Estimates, compiles what is asked for, writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", default="", help="CONFIG@TOPOLOGY with commas, or all")
+    parser.add_argument("--timeout", type=int, default=3600, help="seconds for one of them")
+    options = parser.parse_args()
+    store = RESULTS / "plan.jsonl"
+    known = {}
+    if store.exists():
+        known = {(p["key"]): p for p in map(json.loads, store.read_text().splitlines())}
+    wanted = options.compile.split(",")
+    lines = []
+    for config in CONFIGS:
+        for topology, devices in TOPOLOGIES:
+            key = f"{config}@{topology}"
+            tpu = not topology.startswith("h100")
+            if tpu and key not in known and (options.compile == "all" or key in wanted):
+                found = plan(config, topology, devices, options.timeout, compiled=True)
+                print(key, found.get("error", f"compiled, fits: {found.get('fits')}"), flush=True)
+                if "error" not in found:
+                    known[key] = {"key": key, **found}
+                    with store.open("a") as file:
+                        file.write(json.dumps(known[key]) + "\n")
+            kind, _, size = topology.partition(":")
+            estimate = plan(config, f"{kind}:{size}", devices, 600, compiled=False)
+            lines.append(row(config, topology, estimate, known.get(key)))
+            print(lines[-1], flush=True)
+    names = (
+        "configuration", "topology", "mesh", "batch", "fits", "GiB, compiler", "GiB, estimate", "GiB there are",
+        "TFLOP a step", "ms a step", "MFU",
+    )  # fmt: skip
+    head = (RESULTS / "plan_head.md").read_text() if (RESULTS / "plan_head.md").exists() else ""
+    table = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|", *lines]
+    (RESULTS / "plan.md").write_text(head + "\n".join(table) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
