@@ -31,12 +31,11 @@ _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([0-9,]*)\}")
 
 
 class OutOfMemory(Exception):
-    """The program does not fit: used, limit and shortfall in bytes (None where the compiler did not say)."""
+    """The program does not fit. Bytes, None where the compiler did not say: used in all, or temporaries; limit."""
 
-    def __init__(self, used: int | None, limit: int | None):
-        super().__init__(f"used {used} of {limit} bytes")
-        self.used, self.limit = used, limit
-        self.shortfall = None if used is None or limit is None else used - limit
+    def __init__(self, used: int | None, temporaries: int | None, limit: int | None):
+        super().__init__(f"used {used}, temporaries {temporaries}, of {limit} bytes")
+        self.used, self.temporaries, self.limit = used, temporaries, limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +69,17 @@ def compile_program(lowered: Any) -> Any:
 
 
 def parse_out_of_memory(message: str) -> OutOfMemory | None:
-    """Reads XLA's out-of-memory message; None if it is another one."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? (?:hbm|HBM)", message)
+    """Reads XLA's out-of-memory messages; None if it is another one."""
+    size = r"([\d.]+)([KMGT]?)i?B?"
+    factor = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    number = lambda found, i: round(float(found[i]) * factor[found[i + 1]])
+    found = re.search(rf"Used {size} of {size} hbm", message)
     if found:
-        factor = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-        used, limit = (float(found[i]) * factor[found[i + 1]] for i in (1, 3))
-        return OutOfMemory(round(used), round(limit))
-    if re.search(r"RESOURCE_EXHAUSTED|[Rr]an out of memory|out of memory|exceeds? .*hbm capacity", message):
-        return OutOfMemory(None, None)
-    return None
+        return OutOfMemory(number(found, 1), None, number(found, 3))
+    found = re.search(rf"required for HLO temporaries \({size}\) exceeds available HBM \({size}\)", message)
+    if found:
+        return OutOfMemory(None, number(found, 1), number(found, 3))
+    return OutOfMemory(None, None, None) if re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", message) else None
 
 
 def _shape_bytes(text: str) -> list[int]:

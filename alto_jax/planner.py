@@ -242,11 +242,14 @@ def _compiled_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, t
             executable = compiled.compile_program(lowered)
         except compiled.OutOfMemory as error:
             taken = time.monotonic() - began
-            held |= {"total": error.used, "limit": error.limit}
+            total, limit = error.used, error.limit or sharding.DEVICE_MEMORY.get(target.kind)
+            if error.temporaries is not None:
+                held["activations and temporary"] = error.temporaries
+                total = sum(held.values())
+            held |= {"total": total, "limit": limit}
+            short = None if total is None or limit is None else total - limit
             times, mfu = _time(target, work, operations, None)
-            programs.append(
-                Program(name, False, held, error.shortfall, operations, times, mfu, [], "not compiled", taken)
-            )
+            programs.append(Program(name, False, held, short, operations, times, mfu, [], "not compiled", taken))
             continue
         taken = time.monotonic() - began
         hbm = held | _memory(executable, sum(held.values()), target)

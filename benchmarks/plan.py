@@ -16,11 +16,21 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIGS = ("stage1.py:base", "stage2.py:2b", "stage2.py:8b", "stage3.py:2b", "stage3.py:8b")
-# (topology, its name without a compiler, devices)
+# (topology, devices)
 TOPOLOGIES = (
     ("v5e:4x4", 16), ("v5e:16x16", 256), ("v5p:2x2x4", 16), ("v6e:4x4", 16), ("v6e:8x8", 64), ("h100-80g:8", 8),
 )  # fmt: skip
 GIB = 2**30
+HEAD = """# What fits where, and how fast it could be
+
+2026-11-24, planned on 2 CPU cores without any of these machines: `python benchmarks/plan.py` (`--compile` asks the TPU
+compiler). `GiB, compiler` is the most that a program of the step needs on a device as the TPU compiler lays it out.
+Rows without it, and all of 8 x H100-80G, are **estimates from shapes** (state exact, activations counted roughly).
+Time is a bound, not a measurement: from everything overlapping to nothing overlapping, with compute at 60 %, HBM at
+80 % and links at 80 % of the data sheets' rates. The mesh (data, fsdp, tensor) is what `--mesh=auto` chooses. A batch
+is of images, in stage 3 of prompts with 12 answers each; a stage-3 step is rollout and update.
+
+"""
 
 
 def plan(config: str, topology: str, devices: int, timeout: int, compiled: bool) -> dict:
@@ -93,9 +103,8 @@ def main() -> int:
         "configuration", "topology", "mesh", "batch", "fits", "GiB, compiler", "GiB, estimate", "GiB there are",
         "TFLOP a step", "ms a step", "MFU",
     )  # fmt: skip
-    head = (RESULTS / "plan_head.md").read_text() if (RESULTS / "plan_head.md").exists() else ""
     table = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|", *lines]
-    (RESULTS / "plan.md").write_text(head + "\n".join(table) + "\n")
+    (RESULTS / "plan.md").write_text(HEAD + "\n".join(table) + "\n")
     return 0
 
 
