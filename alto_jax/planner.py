@@ -4,6 +4,7 @@ In: a configuration and a topology. Out: `plan.Plan`. States and batches are sha
 """
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -49,8 +50,18 @@ def _target(options: Any) -> _Target:
     return _Target(options.topology, len(devices), devices[0].device_kind, devices)
 
 
+def _without_sizes(config: ExperimentConfig) -> ExperimentConfig:
+    """The configuration without what neither the state nor the operations of one row depend on."""
+    return dataclasses.replace(config, mesh=MeshConfig(1, 1, 1), train=dataclasses.replace(config.train, batch_size=1))
+
+
 def state_shapes(config: ExperimentConfig) -> Any:
     """Shapes and dtypes of the training state, on no particular mesh."""
+    return _state_shapes(_without_sizes(config))
+
+
+@functools.lru_cache(maxsize=2)
+def _state_shapes(config: ExperimentConfig) -> Any:
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     return train.abstract_state(
         config, make_stage(config, mesh), make_optimizer(config.optim, config.train.steps), mesh
@@ -69,7 +80,9 @@ def _resolve(config: ExperimentConfig, options: Any, target: _Target) -> MeshCon
         cfg = MeshConfig(*map(int, sizes))
     if cfg.auto:
         memory = sharding.DEVICE_MEMORY.get(target.kind)
-        return sharding.choose_sizes(state_shapes(config), target.number, config.train.batch_size, memory)
+        return sharding.choose_sizes(
+            sharding.held_in_update(state_shapes(config)), target.number, config.train.batch_size, memory
+        )
     sizes = sharding.fill_sizes(cfg, target.number)
     parts = sizes.data * sizes.fsdp
     if config.train.batch_size % parts:
@@ -118,9 +131,13 @@ def _wanted(config: ExperimentConfig, step: str) -> list[str]:
 
 def _flops(config: ExperimentConfig, name: str) -> float:
     """Operations of one program, of all devices."""
+    return config.train.batch_size * _row_flops(_without_sizes(config), name)
+
+
+@functools.lru_cache(maxsize=8)
+def _row_flops(config: ExperimentConfig, name: str) -> float:
     if name == "predict":
-        rows = config.train.batch_size
-        return rows * flops.answer_flops(config.model, config.data.max_length, config.eval.max_new_tokens)
+        return flops.answer_flops(config.model, config.data.max_length, config.eval.max_new_tokens)
     counted = flops.step_flops(config)
     if name == "rollout":
         return counted.rollout * config.grpo.updates_per_rollout
@@ -343,9 +360,7 @@ def describe_rules(config: ExperimentConfig, options: Any) -> str:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             name = sharding.param_path(path)
             found = sharding.matching_rule(name, leaf.shape, sizes)
-            rule, split = (
-                ("-", "whole") if found is None else (_rule_name(found), str(found[2])[len("PartitionSpec") :])
-            )
+            rule, split = ("-", "whole") if found is None else (_rule_name(found), _split_name(found[2]))
             held = sharding.bytes_per_device({name: leaf}, sizes)
             total[part] = total.get(part, 0) + held
             lines.append(f"{name:<72}{leaf.shape!s:<26}{split:<44}{rule:>6}{held / 2**20:>14.3f}")

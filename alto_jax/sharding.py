@@ -83,7 +83,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AutoInputs:
-    """What `mesh.auto` decides by: the training state (ShapeDtypeStructs) and the global batch."""
+    """What `mesh.auto` decides by: what an update holds (ShapeDtypeStructs) and the global batch."""
 
     state: Any
     batch_size: int
@@ -138,7 +138,7 @@ DEVICE_MEMORY = {
     "NVIDIA H100 80GB HBM3": 80 * 2**30,
     "NVIDIA H200": 141 * 10**9,
 }
-AUTO_STATE_SHARE = 0.4  # of a device's memory; the rest is for gradients and activations
+AUTO_STATE_SHARE = 0.4  # of a device's memory; the rest is for activations
 
 
 def device_memory(device: Any) -> int | None:
@@ -158,13 +158,18 @@ def mesh_sizes(num_devices: int, batch_size: int) -> Iterator[MeshConfig]:
             yield from (MeshConfig(rest // f, f, tensor) for f in range(1, rest + 1) if rest % f == 0)
 
 
+def held_in_update(state: Any) -> tuple[Any, Any]:
+    """A TrainState and its gradients."""
+    return state, state.params
+
+
 def choose_sizes(state: Any, num_devices: int, batch_size: int, memory: int | None) -> MeshConfig:
     """The rule of `mesh.auto`: the first of `mesh_sizes` whose state takes at most 40 % of a device's memory.
 
     If none does (or the memory is unknown), the one with the least state on a device.
 
     Args:
-      state: ShapeDtypeStructs of parameters and optimizer state.
+      state: ShapeDtypeStructs of parameters, gradients and optimizer state (`held_in_update`).
       num_devices, batch_size: devices, and rows of the global batch.
       memory: bytes of one device, or None.
 

@@ -84,7 +84,7 @@ def run_mesh(config: ExperimentConfig, devices: Any = None) -> jax.sharding.Mesh
         alone = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), (devices or jax.devices())[:1])
         optimizer = make_optimizer(config.optim, config.train.steps)
         state = abstract_state(config, make_stage(config, alone), optimizer, alone)
-        return sharding.AutoInputs(state, config.train.batch_size)
+        return sharding.AutoInputs(sharding.held_in_update(state), config.train.batch_size)
 
     return sharding.make_mesh(config.mesh, devices, inputs)
 
