@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from alto_jax import layers
+from alto_jax.sharding import constrain
 from alto_jax.tokenizer.encoder import ViTConfig, grid_position_init, transformer
 
 Array = jax.Array
@@ -58,7 +59,8 @@ class MaskDecoder(nn.Module):
             mapper = nn.Conv(features.shape[-1], stride, stride, "VALID", name="spatial_mapper", **types)
             # Note: near zero at the start, so that the tokens are learned before the image is leaned on.
             project = nn.Dense(width, kernel_init=nn.initializers.normal(1e-3), name="vae_project", **types)
-            x = x + project(mapper(features.astype(self.dtype)).reshape(batch, grid * grid, features.shape[-1]))
+            mapped = constrain(mapper(features.astype(self.dtype)), "batch", ...)
+            x = x + project(mapped.reshape(batch, grid * grid, features.shape[-1]))
 
         cls = self.param("class_embedding", scaled_normal, (width,), self.param_dtype).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(cls, (batch, 1, width)), x], axis=1)
@@ -70,6 +72,6 @@ class MaskDecoder(nn.Module):
         x = layers.layer_norm(1e-5, name="ln_pre", **types)(x)
         x, _ = transformer(self.vit, self.dtype, self.param_dtype, self.remat, "blocks")(x)
         x = layers.layer_norm(1e-5, name="ln_post", **types)(x[:, 1 : 1 + grid * grid])
-        x = nn.Dense(2 * width, name="ffn1", **types)(x)
-        x = nn.Dense(self.out_channels, name="ffn2", **types)(jnp.tanh(x))
+        x = constrain(nn.Dense(2 * width, name="ffn1", **types)(x), "batch", ...)
+        x = constrain(nn.Dense(self.out_channels, name="ffn2", **types)(jnp.tanh(x)), "batch", ...)
         return x.reshape(batch, grid, grid, self.out_channels)

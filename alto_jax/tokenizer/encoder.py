@@ -16,6 +16,7 @@ import numpy as np
 
 from alto_jax import layers
 from alto_jax.config import require
+from alto_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -106,7 +107,7 @@ class MaskEncoder(nn.Module):
         patch = (self.patch_size, self.patch_size)
         x = (jnp.repeat(mask[..., None], 3, axis=-1) if mask.ndim == 3 else mask).astype(self.dtype)
         x = nn.Conv(width, patch, patch, "VALID", dtype=self.dtype, param_dtype=self.param_dtype, name="patch_embed")(x)
-        x = x.reshape(batch, num_patches, width)
+        x = constrain(x.reshape(batch, num_patches, width), "batch", ...)
 
         cls = self.param("class_embedding", scaled_normal, (width,), self.param_dtype)
         position = self.param("position_embedding", grid_position_init, (num_patches + 1, width), self.param_dtype)

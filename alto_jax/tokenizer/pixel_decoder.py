@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from alto_jax.config import require
+from alto_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -94,8 +95,9 @@ class ResBlock(nn.Module):
         kwargs = {"use_bias": False, **_types(self.cfg)}
         h = nn.silu(_group_norm(self.cfg, x.shape[-1], "norm1")(x))
         h = nn.Conv(self.channels, (3, 3), name="conv1", **kwargs)(h)
+        h = constrain(h, "batch", ...)
         h = nn.silu(_group_norm(self.cfg, self.channels, "norm2")(h))
-        h = nn.Conv(self.channels, (3, 3), name="conv2", **kwargs)(h)
+        h = constrain(nn.Conv(self.channels, (3, 3), name="conv2", **kwargs)(h), "batch", ...)
         if x.shape[-1] == self.channels:
             return x + h
         # Compat: the reference feeds the shortcut with h, so x reaches the output only through h.
@@ -116,6 +118,7 @@ class UpLevel(nn.Module):
             x = ResBlock(self.cfg, self.channels, name=f"block_{i}")(x)
         if self.upsample:
             x = nn.Conv(self.channels, (3, 3), name="upsample_conv", **_types(self.cfg))(upsample_nearest(x))
+            x = constrain(x, "batch", ...)
         return x
 
 
@@ -138,6 +141,7 @@ class PixelDecoder(nn.Module):
         """
         cfg = self.cfg
         x = nn.Conv(cfg.hidden_channels * cfg.channel_mult[-1], (3, 3), name="conv_in", **_types(cfg))(x)
+        x = constrain(x, "batch", ...)
         hidden = [x]
         for i in range(cfg.num_res_blocks):
             x = ResBlock(cfg, x.shape[-1], name=f"mid_{i}")(x)
@@ -152,5 +156,5 @@ class PixelDecoder(nn.Module):
             cfg.out_channels * cfg.out_patch**2, (3, 3), kernel_init=nn.initializers.normal(1e-3),
             bias_init=nn.initializers.constant(0.5), name="conv_out", **_types(cfg),
         )  # fmt: skip
-        x = depth_to_space(conv_out(nn.silu(x)), cfg.out_patch)
+        x = depth_to_space(constrain(conv_out(nn.silu(x)), "batch", ...), cfg.out_patch)
         return (x, hidden) if return_hidden else x

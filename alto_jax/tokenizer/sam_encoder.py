@@ -215,7 +215,7 @@ class SamEncoder(nn.Module):
                               types["param_dtype"])  # fmt: skip
         if x.shape[1:3] != position.shape[:2]:
             position = resize(position, x.shape[1], x.shape[2], "bicubic")
-        x = x + position.astype(x.dtype)
+        x = constrain(x + position.astype(x.dtype), "batch", ...)
 
         def stack(window, num_layers, name):
             return layers.Stack(functools.partial(SamBlock, cfg, window), num_layers, remat=cfg.remat, name=name)
@@ -233,8 +233,10 @@ class SamEncoder(nn.Module):
                 hidden.append(x)
 
         conv = functools.partial(nn.Conv, cfg.out_channels, use_bias=False, **types)
-        x = layers.layer_norm(1e-6, name="neck_norm1", **types)(conv((1, 1), name="neck_conv1")(x))
-        x = layers.layer_norm(1e-6, name="neck_norm2", **types)(conv((3, 3), name="neck_conv2")(x))
+        x = constrain(conv((1, 1), name="neck_conv1")(x), "batch", ...)
+        x = layers.layer_norm(1e-6, name="neck_norm1", **types)(x)
+        x = constrain(conv((3, 3), name="neck_conv2")(x), "batch", ...)
+        x = layers.layer_norm(1e-6, name="neck_norm2", **types)(x)
         return (x, hidden) if return_hidden else x
 
 
