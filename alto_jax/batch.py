@@ -95,7 +95,7 @@ def abstract_batch(config: Any) -> MaskBatch | ChatBatch | PromptBatch:
     """Shapes and dtypes of the global batch that a run's data gives, without reading any.
 
     Args:
-      config: an ExperimentConfig; rows have `config.data.max_length` tokens.
+      config: an ExperimentConfig; rows have `config.data.max_length` tokens, and nothing is cached.
     """
     import jax
     import numpy as np
@@ -110,9 +110,13 @@ def abstract_batch(config: Any) -> MaskBatch | ChatBatch | PromptBatch:
     mask = (size.mask_size, size.mask_size)
     if config.stage in ("stage1", "stage1_5"):
         return MaskBatch(image=pixel_image, mask=array("float32", *mask))
-    images = {"image": array("uint8", model.vision.image_size, model.vision.image_size, 3), "pixel_image": pixel_image}
+    image = array("uint8", model.vision.image_size, model.vision.image_size, 3)
+    packed = config.data.pack_samples if config.stage == "stage2" else 1
+    if packed > 1:
+        image, pixel_image = (array("uint8", packed, *a.shape[1:]) for a in (image, pixel_image))
+    images = {"image": image, "pixel_image": pixel_image}
     if config.stage == "stage2":
-        masks = config.data.max_masks
+        masks = config.data.max_masks * packed
         return ChatBatch(
             **images,
             ids=array("int32", length),
@@ -120,6 +124,8 @@ def abstract_batch(config: Any) -> MaskBatch | ChatBatch | PromptBatch:
             text_mask=array("bool", length),
             masks=array("float32", masks, *mask),
             mask_valid=array("bool", masks),
+            segment_ids=array("int32", length) if packed > 1 else None,
+            mask_image=array("int32", masks) if packed > 1 else None,
         )
     return PromptBatch(
         **images, prompt_ids=array("int32", length), prompt_mask=array("bool", length), mask=array("float32", *mask)

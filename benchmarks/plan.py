@@ -14,6 +14,13 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from alto_jax import plan  # noqa: E402
+
+plan.prepare_environment(None)  # before JAX is imported
+from alto_jax import planner  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIGS = ("stage1.py:base", "stage2.py:2b", "stage2.py:8b", "stage3.py:2b", "stage3.py:8b")
 # (topology, devices)
@@ -33,26 +40,38 @@ is of images, in stage 3 of prompts with 12 answers each; a stage-3 step is roll
 """
 
 
-def plan(config: str, topology: str, devices: int, timeout: int, compiled: bool) -> dict:
-    """The JSON of one plan; {"error": ...} if there is none."""
-    batch = max(64, devices)
-    command = [
-        sys.executable, "-m", "alto_jax.plan", f"--config=configs/{config}", f"--topology={topology}", "--mesh=auto",
-        f"--config.train.batch_size={batch}", "--json", *([] if compiled else ["--estimate"]),
+def arguments(config: str, topology: str, devices: int) -> list[str]:
+    """The command line of one plan."""
+    return [
+        f"--config=configs/{config}", f"--topology={topology}", "--mesh=auto", "--json",
+        f"--config.train.batch_size={max(64, devices)}",
     ]  # fmt: skip
+
+
+def estimate(config: str, topology: str, devices: int) -> dict:
+    """The plan from shapes, as JSON has it; {"error": ...} if there is none."""
+    options, experiment = plan.parse([*arguments(config, topology, devices), "--estimate"])
+    try:
+        return planner.make_plan(experiment, options).to_dict()
+    except ValueError as error:
+        return {"error": str(error)}
+
+
+def compile_plan(config: str, topology: str, devices: int, timeout: int) -> dict:
+    """The plan from the compiler, in a process of its own; {"error": ...} if there is none."""
+    command = [sys.executable, "-m", "alto_jax.plan", *arguments(config, topology, devices)]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return {"error": f"not compiled within {timeout} s"}
-    found = done.stdout.find("{")
-    if done.returncode not in (0, 1) or found < 0:
+    if done.returncode not in (0, 1) or "{" not in done.stdout:
         return {"error": " ".join(done.stderr.split())[-300:]}
-    return {**json.loads(done.stdout[found:]), "command": " ".join(command[1:])}
+    return json.loads(done.stdout[done.stdout.index("{") :])
 
 
-def row(config: str, topology: str, estimate: dict, compiled: dict | None) -> str:
+def row(config: str, topology: str, guess: dict, compiled: dict | None) -> str:
     """One line of the table; figures of the compiler where it was asked."""
-    best = compiled or estimate
+    best = compiled or guess
     if "error" in best:
         return f"| {config} | {topology} | {best['error']} |" + " |" * 8
     mesh = ", ".join(map(str, best["mesh"].values()))
@@ -65,7 +84,7 @@ def row(config: str, topology: str, estimate: dict, compiled: dict | None) -> st
     serial = sum(p["seconds"]["serial"] for p in best["programs"])
     cells = [
         config, topology, mesh, best["batch_size"], fits, f"{total(compiled):.1f}" if compiled else "",
-        f"{total(estimate):.1f}" if "programs" in estimate else "", f"{limit:.0f}", f"{flops / 1e12:,.0f}",
+        f"{total(guess):.1f}" if "programs" in guess else "", f"{limit:.0f}", f"{flops / 1e12:,.0f}",
         f"{best['step_seconds'] * 1e3:,.0f}–{serial * 1e3:,.0f}",
         f"{flops / serial * peak:.0%}–{flops / best['step_seconds'] * peak:.0%}",
     ]  # fmt: skip
@@ -89,15 +108,13 @@ def main() -> int:
             key = f"{config}@{topology}"
             tpu = not topology.startswith("h100")
             if tpu and key not in known and (options.compile == "all" or key in wanted):
-                found = plan(config, topology, devices, options.timeout, compiled=True)
+                found = compile_plan(config, topology, devices, options.timeout)
                 print(key, found.get("error", f"compiled, fits: {found.get('fits')}"), flush=True)
                 if "error" not in found:
                     known[key] = {"key": key, **found}
                     with store.open("a") as file:
                         file.write(json.dumps(known[key]) + "\n")
-            kind, _, size = topology.partition(":")
-            estimate = plan(config, f"{kind}:{size}", devices, 600, compiled=False)
-            lines.append(row(config, topology, estimate, known.get(key)))
+            lines.append(row(config, topology, estimate(config, topology, devices), known.get(key)))
             print(lines[-1], flush=True)
     names = (
         "configuration", "topology", "mesh", "batch", "fits", "GiB, compiler", "GiB, estimate", "GiB there are",

@@ -21,9 +21,10 @@ def config_of(stage, size="debug", **train):
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage1_5", "stage2", "stage3"])
-def test_abstract_batch_is_what_the_data_give(stage):
+@pytest.mark.parametrize("stage, packed", [("stage1", 1), ("stage1_5", 1), ("stage2", 1), ("stage2", 2), ("stage3", 1)])
+def test_abstract_batch_is_what_the_data_give(stage, packed):
     config = config_of(stage)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, pack_samples=packed))
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     real = next(make_stage(config, mesh).data(0, 1))
     described = jax.tree.map(lambda a: (a.shape, str(a.dtype)), abstract_batch(config))
