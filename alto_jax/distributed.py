@@ -4,12 +4,21 @@ Each process owns its devices and reads its part of the data; process 0 alone wr
 scripts that start the processes.
 """
 
+from collections.abc import Iterator
+import contextlib
 import hashlib
 import json
 import os
+import sys
 from typing import Any
 
 from alto_jax.config import ConfigError, to_dict
+
+_joined = False
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run ended or cannot be reached; all must be started again."""
 
 
 def initialize(mode: str) -> None:
@@ -18,18 +27,22 @@ def initialize(mode: str) -> None:
     Args:
       mode: "none": this process is alone. "env": ALTO_COORDINATOR (host:port), ALTO_NUM_PROCESSES and
         ALTO_PROCESS_ID say who belongs together. "auto": JAX finds out from SLURM, Open MPI, GKE or the
-        TPU's metadata.
+        TPU's metadata. ALTO_HEARTBEAT (100): seconds after which a silent process counts as lost.
 
     Raises:
       ConfigError: a variable is missing or not a number, or the processes did not come together in
         ALTO_TIMEOUT seconds (300).
     """
+    global _joined
     if mode not in ("env", "auto"):
         return
     import jax
 
-    timeout = int(os.environ.get("ALTO_TIMEOUT", "300"))
-    arguments: dict[str, Any] = {"initialization_timeout": timeout}
+    timeout = _seconds("ALTO_TIMEOUT", 300)
+    arguments: dict[str, Any] = {
+        "initialization_timeout": timeout,
+        "heartbeat_timeout_seconds": _seconds("ALTO_HEARTBEAT", 100),
+    }
     if mode == "env":
         arguments |= {
             "coordinator_address": _variable("ALTO_COORDINATOR"),
@@ -38,6 +51,9 @@ def initialize(mode: str) -> None:
         }
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        # Note: programs that run beside each other may reach their collectives in another order in another process,
+        # and each then waits for ever for the other.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(**arguments)
     except (RuntimeError, ValueError) as error:
@@ -45,6 +61,14 @@ def initialize(mode: str) -> None:
             f"--distributed={mode}: the processes did not come together within {timeout} s"
             f" (is one missing, or its coordinator address wrong?): {error}"
         ) from error
+    _joined = jax.process_count() > 1
+
+
+def _seconds(name: str, default: int) -> int:
+    value = os.environ.get(name, "") or str(default)
+    if not value.isdigit() or int(value) < 1:
+        raise ConfigError(f"--distributed: {name} must be a number of seconds, got {value!r}")
+    return int(value)
 
 
 def _variable(name: str, *, number: bool = False) -> str:
@@ -69,6 +93,48 @@ def check_same_config(config: Any) -> None:
 
     text = json.dumps(to_dict(config), sort_keys=True)
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
-    first = np.asarray(multihost_utils.broadcast_one_to_all(digest))
-    if not np.array_equal(first, digest):
-        raise ConfigError(f"process {jax.process_index()}: its configuration differs from the one of process 0")
+    all_digests = np.asarray(multihost_utils.process_allgather(digest))
+    others = [i for i in range(len(all_digests)) if not np.array_equal(all_digests[i], all_digests[0])]
+    if others:
+        raise ConfigError(
+            f"process {jax.process_index()}: the configurations of the processes differ:"
+            f" {', '.join(map(str, others))} from the one of process 0"
+        )
+
+
+# What a program says when a process that it talks to is gone.
+_LOST = (
+    "gloo",
+    "connection closed",
+    "connection reset",
+    "socket",
+    "unavailable:",
+    "heartbeat",
+    "coordination",
+    "barrier",
+    "nccl",
+)
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turns the errors that a lost process causes in the others into ProcessLost."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if not _joined or isinstance(error, ConfigError) or not any(word in text.lower() for word in _LOST):
+            raise
+        raise ProcessLost(
+            f"another process of this run ended or cannot be reached; start all of them again, and they go on from the"
+            f" last checkpoint ({text[:300]})"
+        ) from error
+
+
+def leave(code: int) -> None:
+    """Exits after an error: at once among several processes, without waiting for the others at JAX's last barrier."""
+    if not _joined:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -187,11 +187,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """
     import jax
 
-    from alto_jax import checkpoint, eval_tasks, sharding, tables
+    from alto_jax import eval_tasks, loading, sharding, tables
     from alto_jax.data import bad_data
 
     mesh = sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=options.fsdp, tensor=options.tensor))
-    loaded = checkpoint.load_model(options.checkpoint, mesh)
+    loaded = loading.load_model(options.checkpoint, mesh)
     cfg, identity = loaded.cfg, loaded.identity
     system = loaded.meta["data"]["system"]
     tasks = eval_tasks.make_tasks(options, cfg, loaded.params, loaded.text, system)

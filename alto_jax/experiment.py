@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
+import socket
 from typing import Any, Literal
 
 from alto_jax.config import ConfigError, build, require, to_dict
@@ -74,19 +76,39 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop: number of updates, global batch (images; prompts in stage 3), and how often to do what (0: never)."""
+    """The loop: number of updates, global batch (images; prompts in stage 3), and how often to do what (0: never).
+
+    accumulate: micro-batches of an update, one after the other; the same gradient with less memory.
+    keep_checkpoints: the newest so many are kept, and beside them the keep_best whose best_metric (a name in
+    metrics.jsonl, such as "loss" or "eval/giou", as last logged) is best by best_mode.
+    max_bad_steps: the run ends with an error after so many skipped updates in a row. spike_sigmas: also skip updates
+    whose loss is so many standard deviations above the mean of the last ones (0: off); see `alto_jax.step`.
+    profile_steps: updates that are traced into WORKDIR/profile, from the third one on (0: none).
+    """
 
     steps: int = 1000
     batch_size: int = 8
+    accumulate: int = 1
     log_every: int = 50
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    keep_best: int = 0
+    best_metric: str = "loss"
+    best_mode: Literal["min", "max"] = "min"
+    max_bad_steps: int = 10
+    spike_sigmas: float = 0.0
+    profile_steps: int = 0
 
     def __post_init__(self):
         require(self.steps >= 1, "steps", self.steps, "at least 1")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
+        divides = self.accumulate >= 1 and self.batch_size % self.accumulate == 0
+        require(divides, "accumulate", self.accumulate, f"a divisor of batch_size {self.batch_size}")
+        for name in ("keep_best", "spike_sigmas", "profile_steps"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +200,26 @@ class GrpoStageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters W + alpha / rank * A B, which alone are trained (and saved) if rank > 0; see `alto_jax.lora`.
+
+    targets: regex of the kernels that get one (matrix products; not convolutions, embeddings).
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: str = "^language_model/blocks/.*/(q|kv|out|gate|up|down)/kernel$"
+
+    def __post_init__(self):
+        require(self.rank >= 0, "rank", self.rank, "at least 0")
+        require(self.alpha > 0, "alpha", self.alpha, "more than 0")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ConfigError(f"targets: {self.targets!r} is not a regular expression: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """One stage's run. init_from: directory of the run (or converted checkpoint) that it starts from."""
 
@@ -193,8 +235,16 @@ class ExperimentConfig:
     tokenizer: TokenizerStageConfig = TokenizerStageConfig()
     sft: SftStageConfig = SftStageConfig()
     grpo: GrpoStageConfig = GrpoStageConfig()
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
+        if self.lora.rank:
+            require(self.stage in ("stage2", "stage3"), "lora.rank", self.lora.rank, f"0 in {self.stage}")
+        if self.train.accumulate > 1:
+            whole = {"sft.mask_loss.dice_reduction": self.sft.mask_loss.dice_reduction == "batch",
+                     "grpo.loss.objective": self.stage == "stage3" and self.grpo.loss.objective == "dapo"}  # fmt: skip
+            for name in (name for name, is_whole in whole.items() if is_whole):
+                raise ConfigError(f"train.accumulate: expected 1, since {name} looks at the batch as a whole")
         if self.stage in ("stage2", "stage3"):
             require(
                 self.model.language_model is not None,
@@ -206,12 +256,21 @@ class ExperimentConfig:
             parts, rows = self.grpo.minibatches, self.train.batch_size
             require(rows % parts == 0, "grpo.minibatches", parts, f"a divisor of train.batch_size {rows}")
 
+    @property
+    def trainable(self) -> str:
+        """Regex of the trained parameters: `optim.trainable`, or the adapters alone if there are some."""
+        return r"/lora_[ab]$" if self.lora.rank else self.optim.trainable
+
 
 # Fields that may change between two runs of the same command line: they do not change what is learned.
 _FREE_FIELDS = (
     "train.log_every",
     "train.checkpoint_every",
-    "train.keep_checkpoints",
+    "train.keep_",
+    "train.best_",
+    "train.accumulate",
+    "train.max_bad_steps",
+    "train.profile_steps",
     "eval.",
     "grpo.log_samples",
     "mesh.",
@@ -257,7 +316,8 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig) -> pathl
                 " choose another directory or the same configuration"
             )
         return path
-    temporary = file.with_suffix(".tmp")
+    # Note: every process of a run writes the same.
+    temporary = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(plain, indent=2) + "\n")
     temporary.replace(file)
     return path

@@ -13,6 +13,7 @@ import re
 from flax import traverse_util
 import jax
 
+from alto_jax import lora
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.mllm.alto_llm import ModelConfig, init_params
 from alto_jax.tokenizer.alto import TokenizerConfig
@@ -111,10 +112,13 @@ def step_flops(config: ExperimentConfig, *, batch_size: int | None = None, lengt
     """
     shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
     flat = traverse_util.flatten_dict(shapes, sep="/")
-    sizes = {p: v.size for p, v in flat.items() if p.endswith("/kernel")}
+    if config.lora.rank:
+        adapters = jax.eval_shape(lambda p: lora.make_adapters(p, config.lora, jax.random.key(0)), shapes)
+        flat |= traverse_util.flatten_dict(adapters, sep="/")
+    sizes = {p: v.size for p, v in flat.items() if re.search(r"/(kernel|lora_[ab])$", p)}
     if config.model.language_model is not None and config.model.language_model.tie_embeddings:
         sizes["language_model/head/kernel"] = flat["language_model/embed/embedding"].size
-    count = _Counter(sizes, config.optim.trainable)
+    count = _Counter(sizes, config.trainable)
     length = config.data.max_length if length is None else length
     rows = config.train.batch_size if batch_size is None else batch_size
     per_row = {"stage2": _sft, "stage3": _grpo}.get(config.stage, _tokenizer)(config, count, length)
@@ -140,7 +144,7 @@ def _tokenizer(config: ExperimentConfig, count: _Counter, length: int) -> StepFl
     if uses_length:
         backward += count.backward(predict, count.trains(encode))
     entering = count.trains(encode, features, _mapper(cfg)) or (uses_length and count.trains(predict))
-    entering |= bool(re.search(config.optim.trainable, "tokenizer/quantizer/embedding"))
+    entering |= bool(re.search(config.trainable, "tokenizer/quantizer/embedding"))
     backward += count.backward(decode, entering)
     forward = count.forward(encode + predict + features + _mapper(cfg) + decode)
     return StepFlops(0.0, forward, backward)

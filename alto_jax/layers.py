@@ -5,6 +5,7 @@ norms and softmax are computed in float32. Dimension letters: see `alto_jax.batc
 """
 
 from collections.abc import Callable
+import contextlib
 from typing import Any
 
 from flax import linen as nn
@@ -240,6 +241,26 @@ class Stack(nn.Module):
             return carry, None
         params = jax.tree.map(lambda a: a[start:stop], params)
         return jax.lax.scan(body, carry, (params, per_layer), unroll=min(self.unroll, stop - start))
+
+
+@contextlib.contextmanager
+def adapted(scale: float):
+    """While a function is traced in this `with` block, dense layers that have `lora_a` and `lora_b` beside their kernel
+    give scale * (x A) B more; see `alto_jax.lora`."""
+
+    def intercept(call, args, kwargs, context):
+        out, module = call(*args, **kwargs), context.module
+        if context.method_name != "__call__" or not isinstance(module, (nn.Dense, nn.DenseGeneral)):
+            return out
+        if not module.has_variable("params", "lora_a"):
+            return out
+        x, dtype = args[0], module.dtype or args[0].dtype
+        a, b = (module.get_variable("params", name).astype(dtype) for name in ("lora_a", "lora_b"))
+        low = jnp.tensordot(x.astype(dtype), a, a.ndim - 1)
+        return out + scale * jnp.tensordot(low, b, 1).astype(out.dtype)
+
+    with nn.intercept_methods(intercept):
+        yield
 
 
 def rope_frequencies(head_dim: int, theta: float | Array) -> Array:

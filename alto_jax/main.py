@@ -29,6 +29,9 @@ _DISTRIBUTED = flags.DEFINE_enum(
     ["none", "env", "auto"],
     "How processes form one run, see distributed.py.",
 )
+_PROFILE = flags.DEFINE_boolean(
+    "profile", False, "Trace five steps into WORKDIR/profile (or as many as --config.train.profile_steps says)."
+)
 _USAGE = "usage: python -m alto_jax.main --config=FILE[:SIZE] --workdir=DIR [--config.GROUP.FIELD=VALUE ...]"
 
 
@@ -140,9 +143,12 @@ def main() -> int:
     from alto_jax.experiment import make_experiment
     from alto_jax.train import evaluate, train
 
+    if _PROFILE.value:
+        values["train"]["profile_steps"] = values["train"]["profile_steps"] or 5
     config = make_experiment(values)
-    distributed.check_same_config(config)
-    (train if _MODE.value == "train" else evaluate)(config, _WORKDIR.value)
+    with distributed.explained():
+        distributed.check_same_config(config)
+        (train if _MODE.value == "train" else evaluate)(config, _WORKDIR.value)
     return 0
 
 

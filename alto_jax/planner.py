@@ -18,7 +18,7 @@ from alto_jax.experiment import ExperimentConfig
 from alto_jax.plan import GIB, Plan, Program, find_devices
 from alto_jax.sharding import MeshConfig
 from alto_jax.stages import make_stage
-from alto_jax.train_state import make_optimizer, make_schedule
+from alto_jax.train_state import make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,9 @@ def _target(options: Any) -> _Target:
 
 def _without_sizes(config: ExperimentConfig) -> ExperimentConfig:
     """The configuration without what neither the state nor the operations of one row depend on."""
-    return dataclasses.replace(config, mesh=MeshConfig(1, 1, 1), train=dataclasses.replace(config.train, batch_size=1))
+    return dataclasses.replace(
+        config, mesh=MeshConfig(1, 1, 1), train=dataclasses.replace(config.train, batch_size=1, accumulate=1)
+    )
 
 
 def state_shapes(config: ExperimentConfig) -> Any:
@@ -205,15 +207,14 @@ def lower_programs(config: ExperimentConfig, step: str, mesh: Any) -> tuple[Any,
     place = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split), tree)
     batch, programs = place(abstract_batch(config)), []
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    schedule = make_schedule(config.optim, config.train.steps)
-    update = train.make_step(stage, optimizer, schedule, config.seed, shardings)
+    update = train.make_step(config, stage, optimizer, shardings)
     for name in _wanted(config, step):
         if name == "predict":
             programs.append((name, _predict(config, mesh), (state.all_params(), _prompts(config, batch))))
         elif name == "rollout":
-            programs.append((name, train.make_rollout(stage, config.seed), (state, batch)))
+            programs.append((name, train.make_rollout(config, stage), (state, batch)))
         elif config.stage == "stage3":
-            rolled = place(jax.eval_shape(train.make_rollout(stage, config.seed), state, batch))
+            rolled = place(jax.eval_shape(train.make_rollout(config, stage), state, batch))
             programs.append((name, update, (state, rolled)))
         else:
             programs.append((name, update, (state, batch)))

@@ -251,9 +251,9 @@ def load(directory: str | os.PathLike) -> TokenizerModel:
     """
     import jax
 
-    from alto_jax import checkpoint, sharding
+    from alto_jax import loading, sharding
 
-    loaded = checkpoint.load_model(directory, sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1]))
+    loaded = loading.load_model(directory, sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1]))
     if loaded.text is None:
         return TokenizerModel(loaded.cfg, loaded.params, str(directory))
     return Segmenter(loaded.cfg, loaded.params, str(directory), loaded.text, loaded.meta["data"]["system"])

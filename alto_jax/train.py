@@ -5,26 +5,27 @@ at the end, result.json. Running the same command again resumes from the newest 
 numbers as if it had never stopped.
 """
 
+import collections
 import json
 import os
 import pathlib
-import re
 import time
 from typing import Any
 
-from flax import traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from alto_jax import checkpoint, sharding
+from alto_jax import checkpoint, loading, lora, sharding
 from alto_jax.config import to_dict
+from alto_jax.data import prefetch
 from alto_jax.experiment import ExperimentConfig, claim_workdir
-from alto_jax.progress import MetricWriter, Progress, duration
+from alto_jax.preemption import Stopped, StopSignals
+from alto_jax.progress import Meter, MetricWriter, Profiler, Progress, duration, read_metrics
 from alto_jax.rollouts import Rollouts
 from alto_jax.stages import Stage, make_stage
-from alto_jax.train_state import TrainState, create_state, make_optimizer, make_schedule, merge_params
+from alto_jax.start import abstract_state, initial_state, restored_state, write_overview
+from alto_jax.step import make_rollout, make_step
+from alto_jax.train_state import TrainState, make_optimizer, merge_params
 
 
 def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
@@ -40,36 +41,43 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
     Raises:
       ConfigError: the directory belongs to another configuration.
       FileNotFoundError: the start checkpoint is missing; the message says which command makes it.
-      FloatingPointError: the loss is not finite.
+      FloatingPointError: too many updates in a row were skipped (see `alto_jax.step`).
+      OSError: the last checkpoint could not be written.
+      Stopped: a signal ended the run after a save.
     """
     path = claim_workdir(workdir, config)
     if (path / "result.json").exists():
         print(f"[{config.stage}] {path} is already complete")
         return json.loads((path / "result.json").read_text())
     mesh = run_mesh(config)
-    checkpointer = checkpoint.Checkpointer(path, keep=config.train.keep_checkpoints)
-    stage = make_stage(config, mesh, path if checkpointer.latest_step() is not None else None)
+    keep = checkpoint.Retention(config.train.keep_checkpoints, config.train.keep_best, config.train.best_mode)
+    checkpointer = checkpoint.Checkpointer(path, keep)
+    is_resumed = checkpointer.latest_step() is not None
+    stage = make_stage(config, mesh, path if is_resumed else None)
     optimizer = make_optimizer(config.optim, config.train.steps)
-    iterator = stage.data(jax.process_index(), jax.process_count())
+    data = stage.data(jax.process_index(), jax.process_count())
+    iterator = prefetch.Ahead(data, lambda batch: sharding.put_batch(batch, mesh))
     if stage.save_files is not None and jax.process_index() == 0:
         stage.save_files(path)
 
     abstract = abstract_state(config, stage, optimizer, mesh)
-    if checkpointer.latest_step() is not None:
-        state = checkpointer.restore(abstract, iterator)
-        print(f"[{config.stage}] resumed from step {int(state.step)} of {path}")
+    if is_resumed:
+        state = restored_state(config, stage, optimizer, abstract, mesh, checkpointer, iterator)
+        print(f"[{config.stage}] resumed from step {int(state.step)} of {path}", flush=True)
     else:
         state = initial_state(config, stage, optimizer, abstract, mesh)
     if jax.process_index() == 0:
         write_overview(path / "parameters.txt", state)
 
+    began = time.monotonic()
     try:
-        began = time.monotonic()
-        state, evaluation = _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path)
-        seconds = time.monotonic() - began
+        with StopSignals() as signals:
+            state, logs = _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path, signals)
     finally:
+        iterator.close()
         checkpointer.close()
-    result = _result(config, path, evaluation, seconds)
+    evaluation = _final_evaluation(config, stage, state, logs)
+    result = _result(config, path, evaluation, time.monotonic() - began)
     if jax.process_index() == 0:
         temporary = path / "result.tmp"
         temporary.write_text(json.dumps(result, indent=2) + "\n")
@@ -89,205 +97,200 @@ def run_mesh(config: ExperimentConfig, devices: Any = None) -> jax.sharding.Mesh
     return sharding.make_mesh(config.mesh, devices, inputs)
 
 
-def abstract_state(config: ExperimentConfig, stage: Stage, optimizer: Any, mesh: Any) -> TrainState:
-    """Shapes, dtypes and shardings of the state; allocates nothing."""
+class _Logs:
+    """metrics.jsonl, TensorBoard and the progress line; written by process 0 alone, known to all.
 
-    def build(key):
-        params = stage.init(key)
-        if stage.finish_init is not None:
-            params = stage.finish_init(params)
-        return create_state(params, config.optim.trainable, optimizer, stage.init_stats())
+    Attributes:
+      latest: the last value of every metric.
+      writer: of process 0; None in the others.
+    """
 
-    shapes = jax.eval_shape(build, jax.random.key(config.seed))
-    return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        shapes,
-        sharding.tree_shardings(shapes, mesh),
-    )
+    def __init__(self, config: ExperimentConfig, path: pathlib.Path, start: int):
+        self.writer = MetricWriter(path, start) if jax.process_index() == 0 else None
+        self.progress = Progress(config.stage, config.train.steps, start)
+        self.latest: dict[str, float] = {}
 
+    def write(self, step: int, metrics: dict[str, float], headline: tuple[str, ...] = ()) -> None:
+        """Records metrics and prints a line with those of the headline (if it names any)."""
+        self.latest |= metrics
+        if self.writer is not None:
+            self.writer.write(step, metrics)
+        if self.writer is not None and headline:
+            self.progress.line(step, {name: metrics[name] for name in headline if name in metrics})
 
-def initial_state(
-    config: ExperimentConfig, stage: Stage, optimizer: Any, abstract: TrainState, mesh: Any
-) -> TrainState:
-    """The state at step 0: parameters of the start checkpoint where the stage inherits them, fresh ones elsewhere."""
-    key = jax.random.key(config.seed)
-    fresh_shapes = jax.eval_shape(stage.init, key)
-    flat_shapes = traverse_util.flatten_dict(fresh_shapes, sep="/")
-    inherited: dict = {}
-    if stage.inherits:
-        if not config.init_from and stage.requires:
-            raise FileNotFoundError(
-                f"config.init_from: {config.stage} starts from an earlier stage's run; give --config.init_from=DIR,"
-                f" made by: {stage.previous}"
-            )
-        if config.init_from:
-            checkpoint.find_run(config.init_from, made_by=stage.previous)
-            wanted = {
-                p: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=_sharding(p, v, mesh))
-                for p, v in flat_shapes.items()
-                if p.split("/")[0] in stage.inherits and not (stage.reset and re.search(stage.reset, p))
-            }
-            loaded = checkpoint.load_params(config.init_from, traverse_util.unflatten_dict(wanted, sep="/"))
-            inherited = traverse_util.flatten_dict(loaded, sep="/")
-            missing = [p for p in wanted if p not in inherited and p.split("/")[0] in stage.requires]
-            if missing:
-                raise ValueError(
-                    f"config.init_from: {config.init_from} lacks {len(missing)} parameters that {config.stage} needs,"
-                    f" such as {missing[0]}; expected a run of: {stage.previous}"
-                )
+    def say(self, text: str) -> None:
+        """Prints a line, once for all processes."""
+        if self.writer is not None:
+            print(text, flush=True)
 
-    def fresh(key):
-        flat = traverse_util.flatten_dict(stage.init(key), sep="/")
-        return {p: v for p, v in flat.items() if p not in inherited}
-
-    shardings = {p: _sharding(p, v, mesh) for p, v in flat_shapes.items() if p not in inherited}
-    created = jax.jit(fresh, out_shardings=shardings)(key)
-    params = traverse_util.unflatten_dict({**created, **inherited}, sep="/")
-
-    def finish(params):
-        params = params if stage.finish_init is None else stage.finish_init(params)
-        return create_state(params, config.optim.trainable, optimizer, stage.init_stats())
-
-    return jax.jit(finish, out_shardings=jax.tree.map(lambda a: a.sharding, abstract))(params)
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
 
 
-def _sharding(path: str, leaf: Any, mesh: Any) -> Any:
-    return jax.sharding.NamedSharding(mesh, sharding.param_spec(path, leaf.shape, mesh))
-
-
-def make_step(stage: Stage, optimizer: Any, schedule: Any, seed: int, shardings: TrainState) -> Any:
-    """The jitted update `(state, batch) -> (state, metrics)`; the state is donated and keeps its `shardings`."""
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
-
-        def loss_fn(params):
-            return stage.loss_fn(merge_params(params, state.frozen), batch, rng, state.step)
-
-        (loss, (metrics, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = {
-            "loss": loss,
-            **metrics,
-            "grad_norm": optax.global_norm(grads),
-            "learning_rate": schedule(state.step),
-        }
-        state = state.replace(
-            step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
-        )
-        if stage.after_update is not None:
-            state = stage.after_update(state, aux, jax.random.fold_in(rng, 1))
-        return state, jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
-
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-
-
-def make_rollout(stage: Stage, seed: int) -> Any:
-    """The jitted rollout `(state, batch, attempt) -> batch for the loss`; attempts of one step differ in their keys."""
-
-    def rollout(state: TrainState, batch: Any, attempt: Any) -> Any:
-        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), 2 + attempt)
-        return stage.rollout(state.all_params(), batch, rng)
-
-    return jax.jit(rollout)
-
-
-def _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path) -> tuple[TrainState, dict]:
-    """Steps until config.train.steps; returns the state and the last evaluation."""
-    total, start = config.train.steps, int(state.step)
-    schedule = make_schedule(config.optim, total)
-    step_fn = make_step(stage, optimizer, schedule, config.seed, jax.tree.map(lambda a: a.sharding, state))
-    next_batch = lambda: sharding.put_batch(next(iterator), mesh)
+def _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path, signals) -> tuple[TrainState, _Logs]:
+    """Steps until config.train.steps, or until a signal; returns the state, which is saved, and the open logs."""
+    total, start, name = config.train.steps, int(state.step), f"[{config.stage}]"
+    step_fn = make_step(config, stage, optimizer, jax.tree.map(lambda a: a.sharding, state))
     rollouts, repeats = None, 1
-    if stage.rollout is not None:
-        rollouts = Rollouts(config.grpo, stage, make_rollout(stage, config.seed), next_batch, mesh)
-        repeats = config.grpo.updates_per_rollout
-    meta = {"stage": config.stage, "model": to_dict(config.model), "data": {"system": config.data.system}}
-    writer = MetricWriter(path, start) if jax.process_index() == 0 else None
-    progress = Progress(config.stage, total, start)
+    saver = _Saver(config, checkpointer, iterator)
+    logs, meter = _Logs(config, path, start), Meter(config)
+    profiler = Profiler(path / "profile", start + 3, config.train.profile_steps if jax.process_index() == 0 else 0)
     pending: list[dict] = []
+    counters: collections.deque = collections.deque(maxlen=2)
+
+    def next_batch():
+        with meter.waiting():
+            return next(iterator)
+
+    if stage.rollout is not None:
+        rollouts = Rollouts(config.grpo, stage, make_rollout(config, stage), next_batch, mesh)
+        repeats = config.grpo.updates_per_rollout
     for step in range(start + 1, total + 1):
+        profiler.before(step)
         batch = next_batch() if rollouts is None else rollouts.batch(state, step)
         state, metrics = step_fn(state, batch)
         pending.append(metrics)
+        profiler.after(step, metrics)
+        # Note: of the step before the last, so that the device never waits for this.
+        counters.append(metrics["in_a_row"])
+        _check_bad(config, checkpointer, step - 1, counters[0])
         if step == start + 1:
             jax.block_until_ready(metrics)
-            progress.restart_clock(step)
+            logs.progress.restart_clock(step)
+            meter.restart()
+        elif step % config.train.log_every == 0 or step == total:
+            jax.block_until_ready(metrics)
+            meter.count(len(pending))
         if step % config.train.log_every == 0 or step in (1, total):
-            means = _mean_metrics(pending)
+            means = mean_metrics(pending)
             pending = []
-            if not np.isfinite(means["loss"]):
-                raise FloatingPointError(f"config.stage {config.stage}: loss is {means['loss']} at step {step}")
             if stage.check is not None:
                 stage.check(means)
-            if writer is not None:
-                writer.write(step, means)
-                progress.line(step, {name: means[name] for name in stage.headline if name in means})
+            logs.write(step, means | meter.flush(), stage.headline)
             if rollouts is not None:
-                rollouts.log_histograms(step, writer)
+                rollouts.log_histograms(step, logs.writer)
         if rollouts is not None:
             rollouts.log_samples(state, step, path)
-        # Note: a rollout in progress is not part of the checkpoint, so saves fall between rollouts.
-        save = config.train.checkpoint_every and step % config.train.checkpoint_every == 0 and step % repeats == 0
-        if save or step == total:
-            checkpointer.save(step, state, iterator, {**meta, "step": step})
         if stage.evaluate is not None and config.eval.every and step % config.eval.every == 0 and step < total:
-            scalars = {k: v for k, v in stage.evaluate(state.all_params()).items() if isinstance(v, (int, float))}
-            if writer is not None:
-                writer.write(step, {f"eval/{k}": v for k, v in scalars.items()})
-                progress.line(step, scalars)
+            with meter.aside():
+                found = _evaluate(config, stage, state)
+            scalars = {f"eval/{k}": v for k, v in found.items() if isinstance(v, (int, float))}
+            logs.write(step, scalars, tuple(scalars))
+        # Note: a rollout in progress is not part of the checkpoint, so saves (and stops) fall between rollouts.
+        if step % repeats == 0 or step == total:
+            why = signals.stop_after(step)
+            is_due = config.train.checkpoint_every and step % config.train.checkpoint_every == 0
+            is_last = why is not None or step == total
+            if is_last or is_due:
+                with meter.aside():
+                    saver.save(step, state, logs, is_last=is_last)
+            if why is not None and step < total:
+                logs.close()
+                raise Stopped(f"{name} {why}: saved step {step} of {path}; the same command goes on from there")
+    profiler.close()
+    return state, logs
+
+
+class _Saver:
+    """Saves; what fails on a full disk is tried again at the next save, but for the last one of a run."""
+
+    def __init__(self, config: ExperimentConfig, checkpointer: checkpoint.Checkpointer, iterator: Any):
+        self._config, self._checkpointer, self._iterator = config, checkpointer, iterator
+        data = {"system": config.data.system}
+        self._meta = {"stage": config.stage, "model": to_dict(config.model), "data": data}
+        self._meta |= loading.adapter_meta(config)
+
+    def save(self, step: int, state: TrainState, logs: _Logs, *, is_last: bool = False) -> None:
+        """Saves the state of `step`; the last one of a run also waits for it.
+
+        Raises:
+          OSError: files cannot be written, and this is the last save (or there are several processes).
+        """
+        bad = int(state.guard["in_a_row"])
+        if bad and not is_last:
+            logs.say(f"[{self._config.stage}] step {step} is not saved: the last {bad} updates were skipped")
+            return
+        metric = logs.latest.get(self._config.train.best_metric)
+        if self._config.lora.rank:
+            state = state.replace(frozen={})
+        try:
+            self._checkpointer.save(step, state, self._iterator, {**self._meta, "step": step}, metric=metric)
+            if is_last:
+                self._checkpointer.wait()
+        except OSError as error:
+            # Note: several processes do not see the same files fail, and must not part.
+            if is_last and jax.process_count() == 1:
+                self._checkpointer.save(step, state, self._iterator, {**self._meta, "step": step}, metric=metric)
+                self._checkpointer.wait()
+            elif is_last or jax.process_count() > 1:
+                raise
+            else:
+                every = self._config.train.checkpoint_every
+                logs.say(
+                    f"[{self._config.stage}] warning: {error}; the checkpoints of before are kept, training goes on,"
+                    f" next try at step {step + every}"
+                )
+
+
+def _check_bad(config: ExperimentConfig, checkpointer: checkpoint.Checkpointer, step: int, counter: jax.Array) -> None:
+    """Raises FloatingPointError if too many updates in a row were skipped, up to `step`."""
+    bad = int(counter)
+    if bad >= config.train.max_bad_steps:
+        checkpointer.wait()
+        last = checkpointer.latest_step()
+        kept = f"the last good checkpoint is step {last}" if last is not None else "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"config.train.max_bad_steps: {bad} updates in a row were skipped up to step {step}, since their loss or"
+            f" gradient was not finite or their loss too high; {kept} of {checkpointer.directory}"
+        )
+
+
+def mean_metrics(pending: list[dict]) -> dict[str, float]:
+    """Means over the updates that were not skipped (NaN if there is none), and the number of those that were."""
+    pending = jax.device_get(pending)
+    good = [m for m in pending if not m["skipped"]]
+    names = [name for name in pending[0] if name not in ("skipped", "in_a_row")]
+    means = {name: float(np.mean([m[name] for m in good])) for name in names} if good else {}
+    return means | {"skipped": float(sum(m["skipped"] for m in pending))}
+
+
+def _evaluate(config: ExperimentConfig, stage: Stage, state: TrainState) -> dict:
+    with lora.applied(config.lora):
+        return stage.evaluate(state.eval_params())
+
+
+def _final_evaluation(config: ExperimentConfig, stage: Stage, state: TrainState, logs: _Logs) -> dict:
+    """Evaluates at the end, writes and prints it, and closes the logs."""
     evaluation: dict = {}
     if stage.evaluate is not None and config.eval.num_samples:
         began = time.monotonic()
-        evaluation = stage.evaluate(state.all_params())
-        if writer is not None:
-            scalars = {k: v for k, v in evaluation.items() if isinstance(v, (int, float))}
-            writer.write(total, {f"eval/{k}": v for k, v in scalars.items()})
-            line = "  ".join(f"{k} {v:.4g}" for k, v in scalars.items())
-            print(f"[{config.stage}] evaluation ({duration(time.monotonic() - began)}): {line}", flush=True)
-    if writer is not None:
-        writer.close()
-    return state, evaluation
-
-
-def _mean_metrics(pending: list[dict]) -> dict[str, float]:
-    """Means of metric dicts that are still on the device."""
-    pending = jax.device_get(pending)
-    return {name: float(np.mean([m[name] for m in pending])) for name in pending[0]}
+        evaluation = _evaluate(config, stage, state)
+        scalars = {k: v for k, v in evaluation.items() if isinstance(v, (int, float))}
+        logs.write(config.train.steps, {f"eval/{k}": v for k, v in scalars.items()})
+        line = "  ".join(f"{k} {v:.4g}" for k, v in scalars.items())
+        logs.say(f"[{config.stage}] evaluation ({duration(time.monotonic() - began)}): {line}")
+    logs.close()
+    return evaluation
 
 
 def _result(config: ExperimentConfig, path: pathlib.Path, evaluation: dict, seconds: float) -> dict:
     """The run in short; first and last are means over the first and last quarter of the logged steps."""
-    from alto_jax.progress import read_metrics
-
     records = [r for r in read_metrics(path) if "loss" in r]
     quarter = max(len(records) // 4, 1)
 
     def mean(part):
-        return {k: float(np.mean([r[k] for r in part])) for k in part[0] if k != "step"}
+        names = [k for k in part[0] if k != "step" and all(k in r for r in part)]
+        return {k: float(np.mean([r[k] for r in part])) for k in names}
 
     return {
         "stage": config.stage,
         "steps": config.train.steps,
         "seconds": round(seconds, 1),
-        "metrics_first": mean(records[:quarter]),
-        "metrics_last": mean(records[-quarter:]),
+        "metrics_first": mean(records[:quarter]) if records else {},
+        "metrics_last": mean(records[-quarter:]) if records else {},
         "eval": evaluation,
     }
-
-
-def write_overview(file: pathlib.Path, state: TrainState) -> None:
-    """Writes the table of parameters (name, shape, size) and which part is trained."""
-    from clu import parameter_overview
-
-    parts = [("trainable", state.params), ("frozen", state.frozen)]
-    text = "\n\n".join(
-        f"{name}: {parameter_overview.count_parameters(tree):,} parameters\n"
-        + parameter_overview.get_parameter_overview(tree, include_stats=False)
-        for name, tree in parts
-        if tree
-    )
-    file.write_text(text + "\n")
 
 
 def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
@@ -303,7 +306,11 @@ def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
     abstract = abstract_state(config, stage, make_optimizer(config.optim, config.train.steps), mesh)
     wanted = merge_params(abstract.params, abstract.frozen)
     params = checkpoint.load_params(path, wanted)
+    if config.lora.rank:
+        base = loading.load_base(checkpoint.load_meta(path), lora.without_adapters(wanted), str(workdir))
+        params = merge_params(base, params)
     checkpoint.require_complete(params, wanted, str(workdir))
-    result = stage.evaluate(params)
+    with lora.applied(config.lora):
+        result = stage.evaluate(params)
     print(json.dumps({k: v for k, v in result.items() if not isinstance(v, list)}, indent=2))
     return result

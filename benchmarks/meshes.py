@@ -27,7 +27,7 @@ from alto_jax import sharding, train  # noqa: E402
 from alto_jax.experiment import ExperimentConfig, make_experiment  # noqa: E402
 from alto_jax.main import load_config  # noqa: E402
 from alto_jax.stages import make_stage  # noqa: E402
-from alto_jax.train_state import TrainState, create_state, make_optimizer, make_schedule  # noqa: E402
+from alto_jax.train_state import TrainState, create_state, make_optimizer  # noqa: E402
 
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2))
 STAGES = ("stage1", "stage1_5", "stage2", "stage3")
@@ -69,8 +69,8 @@ def run(config: ExperimentConfig, first: TrainState, sizes: tuple[int, ...], ste
     stage, optimizer = make_stage(config, mesh), make_optimizer(config.optim, config.train.steps)
     shardings = sharding.tree_shardings(first, mesh)
     state = jax.device_put(first, shardings)
-    step = train.make_step(stage, optimizer, make_schedule(config.optim, config.train.steps), config.seed, shardings)
-    rollout = train.make_rollout(stage, config.seed) if stage.rollout is not None else None
+    step = train.make_step(config, stage, optimizer, shardings)
+    rollout = train.make_rollout(config, stage) if stage.rollout is not None else None
     iterator, losses, moments = stage.data(0, 1), [], []
     for index in range(steps):
         batch = sharding.put_batch(next(iterator), mesh)

@@ -22,7 +22,8 @@ def get_config(size=None):
         config = common.base_config("stage2", common.large_model_types(model))
         config.data.update({"source": "scenes", "max_length": 1024, "max_masks": 1, "system": common.SYSTEM})
         config.optim = {"lr": 4e-5, "schedule": "cosine", "warmup_steps": 300, "weight_decay": 0.05,
-                        "no_decay": NO_DECAY, "trainable": "^(vision|projector|language_model)/"}  # fmt: skip
+                        "no_decay": NO_DECAY, "trainable": "^(vision|projector|language_model)/",
+                        "frozen_dtype": "bfloat16"}  # fmt: skip
         config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
         config.train = {"steps": 10_000, "batch_size": 64, "log_every": 10, "checkpoint_every": 500}
         config.eval = {"every": 0, "num_samples": 256, "batch_size": 32}

@@ -6,11 +6,13 @@
 #SBATCH --cpus-per-task=12
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=TERM@180
 # One process per GPU on SLURM nodes. Assumes: a shared file system for the workdir, an environment that has
 # `pip install -e '.[cuda]'`, and this checkout as the working directory.
 #   sbatch [--nodes=N] launch/slurm.sh --config=configs/stage2.py:8b --config.init_from=DIR --workdir=DIR
 #   launch/slurm.sh --dry-run ...          prints the command instead
-# A requeued job goes on from its last checkpoint.
+# Three minutes before the time limit the run saves and ends with exit code 75, and the job is queued again; it goes on
+# from there, as a job does that SLURM itself queues again.
 set -euo pipefail
 
 dry_run=false
@@ -21,7 +23,13 @@ if [ "$#" -eq 0 ]; then
 fi
 command=(srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m alto_jax.main --distributed=auto "$@")
 if "$dry_run"; then
-  echo "${command[*]}"
-else
-  exec "${command[@]}"
+  printf '%q ' "${command[@]}"
+  echo
+  exit 0
 fi
+status=0
+"${command[@]}" || status=$?
+if [ "$status" -eq 75 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

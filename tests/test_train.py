@@ -10,6 +10,7 @@ import pytest
 
 from alto_jax import checkpoint
 from alto_jax.progress import read_metrics
+from benchmarks import reliability
 from tests.conftest import run_python
 
 STAGES = ("stage1", "stage1_5", "stage2", "stage3")
@@ -18,8 +19,8 @@ KILLED = """
 import os, signal
 from alto_jax import checkpoint, cli, main
 save = checkpoint.Checkpointer.save
-def save_and_die(self, step, *arguments):
-    save(self, step, *arguments)
+def save_and_die(self, step, *arguments, **options):
+    save(self, step, *arguments, **options)
     if step == 2:
         self.wait()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -33,6 +34,11 @@ def arrays(run: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.restore(run / "checkpoints" / str(step) / "state")
     return {jax.tree_util.keystr(path): np.asarray(v) for path, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def untimed(record: dict) -> dict:
+    """A line of metrics.jsonl without what no run repeats: how long things took."""
+    return {name: value for name, value in record.items() if not name.startswith("perf/")}
 
 
 def position(run: pathlib.Path, step: int) -> dict:
@@ -65,8 +71,9 @@ def test_killed_run_resumes_to_the_same_bits(stage, quickstart, tmp_path):
     assert not different, f"{len(different)} of {len(expected)} arrays differ, such as {different[0]}"
     assert position(run, 4) == position(uninterrupted, 4)
     # The record of the run is the same too: every loss, reward and length of the four steps.
-    losses = [record for record in read_metrics(uninterrupted) if "loss" in record]
-    assert read_metrics(run) == losses and [record["step"] for record in losses] == [1, 2, 3, 4]
+    losses = [untimed(record) for record in read_metrics(uninterrupted) if "loss" in record]
+    assert [untimed(record) for record in read_metrics(run)] == losses
+    assert [record["step"] for record in losses] == [1, 2, 3, 4]
 
 
 def test_what_the_same_command_does_after_the_end(quickstart):
@@ -108,3 +115,9 @@ def test_stages_inherit_and_freeze(quickstart):
     assert reference
     for name, value in reference.items():
         np.testing.assert_array_equal(value, runs["stage2"][name.replace("reference", "language_model")])
+
+
+def test_kills_at_random_moments(tmp_path):
+    """The short version of benchmarks/reliability.py."""
+    attempts, different = reliability.prove(tmp_path, kills=3, number=1, seed=5, steps=6)
+    assert sum(a.was_killed for a in attempts) == 3 and different == []

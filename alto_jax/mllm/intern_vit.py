@@ -73,8 +73,14 @@ class InternViTConfig:
 
 
 def drop_path_factors(key: Array, rate: float, num_layers: int, batch: int) -> Array:
-    """Factors of the residual branches, float32[num_layers, 2, B]: 0 or 1/keep, keep falling to 1 - rate."""
+    """Factors of the residual branches, float32[num_layers, 2, B]: 0 or 1/keep, keep falling to 1 - rate.
+
+    `key`: one random key, or one for each of the B rows, which then does not depend on the others.
+    """
     keep = 1.0 - jnp.linspace(0.0, rate, num_layers)[:, None, None]
+    if key.ndim == 1:
+        one = lambda k: jax.random.bernoulli(k, keep[..., 0], (num_layers, 2))
+        return jax.vmap(one, out_axes=2)(key) / keep
     return jax.random.bernoulli(key, keep, (num_layers, 2, batch)) / keep
 
 
@@ -91,7 +97,7 @@ class InternViT(nn.Module):
 
         Args:
           image: float32[B, V, V', 3], ImageNet-normalised, sides multiples of the patch size.
-          drop_path_key: random key of the stochastic depth (training), or None.
+          drop_path_key: random key of the stochastic depth (training), one or one per image, or None.
           return_hidden: also return the hidden states with the class token: the embedding and the result
             of each layer up to select_layer (compiles each layer alone).
 

@@ -21,8 +21,13 @@ class Stage:
     Attributes:
       init: `init(key) -> params`, all parameters from scratch; traceable.
       data: `data(process_index, process_count) -> iterator` of host batches with get_state/set_state.
-      loss_fn: `loss_fn(params, batch, rng, step) -> (loss, (metrics, aux))`; metrics are float scalars,
-        aux is handed to `after_update`.
+      loss_fn: `loss_fn(params, batch, drawn, step[, totals]) -> (loss, (metrics, aux))`; metrics are float
+        scalars, aux (arrays with a row per row of the batch) is handed to `after_update`.
+      draw: `draw(rng, batch_size) -> drawn`, a tree with one row per row of the batch: what is random in the loss.
+        Drawn for the whole batch, so that it depends neither on processes nor on micro-batches. None: nothing is.
+      totals: `totals(params, batch) -> dict` of counts that the loss is a mean over where that is not the number
+        of rows; under gradient accumulation loss_fn gets their sums over the whole batch, divided by the number of
+        micro-batches. None: every loss is a mean over rows.
       inherits: top-level parameter names taken from the start checkpoint where it has them; () if the
         stage starts from nothing.
       requires: names among them that the start checkpoint must have.
@@ -45,6 +50,8 @@ class Stage:
     init: Callable
     data: Callable
     loss_fn: Callable
+    draw: Callable | None = None
+    totals: Callable | None = None
     inherits: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     reset: str | None = None

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from alto_jax import losses, rewards, rollout_log
+from alto_jax import lora, losses, rewards, rollout_log
 from alto_jax.batch import PromptBatch, Rollout
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
@@ -29,7 +29,9 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
     names = ("tokenizer", "vision", "projector", "language_model")
 
     def finish_init(params):
-        return {**params, "reference": params["language_model"]} if config.grpo.loss.beta > 0 else params
+        # Note: with adapters the reference is their base, which is there already.
+        needs_copy = config.grpo.loss.beta > 0 and not config.lora.rank
+        return {**params, "reference": params["language_model"]} if needs_copy else params
 
     return Stage(
         init=lambda key: init_params(config.model, key),
@@ -73,8 +75,10 @@ def rollout(config: ExperimentConfig, special: Any, params: dict, batch: PromptB
     reward, components = rewards.compute_rewards(found.parsed, iou, cfg.reward, **extra)
     generated = found.generated
     reference_logps = jnp.zeros_like(generated.per_token_logps)
-    if "reference" in params:
-        reference = {**policy, "language_model": params["reference"]}
+    if config.grpo.loss.beta > 0:
+        reference = lora.without_adapters(policy)
+        if "reference" in params:
+            reference["language_model"] = params["reference"]
         reference_logps, _ = completion_logps(
             config.model, reference, special, batch, found.image_tokens, generated.ids,
             share_prompt=cfg.generate.share_prompt,

@@ -15,6 +15,7 @@ from alto_jax.experiment import ExperimentConfig
 from alto_jax.mllm import mask_tokens
 from alto_jax.mllm.alto_llm import ALToLLM, init_params, segment
 from alto_jax.mllm.generate import GenerateConfig
+from alto_jax.mllm.text import IGNORE
 from alto_jax.stages import Stage
 from alto_jax.stages.tokenizer import mask_iou, tokenizer_apply
 from alto_jax.tokenizer.alto import ALTo
@@ -27,6 +28,8 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
         init=lambda key: init_params(config.model, key),
         data=lambda process, count: sources.chat_iterator(config, text, process, count, directory),
         loss_fn=make_loss(config, text.ids),
+        draw=jax.random.split if config.model.vision.drop_path_rate > 0 else None,
+        totals=make_totals(config, text.ids),
         inherits=("tokenizer", "vision", "projector", "language_model"),
         requires=("tokenizer",),
         evaluate=make_evaluate(config, text, mesh),
@@ -47,26 +50,21 @@ def check_supervised(means: dict[str, float]) -> None:
 
 
 def make_loss(config: ExperimentConfig, special: Any) -> Any:
-    """`loss_fn(params, batch, rng, step)` of stage 2: token cross-entropy and the mask loss."""
+    """`loss_fn(params, batch, drawn, step, totals=None)` of stage 2: token cross-entropy and the mask loss."""
     cfg, size, model = config.sft, config.model.tokenizer, ALToLLM(config.model)
 
-    def loss_fn(params, batch: ChatBatch, rng, step):
+    def loss_fn(params, batch: ChatBatch, drawn, step, totals=None):
         del step
         apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
         batch_size, num_masks = batch.mask_valid.shape
         is_packed = batch.segment_ids is not None
         masks = batch.masks.reshape(-1, size.mask_size, size.mask_size)
-        if batch.codes is None:
-            codes, length = jax.lax.stop_gradient(tokenizer_apply(ALTo(size), params)(masks, method="tokenize"))
-        else:
-            codes, length = batch.codes, batch.code_lengths.reshape(-1)
-        ids, labels, segment_ids = mask_tokens.replace_mask_tokens(
-            batch.ids, batch.labels, codes.reshape(batch_size, num_masks, -1), length.reshape(batch_size, num_masks),
-            batch.mask_valid, special, text_mask=batch.segment_ids if is_packed else batch.text_mask,
-        )  # fmt: skip
+        ids, labels, segment_ids, length = written_tokens(config, special, params, batch)
         # Images of packed rows lie along one axis; a row's image tokens follow each other in order.
         join = lambda a: a.reshape(-1, *a.shape[2:]) if is_packed and a is not None else a
-        image_tokens = apply(join(batch.image), rng, method="image_tokens")
+        if drawn is not None and is_packed:
+            drawn = jax.vmap(lambda key: jax.random.split(key, batch.image.shape[1]))(drawn).reshape(-1)
+        image_tokens = apply(join(batch.image), drawn, method="image_tokens")
         image_tokens = image_tokens.reshape(batch_size, -1, image_tokens.shape[-1])
         inputs = apply(ids, image_tokens, special.img_context, method="embed")
         if is_packed:
@@ -77,6 +75,8 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
         logits_fn = lambda h: apply(h, method="logits")
         limit = cfg.max_supervised * config.data.pack_samples
         loss, logged = losses.token_cross_entropy(hidden, labels, logits_fn, max_supervised=limit)
+        if totals is not None:  # Note: both terms are means over something else than rows.
+            loss = loss * logged["num_supervised"] / jnp.maximum(totals["tokens"], 1e-9)
         logged = {"token_loss": loss, **logged, "length": jnp.sum(length * batch.mask_valid.reshape(-1)) / jnp.maximum(
             jnp.sum(batch.mask_valid), 1)}  # fmt: skip
         if cfg.mask_loss_weight > 0:
@@ -93,11 +93,43 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
             mask_logits = tokenizer_apply(ALTo(size), params)(probs, features, method="decode_probs")
             valid = (found.valid & batch.mask_valid).reshape(-1)
             term, parts = losses.mask_loss(mask_logits, masks, valid, cfg.mask_loss)
+            if totals is not None:
+                term = term * jnp.sum(valid) / jnp.maximum(totals["masks"], 1e-9)
             loss = loss + cfg.mask_loss_weight * term
             logged |= parts
         return loss, (logged, ())
 
     return loss_fn
+
+
+def written_tokens(config: ExperimentConfig, special: Any, params: dict, batch: ChatBatch) -> tuple:
+    """(ids, labels, segment_ids, length int32[B*M]) of a batch with its masks written as mask tokens."""
+    size = config.model.tokenizer
+    batch_size, num_masks = batch.mask_valid.shape
+    if batch.codes is None:
+        masks = batch.masks.reshape(-1, size.mask_size, size.mask_size)
+        codes, length = jax.lax.stop_gradient(tokenizer_apply(ALTo(size), params)(masks, method="tokenize"))
+    else:
+        codes, length = batch.codes, batch.code_lengths.reshape(-1)
+    ids, labels, segment_ids = mask_tokens.replace_mask_tokens(
+        batch.ids, batch.labels, codes.reshape(batch_size, num_masks, -1), length.reshape(batch_size, num_masks),
+        batch.mask_valid, special, text_mask=batch.text_mask if batch.segment_ids is None else batch.segment_ids,
+    )  # fmt: skip
+    return ids, labels, segment_ids, length
+
+
+def make_totals(config: ExperimentConfig, special: Any) -> Any:
+    """`totals(params, batch)` of stage 2: the numbers of supervised tokens and of masks with a loss."""
+    size = config.model.tokenizer
+
+    def totals(params, batch: ChatBatch):
+        ids, labels, _, _ = written_tokens(config, special, params, batch)
+        num_masks = batch.mask_valid.shape[1]
+        found = mask_tokens.find_supervised_masks(ids, labels, special, size.num_latent_tokens, num_masks)
+        tokens = jnp.sum(labels[:, 1:] != IGNORE, dtype=jnp.float32)
+        return {"tokens": tokens, "masks": jnp.sum(found.valid & batch.mask_valid, dtype=jnp.float32)}
+
+    return totals
 
 
 def segment_attention(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -30,13 +30,16 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
         image = jnp.zeros((1, size.image_size, size.image_size, 3), jnp.uint8)
         return {"tokenizer": model.init(key, mask, image)["params"]}
 
-    def loss_fn(params, batch: MaskBatch, rng, step):
+    def draw(rng, batch_size):
+        return jax.random.randint(rng, (batch_size,), 1, size.num_latent_tokens + 1)
+
+    def loss_fn(params, batch: MaskBatch, drawn, step):
         apply = tokenizer_apply(model, params)
         encoded = apply(batch.mask, method="encode")
         quantized = apply(encoded.z, method="quantize")
         prediction = apply(encoded, method="predict_length")
         if cfg.keep_tokens == "random":
-            count = jax.random.randint(rng, (batch.mask.shape[0],), 1, size.num_latent_tokens + 1)
+            count = drawn
             keep = leading_tokens(count, size.num_latent_tokens)
         elif cfg.keep_tokens == "adaptive":
             keep, count = prediction.keep, prediction.num_kept
@@ -75,6 +78,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
         init=init,
         data=lambda process, count: sources.mask_iterator(config, process, count, directory),
         loss_fn=loss_fn,
+        draw=draw if cfg.keep_tokens == "random" else None,
         inherits=("tokenizer",),
         requires=() if is_first else ("tokenizer",),
         reset=None if is_first else "^tokenizer/length/",

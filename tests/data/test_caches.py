@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from alto_jax import checkpoint, sharding
+from alto_jax import checkpoint, loading, sharding
 from alto_jax.config import ConfigError
 from alto_jax.data import caches, prepare, sources
 from alto_jax.data.caches import CacheMaker
@@ -56,7 +56,7 @@ def batches(config, count=4):
 
 def test_cached_equals_computed(debug_model, chats):
     """Codes exactly, features to bfloat16's rounding, in batches of another size than they were made with."""
-    model = checkpoint.load_model(debug_model.path, sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
+    model = loading.load_model(debug_model.path, sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
     variables = {"params": model.params}
     features = jax.jit(lambda *a: ALToLLM(model.cfg).apply(variables, *a, method="image_features"))
     tokenizer = {"params": model.params["tokenizer"]}
