@@ -39,7 +39,9 @@ def main() -> None:
     options = parser.parse_args()
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
     loaded = checkpoint.load_model(options.run, mesh)
-    config = build(ExperimentConfig, json.loads((Path(options.run) / "config.json").read_text()))
+    values = json.loads((Path(options.run) / "config.json").read_text())
+    names = ("stage", "model", "data", "eval")
+    config = build(ExperimentConfig, {name: values[name] for name in names})
     config = dataclasses.replace(
         config, eval=dataclasses.replace(config.eval, num_samples=options.samples, batch_size=options.batch_size)
     )
