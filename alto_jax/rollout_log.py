@@ -32,6 +32,7 @@ def make_writer(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) ->
     tokenizer, count = config.model.tokenizer, config.grpo.log_samples
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    @functools.partial(sharding.on_mesh, mesh)
     def describe(params, rollout):
         """The first prompts' part of the rollout, and its masks (decoded anew: a rollout does not keep them)."""
         first = jax.tree.map(lambda a: a[:count], rollout.replace(image_tokens=None))

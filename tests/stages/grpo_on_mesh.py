@@ -28,8 +28,13 @@ def slope(logps, old, reference, advantages, mask, cfg):
 
 
 def main() -> None:
-    rng = np.random.default_rng(0)
     mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+    print(json.dumps(sharding.on_mesh(mesh, compare)(mesh)))
+
+
+def compare(mesh: jax.sharding.Mesh) -> dict:
+    """The differences, with parameters, batch and activations split over the mesh."""
+    rng = np.random.default_rng(0)
     params = jax.jit(lambda key: init_params(case.CONFIG, key))(jax.random.key(0))
     params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(np.float32), params)
     params = jax.device_put(params, sharding.tree_shardings(params, mesh))
@@ -69,14 +74,13 @@ def main() -> None:
         pairs = zip(*map(jax.tree.leaves, both))
         gradients[objective] = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
     split = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(params["language_model"]))
-    report = {
+    return {
         "devices": jax.device_count(),
         "images_per_device": batch.image.addressable_shards[0].data.shape[0],
         "split_parameters": split,
         "logps": float(jnp.max(jnp.where(mask, jnp.abs(got - want), 0))),
         "gradients": gradients,
     }
-    print(json.dumps(report))
 
 
 if __name__ == "__main__":
