@@ -10,7 +10,6 @@ import dataclasses
 import json
 from pathlib import Path
 import sys
-import time
 
 import jax
 import numpy as np
@@ -67,17 +66,17 @@ def main() -> None:
         "budget": [{"max_length": min(c, size)} for c in COUNTS],
         "exact length": [{"forced_length": min(c, size)} for c in COUNTS],
     }
-    began, rows = time.monotonic(), []
+    rows = []
     for name, settings in dials.items():
         for dial in settings:
             row = {"dial": name, "value": next(iter(dial.values())), **measure(**dial)}
             rows.append(row)
             print(f"{name:16} {row['value']:>5}  tokens {row['tokens']:5.1f}  gIoU {row['giou']:.3f}", flush=True)
     programs = answer._cache_size()
-    write(Path(options.out), rows, sum(len(b.mask) for b in batches), programs, time.monotonic() - began)
+    write(Path(options.out), rows, config.stage, sum(len(b.mask) for b in batches), programs)
 
 
-def write(out: Path, rows: list[dict], count: int, programs: int, seconds: float) -> None:
+def write(out: Path, rows: list[dict], stage: str, count: int, programs: int) -> None:
     """The table and the figure."""
     figure, axes = report.new_figure()
     for name in dict.fromkeys(row["dial"] for row in rows):
@@ -90,8 +89,8 @@ def write(out: Path, rows: list[dict], count: int, programs: int, seconds: float
     lines = [
         "# Length at request time",
         "",
-        f"`python {' '.join(sys.argv)}`, 2 CPU cores: one checkpoint, {count} held-out requests, greedy, grammar;",
-        f"{len(rows)} settings, {programs} compiled program(s) (one per batch size), {seconds:.0f} s.",
+        f"`python benchmarks/length_dial.py RUN --samples {count}`, 2 CPU cores: one checkpoint ({stage}), {count} held-out",
+        f"requests, greedy, with the grammar; {len(rows)} settings of one program ({programs} compiled: one per batch size).",
         "",
         f"![gIoU against mean tokens]({out.name}.png)",
         "",

@@ -91,7 +91,7 @@ def write(out: Path, options: argparse.Namespace, start: dict, rows: list, monot
     lines = [
         "# The reward's lambda: tokens and IoU",
         "",
-        f"`python {' '.join(sys.argv)}`, 2 CPU cores. {settings}; means over seeds",
+        f"`python benchmarks/length_reward.py --start RUN`, 2 CPU cores. {settings}; means over seeds",
         f"{', '.join(map(str, options.seeds))}; {options.samples} held-out scenes, greedy answers without the grammar.",
         "",
         f"![gIoU against mean tokens]({out.name}.png)",
