@@ -89,8 +89,9 @@ def write(out: Path, rows: list[dict], stage: str, count: int, programs: int) ->
     lines = [
         "# Length at request time",
         "",
-        f"`python benchmarks/length_dial.py RUN --samples {count}`, 2 CPU cores: one checkpoint ({stage}), {count} held-out",
-        f"requests, greedy, with the grammar; {len(rows)} settings of one program ({programs} compiled: one per batch size).",
+        f"`python benchmarks/length_dial.py RUN --samples {count}`, 2 CPU cores: one checkpoint ({stage}), {count}",
+        f"held-out requests, greedy, with the grammar; {len(rows)} settings of one program (compiled: {programs}, one per",
+        "batch size).",
         "",
         f"![gIoU against mean tokens]({out.name}.png)",
         "",

@@ -1,5 +1,6 @@
 """Rewards and advantages against the reference's group and plain formulas."""
 
+import functools
 import types
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alto_jax import rewards
+from alto_jax import metrics, rewards
 from alto_jax.mllm.mask_tokens import parse_completion
 from tests.golden_io import golden, tolerance
 
@@ -61,6 +62,34 @@ def test_iou_reward_by_hand():
     np.testing.assert_allclose(ours, [[1 / 3, 1], [1, 0]])
     none = rewards.iou_reward(masks, target, jnp.zeros((2, 2), bool))
     assert not np.any(none)
+
+
+def test_boundary_reward_is_the_metric():
+    rng = np.random.default_rng(0)
+    masks = rng.uniform(size=(2, 3, 20, 30)).astype(np.float32)
+    masks[:, :, 4:15, 6:22] += 0.6
+    target = np.zeros((2, 20, 30), np.float32)
+    target[:, 5:16, 6:20] = 1
+    valid = jnp.array([[True, True, False], [True, True, True]])
+    ours = jax.jit(functools.partial(rewards.iou_reward, boundary=True))(masks, target, valid)
+    expected = metrics.boundary_iou(masks > 0.5, (target > 0.5)[:, None])
+    np.testing.assert_allclose(ours, np.where(valid, expected, 0), rtol=1e-6)
+    whole = rewards.iou_reward(masks, target, valid)
+    assert 0 < float(ours[0, 0]) < float(whole[0, 0])
+
+
+def test_token_match_and_weights():
+    ids = jnp.array([[521, 530, 531, 532, 522], [521, 530, 540, 522, 2], [530, 521, 522, 2, 2]])[None]
+    parsed = parse_completion(ids, None, SPECIAL, 4)
+    match = rewards.token_match(parsed, jnp.array([[7, 8, 0, 9]]))
+    np.testing.assert_allclose(match, [[2 / 3, 1 / 2, 0]])  # Codes 7, 8, 9; 7, 17; malformed.
+    iou = jnp.array([[0.5, 0.25, 0.0]])
+    cfg = rewards.RewardConfig(boundary_weight=2.0, token_weight=3.0, length_weight=0.1)
+    values, parts = rewards.compute_rewards(parsed, iou, cfg, boundary=iou / 2, tokens=match)
+    np.testing.assert_allclose(values, [[1 + 0.5 - 0.3 + 0.5 + 2, 1 + 0.25 - 0.2 + 0.25 + 1.5, 0]], rtol=1e-6)
+    np.testing.assert_allclose(parts["tokens"], [[2, 1.5, 0]], rtol=1e-6)
+    with pytest.raises(ValueError, match="tokens: .*weight of 3.0, got None"):
+        rewards.compute_rewards(parsed, iou, cfg, boundary=iou)
 
 
 def test_group_advantages():
