@@ -12,6 +12,7 @@ metrics.jsonl.
 
 import argparse
 import collections
+from collections.abc import Sequence
 import dataclasses
 import datetime
 import hashlib
@@ -183,8 +184,10 @@ def fingerprint(workdir: pathlib.Path, steps: int) -> dict[str, str]:
     return found | {"metrics.jsonl": hashlib.sha256(json.dumps(records).encode()).hexdigest()}
 
 
-def prove(folder: pathlib.Path, kills: int, number: int, seed: int, steps: int) -> tuple[list[Attempt], list[str]]:
-    """Runs once undisturbed, once with `kills` kills.
+def prove(
+    folder: pathlib.Path, kills: int, number: int, seed: int, steps: int, phases: Sequence[str] = PHASES
+) -> tuple[list[Attempt], list[str]]:
+    """Runs once undisturbed, once with `kills` kills in random `phases`.
 
     Returns:
       The attempts of the second run, and what differs at the end (nothing, if all is well).
@@ -194,7 +197,7 @@ def prove(folder: pathlib.Path, kills: int, number: int, seed: int, steps: int) 
     attempts: list[Attempt] = []
     while not (folder / "killed" / "result.json").exists():
         done = sum(a.was_killed for a in attempts)
-        phase = rng.choice(PHASES) if done < kills else None
+        phase = rng.choice(phases) if done < kills else None
         saved = [int(p.name) for p in (folder / "killed" / "checkpoints").glob("[0-9]*") if p.name.isdigit()]
         newest = max(saved, default=0)
         left = (steps - newest) // CHECKPOINT_EVERY - 2

@@ -87,16 +87,18 @@ def chat_batch(config, rows):
     )
 
 
-def traced(config, loss_fn, batch, params):
-    """(products of the forward pass, of forward and backward pass) of a loss."""
+def traced(config, loss_fn, batch, params, draw=None):
+    """(products of the forward pass, of forward and backward pass) of a loss; `draw` as in Stage."""
     trained, frozen = jax.eval_shape(lambda p: split_params(p, config.optim.trainable), params)
-    rng = jax.eval_shape(lambda: jax.random.key(0))
+    drawn = None
+    if draw is not None:
+        drawn = jax.eval_shape(lambda: draw(jax.random.key(0), config.train.batch_size))
 
-    def loss(trained, frozen, batch, rng):
-        return loss_fn(merge_params(trained, frozen), batch, rng, 0)[0]
+    def loss(trained, frozen, batch, drawn):
+        return loss_fn(merge_params(trained, frozen), batch, drawn, 0)[0]
 
-    forward = jax.make_jaxpr(loss)(trained, frozen, batch, rng)
-    both = jax.make_jaxpr(jax.value_and_grad(loss))(trained, frozen, batch, rng)
+    forward = jax.make_jaxpr(loss)(trained, frozen, batch, drawn)
+    both = jax.make_jaxpr(jax.value_and_grad(loss))(trained, frozen, batch, drawn)
     # Dead code: the products whose result is not used, such as those of a loss that is only logged.
     live = lambda closed: jax.interpreters.partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[0]
     return products(live(forward)), products(live(both))
@@ -117,7 +119,7 @@ def test_tokenizer_stages(stage, size):
     config = without_remat(experiment(stage, size))
     made = make(config, jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor")))
     params = jax.eval_shape(made.init, jax.random.key(0))
-    forward, both = traced(config, made.loss_fn, mask_batch(config, config.train.batch_size), params)
+    forward, both = traced(config, made.loss_fn, mask_batch(config, config.train.batch_size), params, made.draw)
     counted = flops.step_flops(config)
     np.testing.assert_allclose(counted.forward, forward, rtol=0.005)
     np.testing.assert_allclose(counted.total, both, rtol=0.005)

@@ -82,7 +82,7 @@ def test_packed_loss_and_gradients_equal_those_of_separate_rows(setting):
         loss_fn = sft.make_loss(config, tok.ids)
 
         def loss(part, batch):
-            value, (metrics, _) = loss_fn({**params, **part}, batch, jax.random.key(0), 0)
+            value, (metrics, _) = loss_fn({**params, **part}, batch, None, 0)
             return value, metrics
 
         run = jax.jit(jax.value_and_grad(loss, has_aux=True))
