@@ -15,6 +15,7 @@ import re
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -108,7 +109,9 @@ def make_mesh(cfg: MeshConfig, devices: Any = None, auto_inputs: Callable[[], Au
         cfg = choose_sizes(inputs.state, len(devices), inputs.batch_size, device_memory(devices[0]))
     cfg = fill_sizes(cfg, len(devices))
     sizes = (cfg.data, cfg.fsdp, cfg.tensor)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # Note: an axis of 16 devices on a slice of 8 x 8 splits a physical axis, which jax.make_mesh refuses.
+    arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def fill_sizes(cfg: MeshConfig, num_devices: int) -> MeshConfig:
