@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from alto_jax import checkpoint, report, sharding
+from alto_jax import loading, report, sharding
 from alto_jax.config import build
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--out", default=str(ROOT / "benchmarks/results/length_dial"))
     options = parser.parse_args()
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
-    loaded = checkpoint.load_model(options.run, mesh)
+    loaded = loading.load_model(options.run, mesh)
     values = json.loads((Path(options.run) / "config.json").read_text())
     names = ("stage", "model", "data", "eval")
     config = build(ExperimentConfig, {name: values[name] for name in names})
