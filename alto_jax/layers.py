@@ -4,7 +4,7 @@ Everything works on `[B, T, D]` activations, computes in `dtype` and keeps param
 norms and softmax are computed in float32. Dimension letters: see `alto_jax.batch`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import contextlib
 from typing import Any
 
@@ -226,6 +226,14 @@ class Stack(nn.Module):
             else self.param("layers", init)
         )
 
+        if stop <= start:
+            return carry, None
+        return self.scan(carry, jax.tree.map(lambda a: a[start:stop], params), *shared, per_layer=per_layer)
+
+    def scan(self, carry: Any, params: Any, *shared: Any, per_layer: tuple = ()):
+        """Applies as many blocks as `params` has rows; the rest as in `__call__`."""
+        block = self.make_block(parent=None)
+
         def body(carry, row):
             layer, extra = row
             return block.apply({"params": layer}, carry, *shared, *extra)
@@ -237,10 +245,29 @@ class Stack(nn.Module):
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         elif self.remat != "none":
             raise ValueError(f"remat: expected one of {REMAT_POLICIES}, got {self.remat!r}")
-        if stop <= start:
-            return carry, None
-        params = jax.tree.map(lambda a: a[start:stop], params)
-        return jax.lax.scan(body, carry, (params, per_layer), unroll=min(self.unroll, stop - start))
+        num_layers = jax.tree.leaves(params)[0].shape[0]
+        return jax.lax.scan(body, carry, (params, per_layer), unroll=min(self.unroll, num_layers))
+
+
+def alternate(x: Array, stacks: Sequence[Stack], counts: Sequence[int]) -> Array:
+    """Applies counts[0] blocks of the first stack, counts[1] of the second and so on, again and again to their ends.
+
+    One loop around one loop a stack: each kind of block is compiled once, however often they take turns. Not for
+    initialisation, since the stacks must have their parameters.
+
+    Args:
+      x: the activation.
+      stacks: of blocks that take nothing else; each has the same number of times its count in layers.
+    """
+    split = lambda count: lambda a: a.reshape(-1, count, *a.shape[1:])
+    rows = [jax.tree.map(split(n), stack.get_variable("params", "layers")) for stack, n in zip(stacks, counts)]
+
+    def body(x, rows):
+        for stack, row in zip(stacks, rows):
+            x, _ = stack.scan(x, row)
+        return x, None
+
+    return jax.lax.scan(body, x, rows)[0]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,9 @@ In: a random-access source of MaskRecords {"key", "image", "mask"} or ChatRecord
 """
 
 from collections.abc import Callable, Mapping
+import ctypes
+import functools
+import os
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +15,8 @@ import numpy as np
 from alto_jax.data import bad_data, transforms
 from alto_jax.mllm import text
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT_BYTES, _LARGEST_KEPT = 2**30, 2**25
 _REFERENCE_SHRINK = 4  # stage 1 of the reference: masks of 1024 to 256 pixels, without antialiasing
 
 
@@ -21,6 +26,22 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Has the C library keep up to 1 GiB of freed memory for the next records; returns whether it does.
+
+    Images are some megabytes, which glibc maps afresh for each and unmaps when it is freed. The page faults of that took
+    seven times as long as reading a prepared record (benchmarks/results/data.md). Other C libraries, and processes
+    that set MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES, are left alone.
+    """
+    chosen = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+    names = getattr(os, "confstr_names", {})
+    if any(name in os.environ for name in chosen) or "CS_GNU_LIBC_VERSION" not in names:
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
 class Examples:
@@ -39,6 +60,7 @@ class Examples:
     ):
         if len(source) == 0:
             raise ValueError("the data source holds no record")
+        keep_freed_memory()
         self._source, self._transform = source, transform
         self.bad = bad_data.BadRecords(len(source), max_bad_fraction, max_bad_records)
 

@@ -170,6 +170,7 @@ class TextTokenizer:
     def __init__(self, tokenizer: Any, source: str = "tokenizer"):
         """Wraps `tokenizer`, which comes from `source`; ValueError names a special token that is missing."""
         self._tokenizer = tokenizer
+        self._fixed: dict[str, tuple[int, ...]] = {}
         self.ids = _special_ids(tokenizer, source)
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
 
@@ -242,6 +243,14 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`; special tokens in it become their ids, nothing is added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_fixed(self, text: str) -> list[int]:
+        """`encode` for text that comes again and again: kept after the first time."""
+        if text not in self._fixed:
+            if len(self._fixed) >= 64:
+                self._fixed.clear()
+            self._fixed[text] = tuple(self.encode(text))
+        return list(self._fixed[text])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`, special tokens written out."""
@@ -361,9 +370,9 @@ def render_conversation(
     """
     ids = _bos(tok)
     labels = [IGNORE] * len(ids)
-    header_length = len(tok.encode(HEADERS["gpt"]))
+    header_length = len(tok.encode_fixed(HEADERS["gpt"]))
     for text in template_text(_with_image(conversations, num_image_tokens), system):
-        turn = tok.encode(text)
+        turn = tok.encode_fixed(text) if text.startswith(HEADERS["system"]) else tok.encode(text)
         ids += turn
         if text.startswith(HEADERS["gpt"]):
             labels += [IGNORE] * header_length + turn[header_length:-1] + [IGNORE] * (len(turn) > header_length)

@@ -83,6 +83,12 @@ class SamEncoderConfig:
         kinds = (i in self.global_attn_indexes for i in range(self.depth))
         return [(kind, len(list(run))) for kind, run in itertools.groupby(kinds)]
 
+    def period(self) -> list[tuple[bool, int]]:
+        """The first two segments, if all others repeat them, as in SAM's published sizes; else nothing."""
+        segments = self.segments()
+        is_periodic = len(segments) > 2 and segments == segments[:2] * (len(segments) // 2)
+        return segments[:2] if is_periodic else []
+
 
 def relative_positions(query_size: int, key_size: int, table: Array) -> Array:
     """Looks up relative-position embeddings along one axis.
@@ -224,13 +230,16 @@ class SamEncoder(nn.Module):
             stack(cfg.window_size, len(cfg.window_attn_indexes), "window_blocks"),
             stack(0, len(cfg.global_attn_indexes), "global_blocks"),
         )
-        hidden, done = [x], [0, 0]
-        for is_global, length in cfg.segments():
-            for step in [1] * length if return_hidden else [length]:
-                start = done[is_global]
-                x, _ = stacks[is_global](x, start=start, stop=start + step)
-                done[is_global] = start + step
-                hidden.append(x)
+        hidden, done, period = [x], [0, 0], cfg.period()
+        if period and not (return_hidden or self.is_initializing()):
+            x = layers.alternate(x, [stacks[kind] for kind, _ in period], [length for _, length in period])
+        else:
+            for is_global, length in cfg.segments():
+                for step in [1] * length if return_hidden else [length]:
+                    start = done[is_global]
+                    x, _ = stacks[is_global](x, start=start, stop=start + step)
+                    done[is_global] = start + step
+                    hidden.append(x)
 
         conv = functools.partial(nn.Conv, cfg.out_channels, use_bias=False, **types)
         x = constrain(conv((1, 1), name="neck_conv1")(x), "batch", ...)

@@ -149,6 +149,29 @@ def test_remat_gives_the_same_gradient_and_bfloat16_is_close():
     assert np.sqrt(np.mean(np.square(half.astype(jnp.float32) - out))) < 0.05
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_segments_that_repeat_are_one_loop_with_the_same_results(remat):
+    cfg = dataclasses.replace(TINY, depth=6, global_attn_indexes=(2, 5), remat=remat)
+    image = np.random.default_rng(1).normal(size=(1, 24, 24, 3)).astype(np.float32)
+    params = random_params(SamEncoder(cfg), image)
+
+    def loss(p, image, block_by_block):
+        out = SamEncoder(cfg).apply({"params": p}, image, return_hidden=block_by_block)
+        out = out[0] if block_by_block else out
+        return jnp.mean(out**3), out
+
+    results, exponentials = {}, {}
+    for block_by_block in (False, True):
+        function = jax.value_and_grad(loss, has_aux=True)
+        jaxpr = str(jax.make_jaxpr(function, static_argnums=2)(params, image, block_by_block))
+        exponentials[block_by_block] = jaxpr.count(" exp ")  # Of the softmax: as many as there are bodies of blocks.
+        results[block_by_block] = jax.jit(function, static_argnums=2)(params, image, block_by_block)
+    assert exponentials[True] == 3 * exponentials[False] > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results.values())
+    assert cfg.period() == [(False, 2), (True, 1)] and SamEncoderConfig().period() == [(False, 5), (True, 1)]
+    assert TINY.period() == [] and dataclasses.replace(cfg, global_attn_indexes=(1, 5)).period() == []
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("image_size", 30), ("num_heads", 3), ("global_attn_indexes", (1, 2)), ("global_attn_indexes", (1, 0))],
