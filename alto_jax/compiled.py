@@ -4,6 +4,7 @@ XLA's own cost analysis counts the body of a loop once; here the text of the opt
 inside a loop counts as often as the loop runs, where its trip count is known.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
 import re
@@ -25,8 +26,10 @@ _BRANCHES = re.compile(
     r"\b(?:branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+)|false_computation=%?([\w.\-]+))"
 )
 _TRIPS = re.compile(r'known_trip_count[\\"]*\s*:\s*\{[\\"]*n[\\"]*\s*:\s*[\\"]*(\d+)')
+_NAMES = re.compile(r"%([\w.\-]+)")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
-_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([0-9,]*)\}")
 
 
@@ -125,6 +128,59 @@ def _received(kind: str, sizes: list[int], is_start: bool, group: int) -> int:
     return total if kind in ("collective-permute", "collective-broadcast") else total * others // group
 
 
+def trip_count(line: str, computation: str, computations: dict[str, list[str]]) -> int | None:
+    """How often a `while` runs: as XLA says, or else as its condition `counter < constant` does.
+
+    The counter is taken to rise by one, from the constant it starts with (0 if that is not found), as in every
+    `lax.scan`. None: the condition is another one, such as that of a `while_loop` with an early exit.
+
+    Args:
+      line: the instruction.
+      computation: name of the computation that it is in.
+      computations: lines of all computations by name.
+    """
+    known = _TRIPS.search(line)
+    if known:
+        return int(known[1])
+    condition = re.search(r"\bcondition=%?([\w.\-]+)", line)
+    defined = _definitions(computations.get(condition[1] if condition else "", ()))
+    root = next((text for text in defined.values() if text.startswith("ROOT ")), "")
+    compared = re.search(r"\scompare\(([^)]*)\), direction=(LT|GT)", root)
+    if not compared:
+        return None
+    counter, limit = (
+        defined.get(name, "") for name in _NAMES.findall(compared[1])[:: 1 if compared[2] == "LT" else -1]
+    )
+    end, index = _constant(limit), re.search(r"get-tuple-element\(.*\), index=(\d+)", counter)
+    if end is None or index is None:
+        return None
+    before = _definitions(computations.get(computation, ()))
+    operand = re.search(r"[\s)}]while\((.*?)\)", line)
+    start = before.get(_NAMES.findall(operand[1])[0], "") if operand else ""
+    elements = re.search(r"[\s)}]tuple\((.*?)\)(?:,|$)", start)
+    if elements:
+        start = before.get(_NAMES.findall(elements[1])[int(index[1])], "")
+    while copied := re.search(r"[\s)}]copy\(.*?%([\w.\-]+)\)", start):
+        start = before.get(copied[1], "")
+    return max(end - (_constant(start) or 0), 0)
+
+
+def _definitions(lines: Sequence[str]) -> dict[str, str]:
+    """Name → instruction, of a computation."""
+    found = {}
+    for line in lines:
+        name = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
+        if name:
+            found[name[1]] = line.strip()
+    return found
+
+
+def _constant(instruction: str) -> int | None:
+    """The value of a scalar integer constant; None if the instruction is another."""
+    found = re.search(r"\sconstant\((-?\d+)\)", instruction)
+    return int(found[1]) if found else None
+
+
 def collectives(text: str, num_devices: int) -> list[Collective]:
     """Reads the collectives of an optimised HLO module (`compiled.as_text()`), the largest first."""
     computations: dict[str, list[str]] = {}
@@ -141,34 +197,43 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
             computations[name].append(line)
     found: dict[tuple[str, int], list] = {}
 
-    def visit(name: str, times: int, unknown: bool, depth: int = 0) -> None:
+    def visit(name: str, times: int, unknown: bool, seen: set[str], depth: int = 0) -> None:
         for line in computations.get(name, ()) if depth < 64 else ():
             match = _OPCODE.search(line)
             if match:
+                channel = _CHANNEL.search(line)
+                # Note: an asynchronous collective of a TPU stands in every fusion that it overlaps with.
+                if channel and channel[1] in seen:
+                    continue
+                seen |= {channel[1]} if channel else set()
                 kind, group = match[1], _group_size(line, num_devices)
-                moved = _received(kind, _shape_bytes(line[: match.start()].split("=", 1)[1]), bool(match[2]), group)
+                sizes = _shape_bytes(line[: match.start()].split("=", 1)[1])
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                    # A TPU's reduce-scatter is a fusion of an all-reduce and a slice of its result.
+                    kind, sizes = "reduce-scatter", [size // group for size in sizes]
+                moved = _received(kind, sizes, bool(match[2]), group)
                 total = found.setdefault((kind, group), [0, 0, False])
                 total[0] += times
                 total[1] += times * moved
                 total[2] |= unknown
                 continue
             if re.search(r"[\s)}]while\(", line):
-                trips = _TRIPS.search(line)
+                trips = trip_count(line, name, computations)
                 body = re.search(r"\bbody=%?([\w.\-]+)", line)
                 if body:
-                    visit(body[1], times * int(trips[1]) if trips else times, unknown or not trips, depth + 1)
+                    visit(body[1], times * (1 if trips is None else trips), unknown or trips is None, set(), depth + 1)
                 continue
             if re.search(r"[\s)}]async-(done|update)\(", line):
                 continue
             for called in _CALLED.findall(line):
                 for child in re.split(r",\s*%?", called):
-                    visit(child, times, unknown, depth + 1)
+                    visit(child, times, unknown, seen, depth + 1)
             for names in _BRANCHES.findall(line):
                 for child in re.split(r",\s*", ",".join(filter(None, names))):
-                    visit(child.lstrip("%"), times, unknown, depth + 1)
+                    visit(child.lstrip("%"), times, unknown, seen, depth + 1)
 
     if entry is not None:
-        visit(entry, 1, False)
+        visit(entry, 1, False, set())
     result = [Collective(kind, group, *values) for (kind, group), values in found.items() if group > 1]
     return sorted(result, key=lambda c: -c.bytes)
 

@@ -77,6 +77,59 @@ def test_collectives_count_as_often_as_their_loops_run():
     assert compiled.collectives("ENTRY %main (p: f32[8]) -> f32[8] {\n}\n", 8) == []
 
 
+# As a TPU's compiler writes it: loops without their trip counts, an asynchronous gather that stands in each fusion it
+# overlaps with, a reduce-scatter as a fusion, groups as axes of a mesh with its devices.
+TPU_HLO = """HloModule jit_step
+
+%start (p: bf16[1,8]) -> (bf16[1,8], bf16[4,8]) {
+  %ag.1 = bf16[4,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, GROUPS, dimensions={0}
+}
+
+%overlapped (p: bf16[1,8]) -> bf16[4,8] {
+  %ag.2 = bf16[4,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, GROUPS, dimensions={0}
+}
+
+%all-reduce-scatter.3 (p: f32[16]) -> f32[4] {
+  %ar = f32[16]{0} all-reduce(%p), channel_id=8, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+
+%body (p: (s32[], bf16[1,8])) -> (s32[], bf16[1,8]) {
+  %s = (bf16[1,8], bf16[4,8]) fusion(%x), kind=kCustom, calls=%start
+  %o = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%overlapped
+  %rs = f32[4]{0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.3
+}
+
+%below (p: (s32[], bf16[1,8])) -> pred[] {
+  %constant.5 = s32[]{:T(128)} constant(33)
+  %p = (s32[]{:T(128)}, bf16[1,8]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %gte = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%gte, %constant.5), direction=LT, metadata={op_name="while/cond/lt"}
+}
+
+%either (p: (s32[], bf16[1,8])) -> pred[] {
+  ROOT %and = pred[] and(%a, %b)
+}
+
+ENTRY %main (p: bf16[1,8]) -> bf16[1,8] {
+  %zero = s32[]{:T(128)} constant(1)
+  %copied = s32[]{:T(128)} copy(s32[]{:T(128)} %zero)
+  %tuple = (s32[]{:T(128)}, bf16[1,8]{1,0:T(8,128)(2,1)}) tuple(%copied, %p)
+  %w1 = (s32[]{:T(128)}, bf16[1,8]{1,0:T(8,128)(2,1)}) while(%tuple), condition=%below, body=%body
+  %w2 = (s32[]{:T(128)}, bf16[1,8]{1,0:T(8,128)(2,1)}) while(%tuple), condition=CONDITION, body=%body
+}
+""".replace("GROUPS", "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}")
+
+
+def test_collectives_of_a_tpu_count_once_a_turn_of_their_loops():
+    found = {c.kind: c for c in compiled.collectives(TPU_HLO.replace("CONDITION", "%below"), 8)}
+    assert found == {
+        "all-gather": compiled.Collective("all-gather", 4, 64, 64 * 64 * 3 // 4, False),
+        "reduce-scatter": compiled.Collective("reduce-scatter", 4, 64, 64 * 64 * 3 // 4, False),
+    }
+    found = {c.kind: c for c in compiled.collectives(TPU_HLO.replace("CONDITION", "%either"), 8)}
+    assert found["all-gather"] == compiled.Collective("all-gather", 4, 33, 33 * 64 * 3 // 4, True)
+
+
 def test_a_loop_of_gathers_as_the_compiler_writes_it():
     """The text of this version of XLA: five products with gathered weights."""
     script = """

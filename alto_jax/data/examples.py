@@ -32,9 +32,9 @@ class Source(Protocol):
 def keep_freed_memory() -> bool:
     """Has the C library keep up to 1 GiB of freed memory for the next records; returns whether it does.
 
-    Images are some megabytes, which glibc maps afresh for each and unmaps when it is freed. The page faults of that took
-    seven times as long as reading a prepared record (benchmarks/results/data.md). Other C libraries, and processes
-    that set MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES, are left alone.
+    Images are some megabytes, which glibc maps afresh for each and unmaps when it is freed. The page faults of that
+    took six times as long as the reading of a prepared record (benchmarks/results/data.md). Other C libraries, and
+    processes that set MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_ or GLIBC_TUNABLES, are left alone.
     """
     chosen = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
     names = getattr(os, "confstr_names", {})
