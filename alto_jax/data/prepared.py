@@ -97,8 +97,11 @@ def take_fields(example: bytes, names: Collection[str]) -> tuple[dict[str, memor
             key, feature = _messages(entry)
             name = str(key, "utf-8")
             if name in names:
-                (values,) = _messages(feature)  # Feature: {1: BytesList}; BytesList: {1: bytes}
-                (found[name],) = _messages(values)
+                # Feature: {1: BytesList}; BytesList: {1: bytes}
+                values = [value for values in _messages(feature) for value in _messages(values)]
+                if len(values) != 1:
+                    raise ValueError(f"tf.Example: expected one string of bytes in {name!r}, got {len(values)}")
+                found[name] = values[0]
             else:
                 others += [b"\x0a", _varint(len(entry)), entry]
     rest = b"".join(others)
@@ -112,7 +115,7 @@ def _messages(message: memoryview) -> Iterator[memoryview]:
         if message[at] & 7 != 2:
             raise ValueError(f"tf.Example: expected a length-delimited field at byte {at} of a message")
         at, size, shift = at + 1, 0, 0
-        while True:
+        while at < len(message):
             size |= (message[at] & 127) << shift
             at, shift = at + 1, shift + 7
             if message[at - 1] < 128:

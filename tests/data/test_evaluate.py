@@ -111,11 +111,12 @@ def test_protocols_and_lengths_are_told_apart(debug_model, data, tmp_path):
     assert "debug (adaptive, per_sentence)" in text and "debug (fixed, per_sentence)" in text
 
 
-def test_paper_rows_come_from_a_file_only(run):
+def test_paper_rows_stand_beside_ours(run):
     _, found = run
     given = {"refcoco": [{"row": "some model", "refcoco_val": 80.5}]}
     text = tables.markdown(found, "debug", given)
-    assert "| some model (given) | 80.5 | – |" in text and "(given)" not in tables.markdown(found, "debug")
+    assert "| ALToLLM-8B, adaptive, paper | 85.8 | – |" in text and "| some model (given) | 80.5 | – |" in text
+    assert "(given)" not in tables.markdown(found, "debug")
 
 
 def test_bad_samples_are_counted_up_to_a_limit(debug_model, tmp_path, capsys):

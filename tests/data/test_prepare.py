@@ -65,6 +65,54 @@ def test_prepared_equals_raw(source, tmp_path, name, folder, image_format):
                 assert np.array_equal(record[key], value), key
 
 
+def test_large_fields_are_taken_out_as_protobuf_reads_them():
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    rng = np.random.default_rng(0)
+    example = tf_example_pb2.Example()
+    fields = example.features.feature
+    sizes = {"image/value": 3_000_000, "empty": 0, "png": 127, "other": 128, "kept": 16_384}
+    for name, size in sizes.items():
+        fields[name].bytes_list.value.append(rng.bytes(size))
+    fields["image/shape"].int64_list.value.extend([1000, 1000, 3])
+    fields["several"].bytes_list.value.extend([b"a", b"", b"bc"])
+    stored = example.SerializeToString()
+    taken, rest = prepared.take_fields(stored, {"image/value", "empty", "png", "absent"})
+    assert {name: bytes(value) for name, value in taken.items()} == {
+        name: fields[name].bytes_list.value[0] for name in ("image/value", "empty", "png")
+    }
+    for name in taken:
+        del fields[name]
+    assert tf_example_pb2.Example.FromString(rest) == example and len(rest) < 20_000
+    for damaged in (stored[:-1], stored[:100], b"\x08" + stored):
+        with pytest.raises(ValueError, match="tf.Example"):
+            prepared.take_fields(damaged, {"image/value"})
+    with pytest.raises(ValueError, match="'several'"):
+        prepared.take_fields(rest, {"several"})
+
+
+def test_freed_memory_is_kept_unless_the_user_says_otherwise():
+    """Of arrays as large as a record's image, made and freed: pages that had to be mapped afresh."""
+    script = """
+import resource, numpy as np
+from alto_jax.data.examples import keep_freed_memory
+kept = keep_freed_memory()
+def use():
+    a, b = np.ones(3_000_000, np.uint8), np.ones(3_500_000, np.uint8)
+use(); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50): use()
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    run = lambda env: subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, check=True)
+    kept, faults = run(env).stdout.split()
+    if kept == b"False":
+        pytest.skip("not glibc")
+    assert int(faults) < 500
+    kept, faults = run({**env, "MALLOC_MMAP_THRESHOLD_": "131072"}).stdout.split()
+    assert kept == b"False" and int(faults) > 10_000
+
+
 def test_prepared_batches_equal_raw_batches(source, tmp_path, debug_model):
     from alto_jax.mllm.text import TextTokenizer
 
