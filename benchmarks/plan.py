@@ -30,12 +30,16 @@ TOPOLOGIES = (
 GIB = 2**30
 HEAD = """# What fits where, and how fast it could be
 
-2026-11-24, planned on 2 CPU cores without any of these machines: `python benchmarks/plan.py` (`--compile` asks the TPU
+2026-11-25, planned on 2 CPU cores without any of these machines: `python benchmarks/plan.py` (`--compile` asks the TPU
 compiler). `GiB, compiler` is the most that a program of the step needs on a device as the TPU compiler lays it out.
 Rows without it, and all of 8 x H100-80G, are **estimates from shapes** (state exact, activations counted roughly).
 Time is a bound, not a measurement: from everything overlapping to nothing overlapping, with compute at 60 %, HBM at
 80 % and links at 80 % of the data sheets' rates. The mesh (data, fsdp, tensor) is what `--mesh=auto` chooses. A batch
 is of images, in stage 3 of prompts with 12 answers each; a stage-3 step is rollout and update.
+
+"""
+SHORT = """
+In short (as in the README): GiB a device and milliseconds a step; ~ is an estimate, without it the compiler has spoken.
 
 """
 
@@ -91,6 +95,20 @@ def row(config: str, topology: str, guess: dict, compiled: dict | None) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def cell(guess: dict, compiled: dict | None) -> str:
+    """A plan in a few characters."""
+    best = compiled or guess
+    if "error" in best:
+        return "–"
+    total = max(program["hbm"]["total"] or 0 for program in best["programs"]) / GIB
+    limit = best["programs"][0]["hbm"]["limit"] / GIB
+    sign = "" if compiled else "~"
+    if not best["fits"]:
+        return f"no: {sign}{total:.0f} of {limit:.0f} GiB"
+    serial = sum(p["seconds"]["serial"] for p in best["programs"])
+    return f"{sign}{total:.0f} of {limit:.0f} GiB, {best['step_seconds'] * 1e3:,.0f}–{serial * 1e3:,.0f} ms"
+
+
 def main() -> int:
     """Estimates, compiles what is asked for, writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,8 +120,9 @@ def main() -> int:
     if store.exists():
         known = {(p["key"]): p for p in map(json.loads, store.read_text().splitlines())}
     wanted = options.compile.split(",")
-    lines = []
+    lines, short = [], ["| | " + " | ".join(t for t, _ in TOPOLOGIES) + " |", "|---" * (len(TOPOLOGIES) + 1) + "|"]
     for config in CONFIGS:
+        cells = [config]
         for topology, devices in TOPOLOGIES:
             key = f"{config}@{topology}"
             tpu = not topology.startswith("h100")
@@ -114,14 +133,17 @@ def main() -> int:
                     known[key] = {"key": key, **found}
                     with store.open("a") as file:
                         file.write(json.dumps(known[key]) + "\n")
-            lines.append(row(config, topology, estimate(config, topology, devices), known.get(key)))
+            guess = estimate(config, topology, devices)
+            lines.append(row(config, topology, guess, known.get(key)))
+            cells.append(cell(guess, known.get(key)))
             print(lines[-1], flush=True)
+        short.append("| " + " | ".join(cells) + " |")
     names = (
         "configuration", "topology", "mesh", "batch", "fits", "GiB, compiler", "GiB, estimate", "GiB there are",
         "TFLOP a step", "ms a step", "MFU",
     )  # fmt: skip
     table = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|", *lines]
-    (RESULTS / "plan.md").write_text(HEAD + "\n".join(table) + "\n")
+    (RESULTS / "plan.md").write_text(HEAD + "\n".join(table) + "\n" + SHORT + "\n".join(short) + "\n")
     return 0
 
 
