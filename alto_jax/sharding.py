@@ -59,6 +59,7 @@ ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "width": ("fsdp", "tensor"),
+    "channels": ("tensor",),
 }
 UNEVEN = ("vocab",)
 

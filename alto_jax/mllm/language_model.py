@@ -285,7 +285,9 @@ class LanguageModel(nn.Module):
         # Note: every device looks its part of the width up for all rows; moving these few rows is far cheaper than
         # gathering the table.
         rows = self.embedder(constrain(ids, "replica", ...)).astype(self.cfg.dtype)
-        return constrain(constrain(rows, "replica", ..., "width"), "batch", ...)
+        rows = constrain(rows, "replica", ..., "width")
+        # Note: one axis at a time (an all-to-all, then a gather over tensor); both at once make XLA gather all rows.
+        return constrain(constrain(rows, "batch", ..., "channels"), "batch", ...)
 
     def __call__(
         self,
