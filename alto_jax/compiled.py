@@ -146,20 +146,18 @@ def trip_count(line: str, computation: str, computations: dict[str, list[str]]) 
     defined = _definitions(computations.get(condition[1] if condition else "", ()))
     root = next((text for text in defined.values() if text.startswith("ROOT ")), "")
     compared = re.search(r"\scompare\(([^)]*)\), direction=(LT|GT)", root)
-    if not compared:
+    names = _NAMES.findall(compared[1]) if compared else []
+    if len(names) != 2:
         return None
-    counter, limit = (
-        defined.get(name, "") for name in _NAMES.findall(compared[1])[:: 1 if compared[2] == "LT" else -1]
-    )
+    counter, limit = (defined.get(name, "") for name in (names if compared[2] == "LT" else reversed(names)))
     end, index = _constant(limit), re.search(r"get-tuple-element\(.*\), index=(\d+)", counter)
     if end is None or index is None:
         return None
     before = _definitions(computations.get(computation, ()))
-    operand = re.search(r"[\s)}]while\((.*?)\)", line)
-    start = before.get(_NAMES.findall(operand[1])[0], "") if operand else ""
-    elements = re.search(r"[\s)}]tuple\((.*?)\)(?:,|$)", start)
-    if elements:
-        start = before.get(_NAMES.findall(elements[1])[int(index[1])], "")
+    operand = re.search(r"[\s)}]while\(.*?%([\w.\-]+)\)", line)
+    elements = re.search(r"[\s)}]tuple\((.*?)\)(?:,|$)", before.get(operand[1], "") if operand else "")
+    names = _NAMES.findall(elements[1]) if elements else []
+    start = before.get(names[int(index[1])], "") if int(index[1]) < len(names) else ""
     while copied := re.search(r"[\s)}]copy\(.*?%([\w.\-]+)\)", start):
         start = before.get(copied[1], "")
     return max(end - (_constant(start) or 0), 0)

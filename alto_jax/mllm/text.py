@@ -246,11 +246,12 @@ class TextTokenizer:
 
     def encode_fixed(self, text: str) -> list[int]:
         """`encode` for text that comes again and again: kept after the first time."""
-        if text not in self._fixed:
+        ids = self._fixed.get(text)  # Note: other threads may clear the table meanwhile.
+        if ids is None:
             if len(self._fixed) >= 64:
                 self._fixed.clear()
-            self._fixed[text] = tuple(self.encode(text))
-        return list(self._fixed[text])
+            ids = self._fixed[text] = tuple(self.encode(text))
+        return list(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`, special tokens written out."""
