@@ -39,7 +39,7 @@ is of images, in stage 3 of prompts with 12 answers each; a stage-3 step is roll
 
 """
 SHORT = """
-The one row of stage 3 that was compiled takes 1.7 times the memory of its estimate (the others 0.9 to 1.3 times): better
+The row of stage 3 that was compiled takes 1.7 times the memory of its estimate (the others 0.9 to 1.3 times): better
 compile than rely on an estimated one.
 
 In short (as in the README): GiB a device and milliseconds a step; ~ is an estimate, without it the compiler has spoken.
