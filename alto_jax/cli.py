@@ -6,8 +6,8 @@ import os
 import sys
 import traceback
 
-from alto_jax import distributed
-from alto_jax.preemption import EXIT_RESUMABLE, Stopped
+from alto_jax.parallel import distributed
+from alto_jax.train.preemption import EXIT_RESUMABLE, Stopped
 
 
 def run(main: Callable[[], int | None]) -> None:

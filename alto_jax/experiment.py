@@ -11,12 +11,12 @@ from typing import Any, Literal
 from alto_jax.config import ConfigError, build, require, to_dict
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import ChatConfig, MaskConfig
-from alto_jax.losses import GrpoLossConfig, MaskLossConfig, ReconstructionLossConfig
+from alto_jax.losses.reconstruction import GrpoLossConfig, MaskLossConfig, ReconstructionLossConfig
 from alto_jax.mllm.alto_llm import ModelConfig
 from alto_jax.mllm.generate import GenerateConfig
+from alto_jax.parallel.sharding import MeshConfig
 from alto_jax.rewards import RewardConfig
-from alto_jax.sharding import MeshConfig
-from alto_jax.train_state import OptimConfig
+from alto_jax.train.state import OptimConfig
 
 STAGE_NAMES = ("stage1", "stage1_5", "stage2", "stage3")
 
@@ -82,7 +82,7 @@ class TrainConfig:
     keep_checkpoints: the newest so many are kept, and beside them the keep_best whose best_metric (a name in
     metrics.jsonl, such as "loss" or "eval/giou", as last logged) is best by best_mode.
     max_bad_steps: the run ends with an error after so many skipped updates in a row. spike_sigmas: also skip updates
-    whose loss is so many standard deviations above the mean of the last ones (0: off); see `alto_jax.step`.
+    whose loss is so many standard deviations above the mean of the last ones (0: off); see `alto_jax.train.step`.
     profile_steps: updates that are traced into WORKDIR/profile, from the third one on (0: none).
     """
 

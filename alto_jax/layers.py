@@ -12,7 +12,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from alto_jax.sharding import constrain
+from alto_jax.parallel.sharding import constrain
 
 Array = jax.Array
 REMAT_POLICIES = ("none", "full", "dots")

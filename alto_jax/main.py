@@ -16,8 +16,9 @@ from typing import Any
 
 from absl import flags
 
-from alto_jax import cli, distributed
+from alto_jax import cli
 from alto_jax.config import ConfigError
+from alto_jax.parallel import distributed
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory: checkpoints, metrics, results.")
 _MODE = flags.DEFINE_enum(
@@ -141,7 +142,7 @@ def main() -> int:
         quickstart.run(values, _WORKDIR.value)
         return 0
     from alto_jax.experiment import make_experiment
-    from alto_jax.train import evaluate, train
+    from alto_jax.train.loop import evaluate, train
 
     if _PROFILE.value:
         values["train"]["profile_steps"] = values["train"]["profile_steps"] or 5

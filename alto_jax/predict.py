@@ -251,7 +251,8 @@ def load(directory: str | os.PathLike) -> TokenizerModel:
     """
     import jax
 
-    from alto_jax import loading, sharding
+    from alto_jax.checkpoint import loading
+    from alto_jax.parallel import sharding
 
     loaded = loading.load_model(directory, sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1]))
     if loaded.text is None:

@@ -13,7 +13,7 @@ import numpy as np
 from alto_jax import experiment, predict, report
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig, make_experiment
-from alto_jax.train import train
+from alto_jax.train.loop import train
 
 
 def run(values: dict, workdir: str) -> dict:

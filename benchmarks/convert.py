@@ -27,7 +27,7 @@ SHARD_BYTES = 2 * 10**9
 # Runs a command line of the converter and prints the highest memory of the process, in kB.
 CHILD = """
 import resource, sys
-from alto_jax import checkpoint
+from alto_jax.checkpoint import runs
 from tools.convert_torch_weights import exporter, importer, plans, report
 from tools.convert_torch_weights.__main__ import main
 import jax; jax.devices(); jax.eval_shape(lambda: jax.numpy.zeros(1))

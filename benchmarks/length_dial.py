@@ -16,12 +16,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from alto_jax import loading, report, sharding
+from alto_jax import report
+from alto_jax.checkpoint import loading
 from alto_jax.config import build
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.mllm.alto_llm import segment
 from alto_jax.mllm.generate import GenerateConfig
+from alto_jax.parallel import sharding
 from alto_jax.stages.tokenizer import mask_iou
 
 ROOT = Path(__file__).parents[1]

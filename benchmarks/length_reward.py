@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from alto_jax import report
 from alto_jax.experiment import make_experiment
 from alto_jax.main import load_config
-from alto_jax.train import train
+from alto_jax.train.loop import train
 
 ROOT = Path(__file__).parents[1]
 LAMBDAS = (0.0, 1e-3, 3e-3, 1e-2)

@@ -24,11 +24,12 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from alto_jax import sharding, train  # noqa: E402
 from alto_jax.experiment import ExperimentConfig, make_experiment  # noqa: E402
 from alto_jax.main import load_config  # noqa: E402
+from alto_jax.parallel import sharding  # noqa: E402
 from alto_jax.stages import make_stage  # noqa: E402
-from alto_jax.train_state import TrainState, create_state, make_optimizer  # noqa: E402
+from alto_jax.train import loop  # noqa: E402
+from alto_jax.train.state import TrainState, create_state, make_optimizer  # noqa: E402
 
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2))
 STAGES = ("stage1", "stage1_5", "stage2", "stage3")
@@ -71,8 +72,8 @@ def run(config: ExperimentConfig, first: TrainState, sizes: tuple[int, ...], ste
     stage, optimizer = make_stage(config, mesh), make_optimizer(config.optim, config.train.steps)
     shardings = sharding.tree_shardings(first, mesh)
     state = jax.device_put(first, shardings)
-    step = train.make_step(config, stage, optimizer, shardings)
-    rollout = train.make_rollout(config, stage) if stage.rollout is not None else None
+    step = loop.make_step(config, stage, optimizer, shardings)
+    rollout = loop.make_rollout(config, stage) if stage.rollout is not None else None
     iterator, losses, moments = stage.data(0, 1), [], []
     for index in range(steps):
         batch = sharding.put_batch(next(iterator), mesh)

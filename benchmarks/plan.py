@@ -16,10 +16,10 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from alto_jax import plan  # noqa: E402
+from alto_jax.plan import __main__ as plan  # noqa: E402
 
 plan.prepare_environment(None)  # before JAX is imported
-from alto_jax import planner  # noqa: E402
+from alto_jax.plan import programs  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIGS = ("stage1.py:base", "stage2.py:2b", "stage2.py:8b", "stage3.py:2b", "stage3.py:8b")
@@ -59,7 +59,7 @@ def estimate(config: str, topology: str, devices: int) -> dict:
     """The plan from shapes, as JSON has it; {"error": ...} if there is none."""
     options, experiment = plan.parse([*arguments(config, topology, devices), "--estimate"])
     try:
-        return planner.make_plan(experiment, options).to_dict()
+        return programs.make_plan(experiment, options).to_dict()
     except ValueError as error:
         return {"error": str(error)}
 

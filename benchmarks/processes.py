@@ -17,8 +17,8 @@ import tempfile
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from alto_jax.progress import read_metrics  # noqa: E402
 from alto_jax.stages import STAGES  # noqa: E402
+from alto_jax.train.progress import read_metrics  # noqa: E402
 
 NAMES, TOLERANCE = ("loss", "grad_norm"), 1e-5
 LOSS_SCALE = {"stage3": 1.0}  # Size of the terms that a loss sums, where they cancel.

@@ -165,7 +165,7 @@ def fingerprint(workdir: pathlib.Path, steps: int) -> dict[str, str]:
     import numpy as np
     import orbax.checkpoint as ocp
 
-    from alto_jax.progress import read_metrics
+    from alto_jax.train.progress import read_metrics
 
     folder = workdir / "checkpoints" / str(steps)
     with ocp.PyTreeCheckpointer() as checkpointer:

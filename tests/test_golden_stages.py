@@ -9,11 +9,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from alto_jax import losses, sharding
 from alto_jax.batch import ChatBatch, MaskBatch, PromptBatch, Rollout
 from alto_jax.experiment import ExperimentConfig, GrpoStageConfig, SftStageConfig, TokenizerStageConfig
+from alto_jax.losses import reconstruction as losses
 from alto_jax.mllm import mask_tokens
 from alto_jax.mllm.alto_llm import ALToLLM
+from alto_jax.parallel import sharding
 from alto_jax.stages import grpo, sft, tokenizer
 from alto_jax.tokenizer.alto import ALTo
 from tests.golden_io import golden

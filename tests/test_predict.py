@@ -10,12 +10,13 @@ from PIL import Image
 import pytest
 
 import alto_jax
-from alto_jax import checkpoint, report
+from alto_jax import report
+from alto_jax.checkpoint import runs
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import SceneMasks
 from alto_jax.predict import Segmenter
 from alto_jax.tokenizer.alto import ALTo
-from alto_jax.train_state import TrainState
+from alto_jax.train.state import TrainState
 from tests.conftest import run_python
 from tests.golden_models import random_params
 
@@ -54,9 +55,9 @@ def run(quickstart, scene, tmp_path_factory):
         if Segmenter(model.cfg, params, "", model.text, model.system).segment(scene[1]["image"], "apple").length:
             break
     state = TrainState(step=jnp.int32(1), params=params, frozen={}, opt_state={}, stats={})
-    checkpointer = checkpoint.Checkpointer(path)
+    checkpointer = runs.Checkpointer(path)
     data = iter(grain.MapDataset.range(1).to_iter_dataset())
-    checkpointer.save(1, state, data, checkpoint.load_meta(quickstart.path / "stage3"))
+    checkpointer.save(1, state, data, runs.load_meta(quickstart.path / "stage3"))
     checkpointer.close()
     shutil.copy(quickstart.path / "stage3" / "tokenizer.json", path)
     return path

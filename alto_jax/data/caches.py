@@ -34,9 +34,9 @@ def _parameters(directory: str | os.PathLike, what: str) -> dict[str, Any]:
       FileNotFoundError: no complete checkpoint there.
       ValueError: it has no such parameters.
     """
-    from alto_jax import checkpoint
+    from alto_jax.checkpoint import runs
 
-    found = {p: a for p, a in sorted(checkpoint.open_params(directory).items()) if re.search(PARAMETERS[what], p)}
+    found = {p: a for p, a in sorted(runs.open_params(directory).items()) if re.search(PARAMETERS[what], p)}
     if not found:
         raise ValueError(f"{directory}: the checkpoint has no parameters {PARAMETERS[what]!r} to make {what} with")
     return found
@@ -121,12 +121,13 @@ def _load(directory: str, pixel_input: str | None) -> _Tokenizer:
     """Reads the tokenizer, and nothing else, of a checkpoint of any stage."""
     import jax
 
-    from alto_jax import checkpoint, sharding
+    from alto_jax.checkpoint import runs
     from alto_jax.config import build
     from alto_jax.mllm.alto_llm import ModelConfig, init_params
+    from alto_jax.parallel import sharding
 
-    root, step = checkpoint.find_run(directory)
-    meta = checkpoint.load_meta(root)
+    root, step = runs.find_run(directory)
+    meta = runs.load_meta(root)
     model = build(ModelConfig, meta["model"], f"{root}: model")
     model = dataclasses.replace(model, vision=None, language_model=None, pixel_input=pixel_input or model.pixel_input)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
@@ -134,8 +135,8 @@ def _load(directory: str, pixel_input: str | None) -> _Tokenizer:
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)), shapes
     )
-    params = checkpoint.load_params(root, abstract)
-    checkpoint.require_complete(params, abstract, directory)
+    params = runs.load_params(root, abstract)
+    runs.require_complete(params, abstract, directory)
     return _Tokenizer(model, params, f"{meta['stage']} step {step} in {root.name}")
 
 

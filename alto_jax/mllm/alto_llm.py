@@ -21,7 +21,7 @@ from alto_jax.mllm.intern_vit import InternViT, InternViTConfig, Projector, imag
 from alto_jax.mllm.language_model import LanguageModel, LanguageModelConfig
 from alto_jax.mllm.mask_tokens import ParsedMask, parse_completion
 from alto_jax.mllm.text import SpecialIds
-from alto_jax.sharding import constrain
+from alto_jax.parallel.sharding import constrain
 from alto_jax.tokenizer.alto import ALTo, TokenizerConfig
 from alto_jax.tokenizer.sam_encoder import mllm_to_unit
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from alto_jax import layers
 from alto_jax.config import require
-from alto_jax.sharding import constrain
+from alto_jax.parallel.sharding import constrain
 
 Array = jax.Array
 INIT = nn.initializers.normal(0.02)

@@ -1,7 +1,7 @@
 """The stages of training as thin modules on one loop.
 
 A stage says how parameters begin, which batches come, what the loss is and how to evaluate; the loop in
-`alto_jax.train` does the rest. Stage 3 adds a rollout between the batch and the loss.
+`alto_jax.train.loop` does the rest. Stage 3 adds a rollout between the batch and the loss.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from alto_jax.sharding import constrain_batch, on_mesh
+from alto_jax.parallel.sharding import constrain_batch, on_mesh
 
 
 @dataclasses.dataclass(frozen=True)

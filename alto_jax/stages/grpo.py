@@ -12,13 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from alto_jax import lora, losses, rewards, rollout_log
+from alto_jax import rewards
 from alto_jax.batch import PromptBatch, Rollout
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
+from alto_jax.lora import adapters
+from alto_jax.losses import reconstruction as losses
 from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, init_params, segment
 from alto_jax.mllm.language_model import KVCache
-from alto_jax.stages import Stage
+from alto_jax.stages import Stage, rollout_log
 from alto_jax.stages.sft import make_evaluate
 from alto_jax.tokenizer.alto import ALTo
 
@@ -76,7 +78,7 @@ def rollout(config: ExperimentConfig, special: Any, params: dict, batch: PromptB
     generated = found.generated
     reference_logps = jnp.zeros_like(generated.per_token_logps)
     if config.grpo.loss.beta > 0:
-        reference = lora.without_adapters(policy)
+        reference = adapters.without_adapters(policy)
         if "reference" in params:
             reference["language_model"] = params["reference"]
         reference_logps, _ = completion_logps(

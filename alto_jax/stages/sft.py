@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alto_jax import losses, sharding
 from alto_jax.batch import ChatBatch
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
+from alto_jax.losses import reconstruction as losses
 from alto_jax.mllm import mask_tokens
 from alto_jax.mllm.alto_llm import ALToLLM, init_params, segment
 from alto_jax.mllm.generate import GenerateConfig
 from alto_jax.mllm.text import IGNORE
+from alto_jax.parallel import sharding
 from alto_jax.stages import Stage
 from alto_jax.stages.tokenizer import mask_iou, tokenizer_apply
 from alto_jax.tokenizer.alto import ALTo

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alto_jax import losses, metrics, sharding
+from alto_jax import metrics
 from alto_jax.batch import MaskBatch
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
+from alto_jax.losses import reconstruction as losses
+from alto_jax.parallel import sharding
 from alto_jax.stages import Stage
 from alto_jax.tokenizer.alto import ALTo
 from alto_jax.tokenizer.length import leading_tokens

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from alto_jax import layers
-from alto_jax.sharding import constrain
+from alto_jax.parallel.sharding import constrain
 from alto_jax.tokenizer.encoder import ViTConfig, grid_position_init, transformer
 
 Array = jax.Array

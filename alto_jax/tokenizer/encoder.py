@@ -16,7 +16,7 @@ import numpy as np
 
 from alto_jax import layers
 from alto_jax.config import require
-from alto_jax.sharding import constrain
+from alto_jax.parallel.sharding import constrain
 
 Array = jax.Array
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from alto_jax.config import require
-from alto_jax.sharding import constrain
+from alto_jax.parallel.sharding import constrain
 
 Array = jax.Array
 

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from alto_jax import evaluate, results
 from alto_jax.data import prepare
 from alto_jax.data.bad_data import kind_of
-from alto_jax.progress import read_metrics
+from alto_jax.evaluate import results, runner
+from alto_jax.train.progress import read_metrics
 from tests.conftest import run_python
 from tests.data import replicas
 from tests.data.test_bad_data import ODD, corrupt, image_files
@@ -178,7 +178,7 @@ def test_stage_one_on_a_folder_with_bad_files(tmp_path, debug_model):
 
     trained = type(debug_model)(path=tmp_path / "again" / "run", config=None)
     asked = options(trained, tmp_path / "sa1b", tmp_path / "out", "tokenizer_sa1b", max_bad_fraction=0.9)
-    found = evaluate.evaluate(asked)["tokenizer_sa1b"]
+    found = runner.evaluate(asked)["tokenizer_sa1b"]
     assert found["num_samples"] == 16 and found["bad_by_kind"] == dict(sorted(expected.items()))
     assert 0 <= found["with_features"]["giou_adaptive"] <= 1
 

@@ -15,13 +15,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from alto_jax import checkpoint, loading, sharding
+from alto_jax.checkpoint import loading, runs
 from alto_jax.config import ConfigError
 from alto_jax.data import caches, prepare, sources
 from alto_jax.data.caches import CacheMaker
 from alto_jax.data.mixture import Mixture
 from alto_jax.data.prepared import Prepared
 from alto_jax.mllm.alto_llm import ALToLLM
+from alto_jax.parallel import sharding
 from alto_jax.tokenizer.alto import ALTo
 from tests.conftest import ROOT
 from tests.data.test_prepare import NONE, digest
@@ -104,7 +105,7 @@ def test_masks_have_features_too(debug_model, tmp_path):
 
 def test_two_steps_train_from_caches_as_without(debug_model, chats, tmp_path):
     """With packed rows: the losses agree to what bfloat16 features change; resumed, the result is the same."""
-    from alto_jax.train import train
+    from alto_jax.train.loop import train
 
     data = {"pack_samples": 2, "max_length": 320}
     cached = with_data(debug_model, chats, **data)
@@ -131,14 +132,14 @@ def test_prompts_carry_features(debug_model, chats):
 
 def test_another_tokenizer_is_refused(debug_model, chats, tmp_path):
     """The cache belongs to the tokenizer's parameters: another language model may stand beside them."""
-    arrays = {path: np.asarray(a) for path, a in checkpoint.open_params(debug_model.path).items()}
+    arrays = {path: np.asarray(a) for path, a in runs.open_params(debug_model.path).items()}
 
     def save(name, change):
         changed = {**arrays, change: arrays[change] + 1e-6}
         fill = lambda sinks: [sink.__setitem__(..., changed[path]) for path, sink in sinks.items()]
-        checkpoint.save_params(
+        runs.save_params(
             tmp_path / name, {p: (a.shape, a.dtype) for p, a in changed.items()}, fill,
-            checkpoint.load_meta(debug_model.path),
+            runs.load_meta(debug_model.path),
         )  # fmt: skip
         shutil.copy(debug_model.path / "tokenizer.json", tmp_path / name)
         return str(tmp_path / name)

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from alto_jax import evaluate
 from alto_jax.data import pipeline, prepare, sources
 from alto_jax.data.mixture import Mixture
+from alto_jax.evaluate import runner
 from alto_jax.mllm.text import TextTokenizer
 from tests.data import replicas
 from tests.data.test_evaluate import options as evaluate_options
@@ -70,7 +70,7 @@ def test_every_format_is_prepared_trained_on_and_evaluated(tmp_path, debug_model
 
     SA-1B, of stage 1, has its turn in test_bad_files.py.
     """
-    from alto_jax.train import train
+    from alto_jax.train.loop import train
 
     data = tmp_path / "data"
     replicas.write_conversations(data / "chat")
@@ -100,10 +100,10 @@ def test_every_format_is_prepared_trained_on_and_evaluated(tmp_path, debug_model
     trained = type(debug_model)(path=tmp_path / "run", config=config)
     names = ["refcoco_val", "refcoco+_val", "refcocog_val", "grefcoco_val", "refcocom_val_part_only", "a150", "pc59"]
     names += ["refcocom_val_object_part", "pas20"]
-    raw = evaluate.evaluate(evaluate_options(trained, data, tmp_path / "raw", ",".join(names)))
+    raw = runner.evaluate(evaluate_options(trained, data, tmp_path / "raw", ",".join(names)))
     assert len(raw) == len(names) and all(0 <= task["giou"] <= 1 for task in raw.values())
     name, out = "grefcoco_val", tmp_path / "out"
-    found = evaluate.evaluate(evaluate_options(trained, prepared(name, ""), out, name))
+    found = runner.evaluate(evaluate_options(trained, prepared(name, ""), out, name))
     task = f"{name}.joined.adaptive"
     assert found[task] == raw[task]
     file = f"results/{task}.jsonl"

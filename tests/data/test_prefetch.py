@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alto_jax import sharding
-from alto_jax.checkpoint import Checkpointer
+from alto_jax.checkpoint.runs import Checkpointer
 from alto_jax.data.prefetch import Ahead
-from alto_jax.train_state import TrainState
+from alto_jax.parallel import sharding
+from alto_jax.train.state import TrainState
 from tests.data.test_pipeline import numbers
 
 

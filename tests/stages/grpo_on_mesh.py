@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alto_jax import sharding
 from alto_jax.batch import PromptBatch
-from alto_jax.losses import GrpoLossConfig, grpo_loss
+from alto_jax.losses.reconstruction import GrpoLossConfig, grpo_loss
 from alto_jax.mllm.alto_llm import ALToLLM, init_params
+from alto_jax.parallel import sharding
 from tests.stages import test_grpo as case
 
 BATCH, GROUP, PROMPT, LENGTH = 8, 3, 7, 6

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from alto_jax.batch import PromptBatch, Rollout
-from alto_jax.losses import GrpoLossConfig, grpo_loss, token_log_probs
+from alto_jax.losses.reconstruction import GrpoLossConfig, grpo_loss, token_log_probs
 from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, init_params
 from alto_jax.mllm.intern_vit import InternViTConfig
 from alto_jax.mllm.language_model import LanguageModelConfig
 from alto_jax.mllm.text import SpecialIds
-from alto_jax.rollouts import minibatch
 from alto_jax.stages.grpo import completion_logps, refill
 from alto_jax.tokenizer.alto import TokenizerConfig
 from alto_jax.tokenizer.encoder import ViTConfig
 from alto_jax.tokenizer.pixel_decoder import PixelDecoderConfig
+from alto_jax.train.rollouts import minibatch
 from tests.conftest import run_python
 
 SPECIAL = SpecialIds(

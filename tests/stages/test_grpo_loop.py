@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from alto_jax import progress, train
 from alto_jax.config import ConfigError
 from alto_jax.experiment import make_experiment
+from alto_jax.train import loop, progress
 from tests.conftest import ROOT
 
 STEPS, GROUP = 6, 4
@@ -41,7 +41,7 @@ def run(quickstart, tmp_path_factory):
             if "Finished XLA compilation" in record.getMessage():
                 compiled.append(record.getMessage())
 
-    class Progress(train.Progress):
+    class Progress(loop.Progress):
         def line(self, step, metrics):
             at_step[step] = len(compiled)
             super().line(step, metrics)
@@ -62,13 +62,13 @@ def run(quickstart, tmp_path_factory):
 
     counter, logger = Counter(), logging.getLogger("jax")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Progress", Progress)
-        patch.setattr(train, "make_step", guarded(train.make_step))
-        patch.setattr(train, "make_rollout", guarded(train.make_rollout))
+        patch.setattr(loop, "Progress", Progress)
+        patch.setattr(loop, "make_step", guarded(loop.make_step))
+        patch.setattr(loop, "make_rollout", guarded(loop.make_rollout))
         logger.addHandler(counter)
         try:
             with jax.log_compiles():
-                train.train(make_experiment(config), path)
+                loop.train(make_experiment(config), path)
         finally:
             logger.removeHandler(counter)
     return path, at_step

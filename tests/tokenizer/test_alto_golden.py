@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alto_jax.losses import vq_loss
+from alto_jax.losses.reconstruction import vq_loss
 from alto_jax.tokenizer.alto import ALTo
 from alto_jax.tokenizer.length import LengthPredictor
 from alto_jax.tokenizer.quantizer import VectorQuantizer, l2_normalize

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from alto_jax import checkpoint
+from alto_jax.checkpoint import runs
 from alto_jax.config import ConfigError, to_dict
 from tests.conftest import ROOT
 from tests.golden_models import ALTO_HEADS, write_altollm
@@ -161,7 +161,7 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
     for command in (["import", source, tmp_path / "out"], ["export", tmp_path / "ok", tmp_path / "out"]):
         script = (
             "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "import alto_jax.checkpoint\n"
+            "import alto_jax.checkpoint.runs\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
             "from alto_jax import cli; from tools.convert_torch_weights.__main__ import main; cli.run(main)"
         )
@@ -199,9 +199,7 @@ def test_killed_run_leaves_no_checkpoint_and_the_next_one_starts_clean(tmp_path)
         assert left == ([".out.incomplete", "torch"] if number == signal.SIGKILL else ["torch"])
     assert main(["import", str(source), str(tmp_path / "out")]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "torch"]
-    assert len(checkpoint.open_params(tmp_path / "out")) == len(
-        get_table("internvit", TINY["internvit"]).target_shapes()
-    )
+    assert len(runs.open_params(tmp_path / "out")) == len(get_table("internvit", TINY["internvit"]).target_shapes())
 
 
 def test_staging_keeps_errors_apart(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax import checkpoint
+from alto_jax.checkpoint import runs
 from alto_jax.config import ConfigError, build
 from alto_jax.mllm.alto_llm import ModelConfig
 from tools.convert_torch_weights import configs_for_torch, mapping, rules
@@ -52,9 +52,9 @@ def export(
     Returns:
       The kind that was exported.
     """
-    root, _ = checkpoint.find_run(directory)
-    meta = checkpoint.load_meta(root)
-    params = {p: v for p, v in checkpoint.open_params(root).items() if not p.startswith(_REFERENCE_POLICY)}
+    root, _ = runs.find_run(directory)
+    meta = runs.load_meta(root)
+    params = {p: v for p, v in runs.open_params(root).items() if not p.startswith(_REFERENCE_POLICY)}
     kind = meta.get("kind") or kind_of(meta["model"], params)
     if not force:
         configs_for_torch.check_forms(kind, meta["model"])

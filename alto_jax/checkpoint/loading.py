@@ -1,0 +1,98 @@
+"""A checkpoint opened for use (prediction, evaluation, merging of adapters)."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from alto_jax.checkpoint import runs
+from alto_jax.config import build, to_dict
+from alto_jax.parallel import sharding
+from alto_jax.train.state import merge_params
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint opened for use: its directory, what it said of itself, model configuration, parameters and (with a
+    language model) text tokenizer. `identity` changes when the checkpoint is saved anew."""
+
+    directory: pathlib.Path
+    meta: dict
+    cfg: Any
+    params: dict
+    text: Any
+    identity: str
+
+
+def load_model(directory: str | os.PathLike, mesh: jax.sharding.Mesh) -> LoadedModel:
+    """Opens the newest readable checkpoint of a run with its parameters placed on the mesh, adapters merged.
+
+    Raises:
+      FileNotFoundError: no complete checkpoint there.
+      ValueError: the checkpoint lacks parameters of its own model, or cannot be read.
+    """
+    from alto_jax.experiment import LoraConfig
+    from alto_jax.mllm.alto_llm import ModelConfig, init_params
+    from alto_jax.mllm.text import TextTokenizer
+
+    root, _ = runs.find_run(directory, made_by="python -m alto_jax.main --config=configs/quickstart.py --workdir=DIR")
+
+    def read(folder: pathlib.Path) -> tuple[dict, Any, dict]:
+        meta = runs.read_meta(folder)
+        cfg = build(ModelConfig, meta["model"], f"{root}: model")
+        if meta["stage"] in ("stage1", "stage1_5"):
+            cfg = dataclasses.replace(cfg, vision=None, language_model=None)
+        shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+        place = lambda tree: jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            tree,
+            sharding.tree_shardings(tree, mesh),
+        )
+        abstract = place(shapes)
+        if meta.get("lora"):
+            lora_cfg = build(LoraConfig, meta["lora"], f"{root}: lora")
+            added = jax.eval_shape(lambda p: adapters.make_adapters(p, lora_cfg, jax.random.key(0)), shapes)
+            added = runs.read_params(str(directory), place(added), None, folder)
+            base = load_base(meta, abstract, str(directory))
+            params = jax.jit(lambda b, a: adapters.merged(merge_params(b, a), lora_cfg))(base, added)
+        else:
+            params = runs.read_params(str(directory), abstract, None, folder)
+            runs.require_complete(params, abstract, str(directory))
+        return meta, cfg, params
+
+    (meta, cfg, params), step = runs.newest_readable(root, read)
+    saved = (root / runs.CHECKPOINTS / str(step) / "_CHECKPOINT_METADATA").read_bytes()
+    name = f"{meta['stage']} step {step} {hashlib.sha256(saved).hexdigest()[:12]}"
+    text = TextTokenizer.load(root) if cfg.language_model is not None else None
+    return LoadedModel(root, meta, cfg, params, text, name)
+
+
+def adapter_meta(config: Any) -> dict:
+    """What a run of adapters says of its base: {"lora", "base", "base_identity"}; {} without adapters."""
+    if not config.lora.rank:
+        return {}
+    base = str(runs.find_run(config.init_from)[0])
+    return {"lora": to_dict(config.lora), "base": base, "base_identity": runs.identity(base)}
+
+
+def load_base(meta: dict, abstract: dict, directory: str) -> dict:
+    """The parameters that the adapters of a run were trained on.
+
+    Raises:
+      ValueError: they are not there any more, or have changed.
+    """
+    base = meta["base"]
+    try:
+        found = runs.identity(base)
+    except FileNotFoundError as error:
+        raise runs.Mismatch(f"{directory}: holds adapters alone, and their base is gone: {error}") from error
+    if found != meta["base_identity"]:
+        raise runs.Mismatch(
+            f"{directory}: its adapters belong to {base} at {meta['base_identity']}, which is now at {found}"
+        )
+    params = runs.load_params(base, abstract)
+    runs.require_complete(params, abstract, base)
+    return params

@@ -1,0 +1,388 @@
+"""What the command `plan` does: the real programs of a step on a mesh of devices that need not be here.
+
+In: a configuration and a topology. Out: `plan.Plan`. States and batches are shapes only; nothing is allocated.
+"""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alto_jax.batch import PromptBatch, abstract_batch
+from alto_jax.config import ConfigError
+from alto_jax.experiment import ExperimentConfig
+from alto_jax.parallel import sharding
+from alto_jax.parallel.sharding import MeshConfig
+from alto_jax.plan.__main__ import GIB, Plan, Program, find_devices, hlo, roofline
+from alto_jax.stages import make_stage
+from alto_jax.train import flops, loop
+from alto_jax.train.state import make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """Devices to plan for: the real or compile-only ones, or none but their number and kind (estimates)."""
+
+    name: str
+    number: int
+    kind: str
+    devices: list | None
+
+    @property
+    def device(self) -> roofline.Device | None:
+        return roofline.find_device(self.kind)
+
+
+def _target(options: Any) -> _Target:
+    kind, _, size = options.topology.partition(":")
+    if options.estimate:
+        sides = size.split("x")
+        if kind not in roofline.DEVICES or not all(side.isdigit() and int(side) > 0 for side in sides):
+            known = ", ".join(roofline.DEVICES)
+            raise ConfigError(f"--topology={options.topology}: --estimate knows {known}, as in h100-80g:8 or v5e:4x4")
+        number = 1
+        for side in sides:
+            number *= int(side)
+        return _Target(options.topology, number, roofline.DEVICES[kind].kind, None)
+    devices = find_devices(options.topology)
+    return _Target(options.topology, len(devices), devices[0].device_kind, devices)
+
+
+def _without_sizes(config: ExperimentConfig) -> ExperimentConfig:
+    """The configuration without what neither the state nor the operations of one row depend on."""
+    return dataclasses.replace(
+        config, mesh=MeshConfig(1, 1, 1), train=dataclasses.replace(config.train, batch_size=1, accumulate=1)
+    )
+
+
+def state_shapes(config: ExperimentConfig) -> Any:
+    """Shapes and dtypes of the training state, on no particular mesh."""
+    return _state_shapes(_without_sizes(config))
+
+
+@functools.lru_cache(maxsize=2)
+def _state_shapes(config: ExperimentConfig) -> Any:
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    return loop.abstract_state(config, make_stage(config, mesh), make_optimizer(config.optim, config.train.steps), mesh)
+
+
+def _resolve(config: ExperimentConfig, options: Any, target: _Target) -> MeshConfig:
+    """The sizes of the mesh that the options or the configuration ask for."""
+    cfg = config.mesh
+    if options.mesh == "auto":
+        cfg = dataclasses.replace(cfg, auto=True)
+    elif options.mesh:
+        sizes = options.mesh.split(",")
+        if len(sizes) != 3 or not all(size.lstrip("-").isdigit() for size in sizes):
+            raise ConfigError(f"--mesh={options.mesh}: expected auto or DATA,FSDP,TENSOR")
+        cfg = MeshConfig(*map(int, sizes))
+    if cfg.auto:
+        memory = sharding.DEVICE_MEMORY.get(target.kind)
+        return sharding.choose_sizes(
+            sharding.held_in_update(state_shapes(config)), target.number, config.train.batch_size, memory
+        )
+    sizes = sharding.fill_sizes(cfg, target.number)
+    parts = sizes.data * sizes.fsdp
+    if config.train.batch_size % parts:
+        raise ConfigError(
+            f"config.train.batch_size: {config.train.batch_size} does not split over {parts} devices (data x fsdp);"
+            f" give --config.train.batch_size=N, a mesh with fewer of them, or --mesh=auto"
+        )
+    return sizes
+
+
+def make_plan(config: ExperimentConfig, options: Any, sizes: MeshConfig | None = None) -> Plan:
+    """Compiles (or, with `options.estimate`, counts) the programs of one step.
+
+    Raises:
+      ConfigError, ValueError: sizes that do not divide, a topology that cannot be had.
+    """
+    target = _target(options)
+    sizes = _resolve(config, options, target) if sizes is None else sizes
+    build = _estimated_programs if target.devices is None else _compiled_programs
+    return Plan(
+        config=options.config,
+        stage=config.stage,
+        step=options.step,
+        topology=target.name,
+        device_kind=target.kind,
+        num_devices=target.number,
+        mesh={axis: getattr(sizes, axis) for axis in sharding.AXES},
+        batch_size=config.train.batch_size,
+        estimated=target.devices is None,
+        programs=build(config, options.step, sizes, target),
+    )
+
+
+def _wanted(config: ExperimentConfig, step: str) -> list[str]:
+    """The programs of a step: names among "train", "rollout", "update", "predict"."""
+    if step == "predict":
+        if config.model.language_model is None:
+            raise ConfigError("--step=predict: the configuration has no language model")
+        return ["predict"]
+    if config.stage == "stage3":
+        return ["rollout", "update"] if step == "train" else [step]
+    if step == "rollout":
+        raise ConfigError(f"--step=rollout: {config.stage} has none; it is for stage3")
+    return ["train"]
+
+
+def _flops(config: ExperimentConfig, name: str) -> float:
+    """Operations of one program, of all devices."""
+    return config.train.batch_size * _row_flops(_without_sizes(config), name)
+
+
+@functools.lru_cache(maxsize=8)
+def _row_flops(config: ExperimentConfig, name: str) -> float:
+    if name == "predict":
+        return flops.answer_flops(config.model, config.data.max_length, config.eval.max_new_tokens)
+    counted = flops.step_flops(config)
+    if name == "rollout":
+        return counted.rollout * config.grpo.updates_per_rollout
+    return counted.forward + counted.backward
+
+
+def _work(config: ExperimentConfig, name: str, state: Any, sizes: MeshConfig) -> roofline.Work:
+    """What one device holds and moves in one program, from shapes."""
+    if name in ("rollout", "predict"):
+        samples, new = 1, config.eval.max_new_tokens
+        if name == "rollout":
+            samples, new = config.grpo.num_generations, config.grpo.generate.max_new_tokens
+        return roofline.answering_work(config, state.all_params(), sizes, samples, new)
+    return roofline.training_work(config, state.params, state.frozen, state.opt_state, sizes)
+
+
+def _held(config: ExperimentConfig, name: str, state: Any, sizes: MeshConfig) -> dict[str, int]:
+    """Exact bytes of what a program is given, on one device."""
+    held = {
+        "parameters (trained)": sharding.bytes_per_device(state.params, sizes),
+        "parameters (frozen)": sharding.bytes_per_device(state.frozen, sizes),
+        "optimizer": sharding.bytes_per_device(state.opt_state, sizes),
+    }
+    if name == "predict":
+        trained = held.pop("parameters (trained)")
+        held = {"parameters": trained + held["parameters (frozen)"]}
+    return held
+
+
+def _time(target: _Target, work: roofline.Work, operations: float, links: float | None) -> tuple[dict, float | None]:
+    """Seconds of one program by part, and its MFU."""
+    peak = flops.peak_flops(target.kind)
+    if target.device is None or peak is None:
+        return {}, None
+    parts = roofline.seconds(
+        target.device, peak, operations / target.number, work.hbm, work.links if links is None else links
+    )
+    times = {**dataclasses.asdict(parts), "estimate": parts.estimate, "serial": parts.serial}
+    return times, operations / (parts.estimate * target.number * peak)
+
+
+def _estimated_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, target: _Target) -> list[Program]:
+    """The programs of a step, from shapes."""
+    state, programs = state_shapes(config), []
+    for name in _wanted(config, step):
+        work, operations = _work(config, name, state, sizes), _flops(config, name)
+        hbm: dict[str, int | None] = _held(config, name, state, sizes)
+        hbm["temporary"] = round(work.temporary)
+        hbm["total"] = sum(hbm.values())
+        hbm["limit"] = target.device.memory
+        over = hbm["total"] - hbm["limit"]
+        times, mfu = _time(target, work, operations, None)
+        moved = [{"kind": "all", "bytes": round(work.links), "group_size": target.number, "count": 1}]
+        programs.append(
+            Program(name, over <= 0, hbm, max(over, 0) or None, operations, times, mfu, moved, "estimated", None)
+        )
+    return programs
+
+
+def lower_programs(config: ExperimentConfig, step: str, mesh: Any) -> tuple[Any, Any, list[tuple[str, Any, tuple]]]:
+    """The real programs of a step on a mesh: (state, batch, [(name, jitted function, abstract arguments)])."""
+    stage, optimizer = make_stage(config, mesh), make_optimizer(config.optim, config.train.steps)
+    state = loop.abstract_state(config, stage, optimizer, mesh)
+    split = jax.sharding.NamedSharding(mesh, sharding.batch_spec())
+    place = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split), tree)
+    batch, programs = place(abstract_batch(config)), []
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    update = loop.make_step(config, stage, optimizer, shardings)
+    for name in _wanted(config, step):
+        if name == "predict":
+            programs.append((name, _predict(config, mesh), (state.all_params(), _prompts(config, batch))))
+        elif name == "rollout":
+            programs.append((name, loop.make_rollout(config, stage), (state, batch)))
+        elif config.stage == "stage3":
+            rolled = place(jax.eval_shape(loop.make_rollout(config, stage), state, batch))
+            programs.append((name, update, (state, rolled)))
+        else:
+            programs.append((name, update, (state, batch)))
+    return state, batch, programs
+
+
+def _prompts(config: ExperimentConfig, batch: Any) -> PromptBatch:
+    """Prompts as large as the rows of a training batch."""
+    if isinstance(batch, PromptBatch):
+        return batch
+    size = config.model.tokenizer.mask_size
+    mask = jax.ShapeDtypeStruct((config.train.batch_size, size, size), jnp.float32, sharding=batch.ids.sharding)
+    return PromptBatch(batch.image, batch.pixel_image, batch.ids, batch.text_mask, mask)
+
+
+def _predict(config: ExperimentConfig, mesh: Any) -> Any:
+    """The jitted answer to prompts with masks, as prediction and evaluation compute it."""
+    from alto_jax.data import sources
+    from alto_jax.mllm.alto_llm import segment
+    from alto_jax.mllm.generate import GenerateConfig
+
+    special = sources.text_tokenizer(config).ids
+    generate = GenerateConfig(max_new_tokens=config.eval.max_new_tokens)
+
+    def predict(params, batch):
+        policy = {name: tree for name, tree in params.items() if name != "reference"}
+        return segment(config.model, policy, batch, generate, special, jax.random.key(0))
+
+    return jax.jit(sharding.on_mesh(mesh, predict))
+
+
+def _compiled_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, target: _Target) -> list[Program]:
+    """The programs of a step, compiled for the target's devices."""
+    mesh = sharding.make_mesh(sizes, target.devices)
+    state, _, wanted = lower_programs(config, step, mesh)
+    programs = []
+    for name, function, arguments in wanted:
+        work, operations = _work(config, name, state, sizes), _flops(config, name)
+        held: dict[str, int | None] = _held(config, name, state, sizes)
+        lowered = function.lower(*arguments)
+        began = time.monotonic()
+        try:
+            executable = hlo.compile_program(lowered)
+        except hlo.OutOfMemory as error:
+            taken = time.monotonic() - began
+            total, limit = error.used, error.limit or sharding.DEVICE_MEMORY.get(target.kind)
+            if error.temporaries is not None:
+                held["activations and temporary"] = error.temporaries
+                total = sum(held.values())
+            held |= {"total": total, "limit": limit}
+            short = None if total is None or limit is None else total - limit
+            times, mfu = _time(target, work, operations, None)
+            programs.append(Program(name, False, held, short, operations, times, mfu, [], "not compiled", taken))
+            continue
+        taken = time.monotonic() - began
+        hbm = held | _memory(executable, sum(held.values()), target)
+        text = hlo.program_text(executable)
+        moved = None if text is None else hlo.collectives(text, target.number)
+        links = None if moved is None else sum(c.bytes for c in moved)
+        if links is not None and any(c.in_unknown_loop for c in moved):
+            links = max(links, work.links)  # Of a loop that ends by itself one turn was counted.
+        times, mfu = _time(target, work, operations, links)
+        if moved is None:
+            found = [{"kind": "all", "bytes": round(work.links), "group_size": target.number, "count": 1}]
+        else:
+            found = [dataclasses.asdict(c) for c in moved]
+        source = "estimated; the compiler cannot print this program" if moved is None else "from the compiled program"
+        over = None if hbm["limit"] is None else hbm["total"] - hbm["limit"]
+        fits = None if over is None else over <= 0
+        programs.append(
+            Program(name, fits, hbm, over if over and over > 0 else None, operations, times, mfu, found, source, taken)
+        )
+    return programs
+
+
+def _memory(executable: Any, held: int, target: _Target) -> dict[str, int | None]:
+    """The compiler's account of memory, with the exact bytes of the state inside."""
+    analysis = executable.memory_analysis()
+    arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
+    new = outputs - analysis.alias_size_in_bytes
+    parts = {
+        "batch and padding": arguments - held,
+        "output": new,
+        "activations and temporary": analysis.temp_size_in_bytes,
+        "program": analysis.generated_code_size_in_bytes,
+    }
+    return {**parts, "total": held + sum(parts.values()), "limit": sharding.DEVICE_MEMORY.get(target.kind)}
+
+
+def sweep(config: ExperimentConfig, options: Any) -> list[Plan]:
+    """Plans for all meshes and batch sizes: the `options.compile` best by estimate compiled, the rest estimated.
+
+    Sorted by rows per second, those that fit first, compiled ones before estimates.
+    """
+    target = _target(options)
+    sizes = [config.train.batch_size]
+    if options.batch_sizes:
+        sizes = [int(size) for size in options.batch_sizes.split(",") if size.isdigit()]
+        if len(sizes) != options.batch_sizes.count(",") + 1:
+            raise ConfigError(f"--batch_sizes={options.batch_sizes}: expected numbers with commas")
+    known = roofline.find_device(target.kind)
+    if known is None:
+        raise ConfigError(
+            f"--sweep: no figures for {target.kind!r} to rank meshes by; known: {', '.join(roofline.DEVICES)}"
+        )
+    name = next(n for n, device in roofline.DEVICES.items() if device is known)
+    guess = argparse_like(options, topology=f"{name}:{target.number}", estimate=True)
+    estimates, reasons = [], []
+    for batch_size in sizes:
+        run = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
+        for mesh in sharding.mesh_sizes(target.number, batch_size):
+            try:
+                estimates.append((run, mesh, make_plan(run, guess, mesh)))
+            except ValueError as error:
+                reasons.append(str(error))
+    if not estimates:
+        raise ConfigError(f"--sweep: no mesh of {target.number} devices divides: {(reasons or ['the batch'])[0]}")
+    rank = lambda plan: (plan.fits is not True, plan.estimated, -(plan.rows_per_second or 0))
+    # Note: the estimate of memory is rough, so what misses by less than a quarter is still worth compiling.
+    near = lambda plan: max(p.hbm["total"] / p.hbm["limit"] for p in plan.programs) < 1.25
+    order = sorted(estimates, key=lambda item: (not near(item[2]), -(item[2].rows_per_second or 0)))
+    plans = []
+    for index, (run, mesh, plan) in enumerate(order):
+        if not options.estimate and index < options.compile:
+            plan = make_plan(run, options, mesh)
+        plans.append(dataclasses.replace(plan, topology=target.name))
+    return sorted(plans, key=rank)
+
+
+def argparse_like(options: Any, **changes: Any) -> Any:
+    """A copy of parsed options with changes."""
+    return type(options)(**{**vars(options), **changes})
+
+
+def describe_rules(config: ExperimentConfig, options: Any) -> str:
+    """The rules as applied to a configuration: every parameter's shape, split, rule and bytes of one device."""
+    if options.mesh and options.mesh != "auto" and not options.topology:
+        sizes = MeshConfig(*(int(size) for size in options.mesh.split(",")))
+    elif options.topology:
+        sizes = _resolve(config, options, _target(options))
+    else:
+        raise ConfigError("--rules: give --mesh=DATA,FSDP,TENSOR or --topology")
+    state = state_shapes(config)
+    lines = [f"{'parameter':<72}{'shape':<26}{'split':<44}{'rule':>6}{'MiB a device':>14}"]
+    total = {}
+    for part, tree in (("trained", state.params), ("frozen", state.frozen)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = sharding.param_path(path)
+            found = sharding.matching_rule(name, leaf.shape, sizes)
+            rule, split = ("-", "whole") if found is None else (_rule_name(found), _split_name(found[2]))
+            held = sharding.bytes_per_device({name: leaf}, sizes)
+            total[part] = total.get(part, 0) + held
+            lines.append(f"{name:<72}{leaf.shape!s:<26}{split:<44}{rule:>6}{held / 2**20:>14.3f}")
+    total["optimizer"] = sharding.bytes_per_device(state.opt_state, sizes)
+    lines.append("")
+    lines += [f"{part + ', all of it':<72}{held / GIB:>10.3f} GiB a device" for part, held in total.items()]
+    lines.append("\nrule n.m: the n-th of PARAM_RULES, its m-th split (1: the preferred one); -: no rule, replicated")
+    lines.append(
+        "\nactivations: " + "; ".join(f"{n} over {' x '.join(a)}" for n, a in sharding.ACTIVATION_RULES.items())
+    )
+    return "\n".join(lines)
+
+
+def _rule_name(found: tuple) -> str:
+    pattern, index, _ = found
+    number = next(i for i, rule in enumerate(sharding.PARAM_RULES, 1) if rule[0] == pattern)
+    return f"{number}.{index + 1}"
+
+
+def _split_name(spec: Any) -> str:
+    names = ["-" if e is None else e if isinstance(e, str) else "*".join(e) for e in spec]
+    return ", ".join(names) if set(names) != {"-"} else "whole"

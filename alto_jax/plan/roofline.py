@@ -1,0 +1,234 @@
+"""How much memory and time a step needs, from shapes alone: what `plan` says before, beside and without a compiler.
+
+Time is the largest of three parts, as if they overlapped perfectly (and their sum, as if they did not at all):
+operations at `COMPUTE` of the peak, bytes through HBM at `BANDWIDTH` of its rate, bytes between devices at `LINKS` of
+the interconnect's. Those shares are assumptions, not measurements. Memory of activations is a rough count; state is
+exact.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alto_jax.config import require
+from alto_jax.experiment import ExperimentConfig
+from alto_jax.parallel import sharding
+from alto_jax.parallel.sharding import MeshConfig
+
+COMPUTE, BANDWIDTH, LINKS = 0.6, 0.8, 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One device (a chip): kind as JAX calls it, HBM in bytes per second, links in bytes per second and direction.
+
+    links: the sum over a TPU's links to its neighbours; NVLink of a GPU, within one machine.
+    """
+
+    kind: str
+    bandwidth: float
+    links: float
+
+    @property
+    def memory(self) -> int:
+        """HBM in bytes."""
+        return sharding.DEVICE_MEMORY[self.kind]
+
+
+# Makers' data sheets. Names as in --topology.
+DEVICES = {
+    "v4": Device("TPU v4", 1228e9, 270e9),
+    "v5e": Device("TPU v5 lite", 819e9, 180e9),
+    "v5p": Device("TPU v5", 2765e9, 540e9),
+    "v6e": Device("TPU v6 lite", 1640e9, 360e9),
+    "a100-80g": Device("NVIDIA A100-SXM4-80GB", 2039e9, 300e9),
+    "h100-80g": Device("NVIDIA H100 80GB HBM3", 3350e9, 450e9),
+    "h200": Device("NVIDIA H200", 4800e9, 450e9),
+}
+
+
+def find_device(kind: str) -> Device | None:
+    """The device that JAX calls `kind`, or None (a CPU)."""
+    return next((device for device in DEVICES.values() if device.kind == kind), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Time of a step by what it waits for; `estimate` overlaps all, `serial` nothing."""
+
+    compute: float
+    memory: float
+    collectives: float
+
+    @property
+    def estimate(self) -> float:
+        """The largest part."""
+        return max(self.compute, self.memory, self.collectives)
+
+    @property
+    def serial(self) -> float:
+        """The sum."""
+        return self.compute + self.memory + self.collectives
+
+
+def seconds(device: Device, peak: float, flops: float, hbm_bytes: float, link_bytes: float) -> Seconds:
+    """Time from operations, HBM bytes and interconnect bytes of one device."""
+    return Seconds(
+        flops / (COMPUTE * peak), hbm_bytes / (BANDWIDTH * device.bandwidth), link_bytes / (LINKS * device.links)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one device holds and moves: bytes.
+
+    temporary: gradients, activations and gathered parameters at the worst moment. hbm, links: bytes through HBM and
+    between devices in one step.
+    """
+
+    temporary: float
+    hbm: float
+    links: float
+
+
+def _remat_passes(config: ExperimentConfig) -> int:
+    """How often a step reads the parameters: forward, again if rematerialised, backward."""
+    main = config.model.language_model or config.model.tokenizer
+    return 3 if main.remat == "full" else 2
+
+
+def _stack(
+    layers: int, rows: float, tokens: int, width: int, inner: float, heads: float, cfg: Any, trained: bool
+) -> float:
+    """Bytes of a transformer's activations: the carries that remat keeps, and one layer at work."""
+    size = jnp.dtype(cfg.dtype).itemsize
+    one = rows * tokens * (4 * width + inner) * size + rows * heads * tokens * tokens * 4
+    if not trained:
+        return 2 * one
+    kept = rows * tokens * width * size
+    return layers * (kept if cfg.remat == "full" else one) + 2 * one
+
+
+def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> float:
+    """Activations of a training step on one device that holds `rows` rows of the batch; a rough count."""
+    model, tokens = config.model, config.data.max_length
+    size = model.tokenizer
+    patches = size.grid**2
+    masks = rows * (config.data.max_masks if config.stage == "stage2" else 1)
+    groups = config.grpo.num_generations if config.stage == "stage3" else 1
+    total = 0.0
+    if size.sam is not None and config.stage != "stage3":
+        sam = size.sam
+        inner = (3 * sam.embed_dim + sam.mlp_ratio * sam.embed_dim) / tensor
+        total += _stack(sam.depth, rows, sam.grid**2, sam.embed_dim, inner, sam.num_heads / tensor, sam, False)
+    if config.stage != "stage3":
+        for vit in (size.encoder, size.decoder):
+            length = 1 + patches + size.num_latent_tokens
+            inner = (3 + vit.mlp_ratio) * vit.embed_dim / tensor
+            total += _stack(
+                vit.num_layers,
+                masks,
+                length,
+                vit.embed_dim,
+                inner,
+                vit.num_heads / tensor,
+                size,
+                config.stage != "stage2",
+            )
+        pixel, side = size.pixel_decoder, size.grid
+        for mult in reversed(pixel.channel_mult):
+            maps = 6 * pixel.num_res_blocks + 2
+            total += masks * side**2 * mult * pixel.hidden_channels * maps * jnp.dtype(pixel.dtype).itemsize
+            side *= 2
+    if model.language_model is None or config.stage in ("stage1", "stage1_5"):
+        return total
+    vision, language = model.vision, model.language_model
+    if config.stage == "stage2":
+        inner = (3 * vision.embed_dim + vision.mlp_dim) / tensor
+        heads = vision.num_heads / tensor
+        total += _stack(vision.num_layers, rows, 1 + vision.grid**2, vision.embed_dim, inner, heads, vision, True)
+        supervised = min(config.sft.max_supervised, tokens - 1)
+        if config.sft.mask_loss_weight > 0:
+            supervised += config.data.max_masks * size.num_latent_tokens
+    else:
+        new = config.grpo.generate.max_new_tokens
+        supervised, tokens = groups * new, tokens + groups * new
+    inner = (2 * language.num_heads * language.head_width + 3 * language.mlp_dim) / tensor
+    width, heads = language.embed_dim, language.num_heads / tensor
+    # Note: a group's answers attend to their prompt and themselves, not to each other.
+    span = tokens if config.stage == "stage2" else config.data.max_length + config.grpo.generate.max_new_tokens
+    total += _stack(language.num_layers, rows, span, width, inner * tokens / span, heads, language, True)
+    return total + 3 * rows * supervised * language.vocab_size / tensor * 4
+
+
+def training_work(config: ExperimentConfig, params: Any, frozen: Any, opt_state: Any, sizes: MeshConfig) -> Work:
+    """What one device holds and moves in an update.
+
+    Args:
+      config: the run; its batch is the global one.
+      params, frozen, opt_state: ShapeDtypeStructs of the state.
+      sizes: the mesh.
+    """
+    parts = sizes.data * sizes.fsdp
+    require(
+        config.train.batch_size % parts == 0,
+        "config.train.batch_size",
+        config.train.batch_size,
+        f"a multiple of {parts}",
+    )
+    rows = config.train.batch_size / parts
+    held = lambda tree: sharding.bytes_per_device(tree, sizes)
+    # Note: what a layer computes with, gathered over fsdp and in the type of the computation.
+    whole = MeshConfig(1, 1, sizes.tensor)
+    main = config.model.language_model or config.model.tokenizer
+    shrink = min(1.0, jnp.dtype(main.dtype).itemsize / 4)
+    gathered = shrink * (sharding.bytes_per_device(params, whole) + sharding.bytes_per_device(frozen, whole))
+    trained = shrink * sharding.bytes_per_device(params, whole)
+    layers = main.num_layers if config.model.language_model else config.model.tokenizer.encoder.num_layers
+    working = 2 * gathered / layers if sizes.fsdp > 1 else 0.0
+    activations = activation_bytes(config, rows, sizes.tensor)
+    temporary = held(params) + working + activations
+    passes = _remat_passes(config)
+    hbm = passes * gathered * (2 if sizes.fsdp > 1 else 1) + 2 * (held(opt_state) + 2 * held(params)) + 2 * temporary
+
+    links = 0.0
+    if sizes.fsdp > 1:
+        links += (passes * gathered + trained) * (sizes.fsdp - 1) / sizes.fsdp
+    if sizes.data > 1:
+        links += 2 * held(params) * (sizes.data - 1) / sizes.data
+    if sizes.tensor > 1 and config.model.language_model is not None:
+        language = config.model.language_model
+        once = rows * config.data.max_length * language.embed_dim * jnp.dtype(language.dtype).itemsize
+        links += 2 * passes * language.num_layers * once * 2 * (sizes.tensor - 1) / sizes.tensor
+    return Work(temporary, hbm, links)
+
+
+def answering_work(config: ExperimentConfig, params: Any, sizes: MeshConfig, samples: int, new_tokens: int) -> Work:
+    """What one device holds and moves while it answers its prompts: a pass over the prompt, then token by token."""
+    language = config.model.language_model
+    rows = config.train.batch_size / (sizes.data * sizes.fsdp)
+    whole = MeshConfig(1, 1, sizes.tensor)
+    shrink = min(1.0, jnp.dtype(language.dtype).itemsize / 4)
+    weights = shrink * sharding.bytes_per_device(params["language_model"], whole)
+    everything = shrink * sharding.bytes_per_device(params, whole)
+    position = 2 * language.num_layers * language.num_kv_heads * language.head_width / sizes.tensor
+    position *= jnp.dtype(language.dtype).itemsize
+    cache = rows * position * (config.data.max_length + samples * new_tokens)
+    logits = rows * samples * language.vocab_size / sizes.tensor * 4 * 3
+    working = 2 * everything / language.num_layers if sizes.fsdp > 1 else 0.0
+    hbm = everything + new_tokens * (weights * (2 if sizes.fsdp > 1 else 1) + cache + logits)
+    links = 0.0
+    if sizes.fsdp > 1:
+        links += (everything + new_tokens * weights) * (sizes.fsdp - 1) / sizes.fsdp
+    return Work(cache + logits + working + activation_bytes(config, rows, sizes.tensor) / 8, hbm, links)
+
+
+def sharded_shapes(tree: Any, mesh: Any) -> Any:
+    """ShapeDtypeStructs with the shardings that the rules give them on a mesh."""
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        tree,
+        sharding.tree_shardings(tree, mesh),
+    )

@@ -1,0 +1,97 @@
+"""A table of a rollout's samples: image, prompt, answers, masks and rewards, as HTML and JSONL.
+
+Written to `samples/STEP.html` and `samples/STEP.jsonl` of the run's directory, a file of each per step, so that a
+run that resumes writes the same files again.
+"""
+
+from collections.abc import Callable
+import functools
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from alto_jax import report
+from alto_jax.data import transforms
+from alto_jax.experiment import ExperimentConfig
+from alto_jax.mllm import text as words
+from alto_jax.mllm.alto_llm import ALToLLM
+from alto_jax.mllm.mask_tokens import parse_completion
+from alto_jax.parallel import sharding
+from alto_jax.tokenizer.alto import ALTo
+
+
+def make_writer(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) -> Callable:
+    """`log_samples(params, rollout, step, directory)`: writes the first `grpo.log_samples` prompts of a rollout.
+
+    Args:
+      config: the run; text: its `TextTokenizer`; mesh: where the rollout is.
+    """
+    tokenizer, count = config.model.tokenizer, config.grpo.log_samples
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    @functools.partial(sharding.on_mesh, mesh)
+    def describe(params, rollout):
+        """The first prompts' part of the rollout, and its masks (decoded anew: a rollout does not keep them)."""
+        first = jax.tree.map(lambda a: a[:count], rollout.replace(image_tokens=None))
+        parsed = parse_completion(first.completion_ids, first.completion_mask, text.ids, tokenizer.num_latent_tokens)
+        prompt, group = first.prompt, first.rewards.shape[1]
+        features = ALToLLM(config.model).apply(
+            {"params": params}, prompt.image, prompt.pixel_image, method="image_features"
+        )
+        if features is not None:
+            features = features.repeat(group, axis=0)
+        flat = lambda a: a.reshape(-1, *a.shape[2:])
+        logits = ALTo(tokenizer).apply(
+            {"params": params["tokenizer"]}, flat(parsed.codes), flat(parsed.length), features, method="decode_codes"
+        )
+        masks = (logits > 0).reshape(*parsed.length.shape, *logits.shape[1:]) & parsed.valid[..., None, None]
+        return first, parsed, masks
+
+    def log_samples(params: dict, rollout: Any, step: int, directory: str | os.PathLike) -> None:
+        policy = {name: value for name, value in params.items() if name != "reference"}
+        first, parsed, masks = jax.device_get(describe(policy, rollout))
+        if jax.process_index() == 0:
+            _write(pathlib.Path(directory) / "samples", step, text, first, parsed, masks)
+
+    return log_samples
+
+
+def _write(folder: pathlib.Path, step: int, text: Any, rollout: Any, parsed: Any, masks: np.ndarray) -> None:
+    """Writes both files from host arrays."""
+    records, tables, cards = [], {}, {}
+    for b, image in enumerate(rollout.prompt.image):
+        prompt_ids = rollout.prompt.prompt_ids[b][rollout.prompt.prompt_mask[b]]
+        prompt = text.decode([i for i in prompt_ids.tolist() if i != text.ids.img_context])
+        target = transforms.resize_probability(rollout.prompt.mask[b], *image.shape[:2]) > 0.5
+        rows, samples = [], []
+        for g, ids in enumerate(rollout.completion_ids[b]):
+            answer = words.answer_text(text, ids[rollout.completion_mask[b, g]].tolist())
+            length = int(parsed.length[b, g])
+            row = {"answer": answer, "reward": float(rollout.rewards[b, g])}
+            row |= {name: float(values[b, g]) for name, values in rollout.components.items()}
+            row |= {"advantage": float(rollout.advantages[b, g])}
+            codes = parsed.codes[b, g, :length].tolist()
+            records.append({"step": step, "prompt_index": b, "sample": g, "prompt": prompt, **row, "codes": codes})
+            rows.append(row)
+            samples.append(
+                report.ReportSample(
+                    image=image,
+                    prediction=transforms.resize_probability(masks[b, g].astype(np.float32), *image.shape[:2]) > 0.5,
+                    text=f"{g + 1}. reward {row['reward']:.3f}: {answer}",
+                    length=length,
+                    max_length=parsed.codes.shape[-1],
+                    target=target,
+                    codes=codes,
+                )
+            )
+        tables[f"Prompt {b + 1}"] = rows
+        cards[f"Prompt {b + 1}: {prompt}"] = samples
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{step:06d}.tmp"
+    temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    temporary.replace(folder / f"{step:06d}.jsonl")
+    report.write_report(folder / f"{step:06d}.html", f"Samples of step {step}", tables=tables, samples=cards)

@@ -1,0 +1,318 @@
+"""The one loop of all stages: data → (rollout) → step → log → checkpoint → evaluate.
+
+The run's directory receives config.json, parameters.txt, metrics.jsonl, tensorboard/, checkpoints/ and,
+at the end, result.json. Running the same command again resumes from the newest checkpoint with the same
+numbers as if it had never stopped.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from alto_jax.checkpoint import loading, runs
+from alto_jax.config import to_dict
+from alto_jax.data import prefetch
+from alto_jax.experiment import ExperimentConfig, claim_workdir
+from alto_jax.lora import adapters
+from alto_jax.parallel import sharding
+from alto_jax.stages import Stage, make_stage
+from alto_jax.train.preemption import Stopped, StopSignals
+from alto_jax.train.progress import Meter, MetricWriter, Profiler, Progress, duration, read_metrics
+from alto_jax.train.rollouts import Rollouts
+from alto_jax.train.start import abstract_state, initial_state, restored_state, write_overview
+from alto_jax.train.state import TrainState, make_optimizer, merge_params
+from alto_jax.train.step import make_rollout, make_step
+
+
+def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
+    """Trains one stage to its end (or returns at once if it is already there).
+
+    Args:
+      config: the run's configuration.
+      workdir: the run's directory; created if missing.
+
+    Returns:
+      {"stage", "steps", "seconds", "metrics_first", "metrics_last", "eval": {...}}, as in result.json.
+
+    Raises:
+      ConfigError: the directory belongs to another configuration.
+      FileNotFoundError: the start checkpoint is missing; the message says which command makes it.
+      FloatingPointError: too many updates in a row were skipped (see `alto_jax.train.step`).
+      OSError: the last checkpoint could not be written.
+      Stopped: a signal ended the run after a save.
+    """
+    path = claim_workdir(workdir, config)
+    if (path / "result.json").exists():
+        print(f"[{config.stage}] {path} is already complete")
+        return json.loads((path / "result.json").read_text())
+    mesh = run_mesh(config)
+    keep = runs.Retention(config.train.keep_checkpoints, config.train.keep_best, config.train.best_mode)
+    checkpointer = runs.Checkpointer(path, keep)
+    is_resumed = checkpointer.latest_step() is not None
+    stage = make_stage(config, mesh, path if is_resumed else None)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    data = stage.data(jax.process_index(), jax.process_count())
+    iterator = prefetch.Ahead(data, lambda batch: sharding.put_batch(batch, mesh))
+    if stage.save_files is not None and jax.process_index() == 0:
+        stage.save_files(path)
+
+    abstract = abstract_state(config, stage, optimizer, mesh)
+    if is_resumed:
+        state = restored_state(config, stage, optimizer, abstract, mesh, checkpointer, iterator)
+        print(f"[{config.stage}] resumed from step {int(state.step)} of {path}", flush=True)
+    else:
+        state = initial_state(config, stage, optimizer, abstract, mesh)
+    if jax.process_index() == 0:
+        write_overview(path / "parameters.txt", state)
+
+    began = time.monotonic()
+    try:
+        with StopSignals() as signals:
+            state, logs = _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path, signals)
+    finally:
+        iterator.close()
+        checkpointer.close()
+    evaluation = _final_evaluation(config, stage, state, logs)
+    result = _result(config, path, evaluation, time.monotonic() - began)
+    if jax.process_index() == 0:
+        temporary = path / "result.tmp"
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+        temporary.replace(path / "result.json")
+    return result
+
+
+def run_mesh(config: ExperimentConfig, devices: Any = None) -> jax.sharding.Mesh:
+    """The mesh of a run over `devices` (None: all); `config.mesh.auto` chooses it by its state and batch."""
+
+    def inputs():
+        alone = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), (devices or jax.devices())[:1])
+        optimizer = make_optimizer(config.optim, config.train.steps)
+        state = abstract_state(config, make_stage(config, alone), optimizer, alone)
+        return sharding.AutoInputs(sharding.held_in_update(state), config.train.batch_size)
+
+    return sharding.make_mesh(config.mesh, devices, inputs)
+
+
+class _Logs:
+    """metrics.jsonl, TensorBoard and the progress line; written by process 0 alone, known to all.
+
+    Attributes:
+      latest: the last value of every metric.
+      writer: of process 0; None in the others.
+    """
+
+    def __init__(self, config: ExperimentConfig, path: pathlib.Path, start: int):
+        self.writer = MetricWriter(path, start) if jax.process_index() == 0 else None
+        self.progress = Progress(config.stage, config.train.steps, start)
+        self.latest: dict[str, float] = {}
+
+    def write(self, step: int, metrics: dict[str, float], headline: tuple[str, ...] = ()) -> None:
+        """Records metrics and prints a line with those of the headline (if it names any)."""
+        self.latest |= metrics
+        if self.writer is not None:
+            self.writer.write(step, metrics)
+        if self.writer is not None and headline:
+            self.progress.line(step, {name: metrics[name] for name in headline if name in metrics})
+
+    def say(self, text: str) -> None:
+        """Prints a line, once for all processes."""
+        if self.writer is not None:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path, signals) -> tuple[TrainState, _Logs]:
+    """Steps until config.train.steps, or until a signal; returns the state, which is saved, and the open logs."""
+    total, start, name = config.train.steps, int(state.step), f"[{config.stage}]"
+    step_fn = make_step(config, stage, optimizer, jax.tree.map(lambda a: a.sharding, state))
+    rollouts, repeats = None, 1
+    saver = _Saver(config, checkpointer, iterator)
+    logs, meter = _Logs(config, path, start), Meter(config)
+    profiler = Profiler(path / "profile", start + 3, config.train.profile_steps if jax.process_index() == 0 else 0)
+    pending: list[dict] = []
+    counters: collections.deque = collections.deque(maxlen=2)
+
+    def next_batch():
+        with meter.waiting():
+            return next(iterator)
+
+    if stage.rollout is not None:
+        rollouts = Rollouts(config.grpo, stage, make_rollout(config, stage), next_batch, mesh)
+        repeats = config.grpo.updates_per_rollout
+    for step in range(start + 1, total + 1):
+        profiler.before(step)
+        batch = next_batch() if rollouts is None else rollouts.batch(state, step)
+        state, metrics = step_fn(state, batch)
+        pending.append(metrics)
+        profiler.after(step, metrics)
+        # Note: of the step before the last, so that the device never waits for this.
+        counters.append(metrics["in_a_row"])
+        _check_bad(config, checkpointer, step - 1, counters[0])
+        if step == start + 1:
+            jax.block_until_ready(metrics)
+            logs.progress.restart_clock(step)
+            meter.restart()
+        elif step % config.train.log_every == 0 or step == total:
+            jax.block_until_ready(metrics)
+            meter.count(len(pending))
+        if step % config.train.log_every == 0 or step in (1, total):
+            means = mean_metrics(pending)
+            pending = []
+            if stage.check is not None:
+                stage.check(means)
+            logs.write(step, means | meter.flush(), stage.headline)
+            if rollouts is not None:
+                rollouts.log_histograms(step, logs.writer)
+        if rollouts is not None:
+            rollouts.log_samples(state, step, path)
+        if stage.evaluate is not None and config.eval.every and step % config.eval.every == 0 and step < total:
+            with meter.aside():
+                found = _evaluate(config, stage, state)
+            scalars = {f"eval/{k}": v for k, v in found.items() if isinstance(v, (int, float))}
+            logs.write(step, scalars, tuple(scalars))
+        # Note: a rollout in progress is not part of the checkpoint, so saves (and stops) fall between rollouts.
+        if step % repeats == 0 or step == total:
+            why = signals.stop_after(step)
+            is_due = config.train.checkpoint_every and step % config.train.checkpoint_every == 0
+            is_last = why is not None or step == total
+            if is_last or is_due:
+                with meter.aside():
+                    saver.save(step, state, logs, is_last=is_last)
+            if why is not None and step < total:
+                logs.close()
+                raise Stopped(f"{name} {why}: saved step {step} of {path}; the same command goes on from there")
+    profiler.close()
+    return state, logs
+
+
+class _Saver:
+    """Saves; what fails on a full disk is tried again at the next save, but for the last one of a run."""
+
+    def __init__(self, config: ExperimentConfig, checkpointer: runs.Checkpointer, iterator: Any):
+        self._config, self._checkpointer, self._iterator = config, checkpointer, iterator
+        data = {"system": config.data.system}
+        self._meta = {"stage": config.stage, "model": to_dict(config.model), "data": data}
+        self._meta |= loading.adapter_meta(config)
+
+    def save(self, step: int, state: TrainState, logs: _Logs, *, is_last: bool = False) -> None:
+        """Saves the state of `step`; the last one of a run also waits for it.
+
+        Raises:
+          OSError: files cannot be written, and this is the last save (or there are several processes).
+        """
+        bad = int(state.guard["in_a_row"])
+        if bad and not is_last:
+            logs.say(f"[{self._config.stage}] step {step} is not saved: the last {bad} updates were skipped")
+            return
+        metric = logs.latest.get(self._config.train.best_metric)
+        if self._config.lora.rank:
+            state = state.replace(frozen={})
+        try:
+            self._checkpointer.save(step, state, self._iterator, {**self._meta, "step": step}, metric=metric)
+            if is_last:
+                self._checkpointer.wait()
+        except OSError as error:
+            # Note: several processes do not see the same files fail, and must not part.
+            if is_last and jax.process_count() == 1:
+                self._checkpointer.save(step, state, self._iterator, {**self._meta, "step": step}, metric=metric)
+                self._checkpointer.wait()
+            elif is_last or jax.process_count() > 1:
+                raise
+            else:
+                every = self._config.train.checkpoint_every
+                logs.say(
+                    f"[{self._config.stage}] warning: {error}; the checkpoints of before are kept, training goes on,"
+                    f" next try at step {step + every}"
+                )
+
+
+def _check_bad(config: ExperimentConfig, checkpointer: runs.Checkpointer, step: int, counter: jax.Array) -> None:
+    """Raises FloatingPointError if too many updates in a row were skipped, up to `step`."""
+    bad = int(counter)
+    if bad >= config.train.max_bad_steps:
+        checkpointer.wait()
+        last = checkpointer.latest_step()
+        kept = f"the last good checkpoint is step {last}" if last is not None else "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"config.train.max_bad_steps: {bad} updates in a row were skipped up to step {step}, since their loss or"
+            f" gradient was not finite or their loss too high; {kept} of {checkpointer.directory}"
+        )
+
+
+def mean_metrics(pending: list[dict]) -> dict[str, float]:
+    """Means over the updates that were not skipped (NaN if there is none), and the number of those that were."""
+    pending = jax.device_get(pending)
+    good = [m for m in pending if not m["skipped"]]
+    names = [name for name in pending[0] if name not in ("skipped", "in_a_row")]
+    means = {name: float(np.mean([m[name] for m in good])) for name in names} if good else {}
+    return means | {"skipped": float(sum(m["skipped"] for m in pending))}
+
+
+def _evaluate(config: ExperimentConfig, stage: Stage, state: TrainState) -> dict:
+    with adapters.applied(config.lora):
+        return stage.evaluate(state.eval_params())
+
+
+def _final_evaluation(config: ExperimentConfig, stage: Stage, state: TrainState, logs: _Logs) -> dict:
+    """Evaluates at the end, writes and prints it, and closes the logs."""
+    evaluation: dict = {}
+    if stage.evaluate is not None and config.eval.num_samples:
+        began = time.monotonic()
+        evaluation = _evaluate(config, stage, state)
+        scalars = {k: v for k, v in evaluation.items() if isinstance(v, (int, float))}
+        logs.write(config.train.steps, {f"eval/{k}": v for k, v in scalars.items()})
+        line = "  ".join(f"{k} {v:.4g}" for k, v in scalars.items())
+        logs.say(f"[{config.stage}] evaluation ({duration(time.monotonic() - began)}): {line}")
+    logs.close()
+    return evaluation
+
+
+def _result(config: ExperimentConfig, path: pathlib.Path, evaluation: dict, seconds: float) -> dict:
+    """The run in short; first and last are means over the first and last quarter of the logged steps."""
+    records = [r for r in read_metrics(path) if "loss" in r]
+    quarter = max(len(records) // 4, 1)
+
+    def mean(part):
+        names = [k for k in part[0] if k != "step" and all(k in r for r in part)]
+        return {k: float(np.mean([r[k] for r in part])) for k in names}
+
+    return {
+        "stage": config.stage,
+        "steps": config.train.steps,
+        "seconds": round(seconds, 1),
+        "metrics_first": mean(records[:quarter]) if records else {},
+        "metrics_last": mean(records[-quarter:]) if records else {},
+        "eval": evaluation,
+    }
+
+
+def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
+    """Evaluates the newest checkpoint of a run on held-out data and prints the numbers.
+
+    Raises:
+      FileNotFoundError: the directory holds no checkpoint.
+    """
+    runs.find_run(workdir)
+    path = claim_workdir(workdir, config)
+    mesh = run_mesh(config)
+    stage = make_stage(config, mesh, path)
+    abstract = abstract_state(config, stage, make_optimizer(config.optim, config.train.steps), mesh)
+    wanted = merge_params(abstract.params, abstract.frozen)
+    params = runs.load_params(path, wanted)
+    if config.lora.rank:
+        base = loading.load_base(runs.load_meta(path), adapters.without_adapters(wanted), str(workdir))
+        params = merge_params(base, params)
+    runs.require_complete(params, wanted, str(workdir))
+    with adapters.applied(config.lora):
+        result = stage.evaluate(params)
+    print(json.dumps({k: v for k, v in result.items() if not isinstance(v, list)}, indent=2))
+    return result

@@ -1,0 +1,195 @@
+"""What a run says while it works: a progress line with the time left, metrics.jsonl, TensorBoard files, its speed.
+
+Speed is under `perf/` in metrics.jsonl, means since the last record: step_seconds, data_seconds (waiting for the next
+batch), images_per_second, tokens_per_second (positions of the language model, stages 2 and 3), and per device
+tflops (the model's own operations, `alto_jax.train.flops`), mfu (share of the device's peak, where that is known) and
+hbm_gib and hbm_peak_gib (memory in use, where the device says).
+"""
+
+from collections.abc import Iterator
+import contextlib
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any, TextIO
+
+
+class MetricWriter:
+    """Writes metrics to `metrics.jsonl` and TensorBoard files of a run's directory; histograms to the latter only.
+
+    Reopened after a restart at step s, records after s are dropped, so that the file reads as if the run
+    had never stopped.
+    """
+
+    def __init__(self, directory: str | os.PathLike, start_step: int = 0):
+        from tensorboardX import SummaryWriter
+
+        self._path = pathlib.Path(directory) / "metrics.jsonl"
+        if self._path.exists():
+            lines = self._path.read_text().splitlines()
+            kept = [line for line in lines if _step_of(line) <= start_step]
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(self._path)
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(pathlib.Path(directory) / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends one record {"step": step, **metrics}."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def write_histograms(self, step: int, values: dict[str, Any]) -> None:
+        """Adds a histogram of each array."""
+        for name, array in values.items():
+            self._board.add_histogram(name, array, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """Step of a metrics line; a line cut short by a crash counts as after everything."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+def read_metrics(directory: str | os.PathLike) -> list[dict]:
+    """The records of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (pathlib.Path(directory) / "metrics.jsonl").read_text().splitlines()]
+
+
+class Progress:
+    """A progress line: step, share, metrics, speed and time left."""
+
+    def __init__(self, name: str, total: int, start: int = 0, stream: TextIO | None = None):
+        self._name, self._total, self._start = name, total, start
+        self._stream = stream or sys.stdout
+        self._began = time.monotonic()
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves what came before `step` (compilation) out of the speed."""
+        self._began, self._start = time.monotonic(), step
+
+    def line(self, step: int, metrics: dict[str, float]) -> None:
+        """Prints one line for `step` of the total."""
+        values = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+        text = f"[{self._name}] {step}/{self._total}  {values}"
+        if step > self._start:
+            rate = (step - self._start) / max(time.monotonic() - self._began, 1e-9)
+            speed = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
+            text += f"  {speed}  ETA {duration((self._total - step) / rate)}"
+        print(text, file=self._stream, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    seconds = int(round(seconds))
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Meter:
+    """Measures the steps of a run; see the module's docstring."""
+
+    def __init__(self, config: Any):
+        import jax
+
+        from alto_jax.train import flops
+
+        self._flops = flops.step_flops(config).total / jax.device_count()
+        self._peak = flops.peak_flops(jax.devices()[0].device_kind)
+        self._rows, length = config.train.batch_size, config.data.max_length
+        self._tokens = {"stage2": self._rows * length}.get(config.stage, 0)
+        if config.stage == "stage3":
+            self._tokens = self._rows * (length + config.grpo.num_generations * config.grpo.generate.max_new_tokens)
+        self._began, self._seconds, self._waited, self._steps = time.monotonic(), 0.0, 0.0, 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around what is no part of a step: saving, evaluating."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
+
+    def restart(self) -> None:
+        """Leaves what came before (compilation) out."""
+        self._began, self._waited, self._steps = time.monotonic(), 0.0, 0
+
+    def count(self, steps: int) -> None:
+        """Counts steps that the device has done."""
+        self._steps, self._seconds = steps, time.monotonic() - self._began
+
+    def flush(self) -> dict[str, float]:
+        """The record of the steps counted since the last one; {} if there were none."""
+        if not self._steps:
+            return {}
+        seconds = max(self._seconds, 1e-9) / self._steps
+        record = {
+            "step_seconds": seconds,
+            "data_seconds": self._waited / self._steps,
+            "images_per_second": self._rows / seconds,
+            "tflops": self._flops / seconds / 1e12,
+        }
+        if self._tokens:
+            record["tokens_per_second"] = self._tokens / seconds
+        if self._peak is not None:
+            record["mfu"] = self._flops / seconds / self._peak
+        self.restart()
+        return {f"perf/{name}": value for name, value in (record | _memory()).items()}
+
+
+def _memory() -> dict[str, float]:
+    """Memory in use on this process's first device; {} where the device does not say (CPU)."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    names = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use"}
+    return {name: stats[key] / 2**30 for name, key in names.items() if key in stats}
+
+
+class Profiler:
+    """Traces `count` steps from step `first` on into a directory, for xprof (TensorBoard's profile plugin)."""
+
+    def __init__(self, directory: str | os.PathLike, first: int, count: int):
+        self._directory, self._first, self._last, self._is_on = str(directory), first, first + count - 1, False
+
+    def before(self, step: int) -> None:
+        """Starts the trace if it begins with `step`."""
+        import jax
+
+        if step == self._first and self._last >= self._first:
+            jax.profiler.start_trace(self._directory)
+            self._is_on = True
+
+    def after(self, step: int, result: Any) -> None:
+        """Ends the trace if `step`, which gives `result`, is its last one."""
+        import jax
+
+        if self._is_on and step == self._last:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        """Ends the trace."""
+        import jax
+
+        if self._is_on:
+            self._is_on = False
+            jax.profiler.stop_trace()
+            print(f"trace of steps {self._first} to {self._last} in {self._directory}", flush=True)

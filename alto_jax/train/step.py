@@ -1,0 +1,173 @@
+"""The jitted update of all stages, and the jitted rollout of stage 3.
+
+`(state, batch) -> (state, metrics)`: loss and gradients (of micro-batches in turn, if `train.accumulate` asks for
+it), the optimizer, the moving average of the parameters, and the guard against updates that would do harm.
+
+The guard: an update is bad if its loss or gradient is not finite, or, with `train.spike_sigmas` = s > 0 and after
+SPIKE_AFTER good updates, if its loss exceeds m + s * d, where m and d are mean and standard deviation of the
+losses of the good updates (exponentially weighted, SPIKE_DECAY). A bad update changes nothing in the state but
+its counters: `step` goes on (the data is consumed), `guard["skipped"]` counts all, `guard["in_a_row"]` the last ones.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from alto_jax.experiment import ExperimentConfig
+from alto_jax.lora import adapters
+from alto_jax.parallel import sharding
+from alto_jax.stages import Stage
+from alto_jax.train.state import TrainState, cast, make_schedule, merge_params
+
+SPIKE_AFTER = 100
+SPIKE_DECAY = 0.98
+
+
+def make_step(config: ExperimentConfig, stage: Stage, optimizer: optax.GradientTransformation, shardings: Any) -> Any:
+    """The jitted update `(state, batch) -> (state, metrics)`; the state is donated and keeps its `shardings`.
+
+    Args:
+      config: the run's configuration.
+      stage: loss, and what is drawn and kept.
+      optimizer: of `make_optimizer`.
+      shardings: a TrainState of shardings.
+
+    Returns:
+      The jitted function. Its metrics are float32 scalars; beside the stage's: loss, grad_norm, learning_rate,
+      skipped (1 if the update was bad), in_a_row (bad updates up to this one), grad_norm/GROUP and
+      update_norm/GROUP of the top-level modules.
+    """
+    schedule = make_schedule(config.optim, config.train.steps)
+    mesh = shardings.step.mesh
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+        rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        loss, metrics, aux, grads = _gradients(config, stage, state, batch, rng, mesh)
+        grad_norm = optax.global_norm(grads)
+        grads, params = cast(grads, "float32"), cast(state.params, "float32")
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        updated = state.replace(
+            step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
+        )
+        if stage.after_update is not None:
+            updated = stage.after_update(updated, aux, jax.random.fold_in(rng, 1))
+        done = state.step - state.guard["skipped"]
+        if state.ema:
+            decay = jnp.minimum(config.optim.ema_decay, (1.0 + done) / (10.0 + done))
+            average = lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32)
+            updated = updated.replace(ema=jax.tree.map(average, state.ema, updated.params))
+        bad, guard = _guard(state, loss, grad_norm, done, config.train.spike_sigmas)
+        keep = lambda old, new: jax.tree.map(lambda o, n: jnp.where(bad, o, n), old, new)
+        updated = updated.replace(
+            params=keep(state.params, updated.params),
+            opt_state=keep(state.opt_state, updated.opt_state),
+            stats=keep(state.stats, updated.stats),
+            ema=keep(state.ema, updated.ema),
+            guard=guard,
+        )
+        metrics = {
+            "loss": loss,
+            **metrics,
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(done),
+            "skipped": bad,
+            "in_a_row": guard["in_a_row"],
+            **_norms("grad_norm", grads),
+            **_norms("update_norm", updates),
+        }
+        return updated, jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_rollout(config: ExperimentConfig, stage: Stage) -> Any:
+    """The jitted rollout `(state, batch, attempt) -> batch for the loss`; attempts of one step differ in their keys."""
+
+    def rollout(state: TrainState, batch: Any, attempt: Any = 0) -> Any:
+        rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), 2 + attempt)
+        with adapters.applied(config.lora):
+            return stage.rollout(state.all_params(), batch, rng)
+
+    return jax.jit(rollout)
+
+
+def _gradients(
+    config: ExperimentConfig, stage: Stage, state: TrainState, batch: Any, rng: jax.Array, mesh: jax.sharding.Mesh
+) -> tuple[jax.Array, dict, Any, Any]:
+    """(loss, metrics, aux, gradients) of a batch, computed at once or in `config.train.accumulate` parts."""
+    parts, rows = config.train.accumulate, jax.tree.leaves(batch)[0].shape[0]
+    drawn = None if stage.draw is None else stage.draw(rng, rows)
+
+    def loss_fn(params, batch, drawn, *totals):
+        with adapters.applied(config.lora):
+            return stage.loss_fn(merge_params(params, state.frozen), batch, drawn, state.step, *totals)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if parts == 1:
+        (loss, (metrics, aux)), grads = grad_fn(state.params, batch, drawn)
+        return loss, metrics, aux, grads
+
+    pieces = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (parts * pieces):
+        raise ValueError(
+            f"config.train.accumulate: {rows} rows do not split into {parts} micro-batches over {pieces} devices"
+        )
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *sharding.batch_spec()))
+
+    def split(array):
+        # Note: every micro-batch takes rows of every device, so that no row moves.
+        array = array.reshape(rows // parts, parts, *array.shape[1:]).swapaxes(0, 1)
+        is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        return array if is_key else jax.lax.with_sharding_constraint(array, spec)
+
+    def join(array):
+        return array.swapaxes(0, 1).reshape(rows, *array.shape[2:])
+
+    micro = jax.tree.map(split, (batch, drawn))
+    totals = ()
+    if stage.totals is not None:
+        counts = jax.lax.map(lambda m: stage.totals(state.all_params(), m), micro[0])
+        totals = (jax.tree.map(lambda count: jnp.sum(count, axis=0) / parts, counts),)
+
+    def accumulate(sums, part):
+        (loss, (metrics, aux)), grads = grad_fn(state.params, *part, *totals)
+        return jax.tree.map(lambda s, value: s + value.astype(s.dtype), sums, (loss, metrics, grads)), aux
+
+    shapes = jax.eval_shape(grad_fn, state.params, *jax.tree.map(lambda a: a[0], micro), *totals)
+    (loss, (metrics, _)), grads = shapes
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (loss, metrics, grads))
+    sums, aux = jax.lax.scan(accumulate, zeros, micro)
+    loss, metrics, grads = jax.tree.map(lambda s: s / parts, sums)
+    return loss, metrics, jax.tree.map(join, aux), grads
+
+
+def _guard(
+    state: TrainState, loss: jax.Array, grad_norm: jax.Array, done: jax.Array, sigmas: float
+) -> tuple[jax.Array, dict]:
+    """Whether the update is bad, and the counters after it."""
+    guard, loss = state.guard, loss.astype(jnp.float32)
+    bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+    mean, variance = guard["loss_mean"], guard["loss_variance"]
+    if sigmas > 0:
+        bad |= (done >= SPIKE_AFTER) & (loss > mean + sigmas * jnp.sqrt(variance))
+        delta = loss - mean
+        weight = jnp.where(done == 0, 1.0, 1 - SPIKE_DECAY)
+        spread = jnp.where(done == 0, 0.0, SPIKE_DECAY * (variance + weight * delta**2))
+        mean, variance = jnp.where(bad, mean, mean + weight * delta), jnp.where(bad, variance, spread)
+    return bad, {
+        "skipped": guard["skipped"] + bad,
+        "in_a_row": jnp.where(bad, guard["in_a_row"] + 1, 0),
+        "loss_mean": mean,
+        "loss_variance": variance,
+    }
+
+
+def _norms(name: str, tree: Any) -> dict[str, jax.Array]:
+    """L2 norms of the groups of a tree of parameters: its top-level modules, and those of the mask tokenizer."""
+    groups = {}
+    for top, inner in tree.items():
+        is_split = top == "tokenizer" and isinstance(inner, dict)
+        groups |= {f"{top}/{part}": leaf for part, leaf in inner.items()} if is_split else {top: inner}
+    return {f"{name}/{group}": optax.global_norm(leaves) for group, leaves in groups.items()}

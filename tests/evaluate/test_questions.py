@@ -1,0 +1,107 @@
+"""POPE, VQAv2 and MME: reading and scoring."""
+
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from alto_jax.evaluate import questions
+from tests.data import replicas
+
+
+def write_questions(root) -> None:
+    """Replicas of the three data sets."""
+    folder = root / "coco" / "val2014"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, scene in enumerate(replicas.scenes(3)):
+        Image.fromarray(scene.image).save(folder / f"COCO_val2014_{number:012d}.jpg")
+    (root / "pope").mkdir(exist_ok=True)
+    for split in ("random", "popular", "adversarial"):
+        lines = [
+            {
+                "question_id": i,
+                "image": f"COCO_val2014_{i:012d}.jpg",
+                "text": "Is there a dog?",
+                "label": ("yes", "no")[i % 2],
+            }
+            for i in range(3)
+        ]
+        (root / "pope" / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, lines)))
+    (root / "vqav2").mkdir(exist_ok=True)
+    questions = [{"question_id": i, "image_id": i, "question": "What colour?"} for i in range(3)]
+    answers = [{"question_id": i, "answers": [{"answer": "red"}] * 10, "answer_type": "other"} for i in range(3)]
+    names = ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json")
+    for name, content in zip(names, ({"questions": questions}, {"annotations": answers})):
+        (root / "vqav2" / name).write_text(json.dumps(content))
+    for category in ("existence", "code_reasoning"):
+        (root / "mme" / category).mkdir(parents=True, exist_ok=True)
+        for number, scene in enumerate(replicas.scenes(2)):
+            Image.fromarray(scene.image).save(root / "mme" / category / f"{number}.png")
+            (root / "mme" / category / f"{number}.txt").write_text("Is it here?\tYes\nIs it gone?\tNo\n")
+
+
+def test_readers(tmp_path):
+    write_questions(tmp_path)
+    counts = {"pope": 3, "vqav2": 3, "mme": 8}
+    for family, count in counts.items():
+        source = questions.open_questions(family, "popular", tmp_path)
+        record = source[0]
+        assert len(source) == count and record["image"].shape == (64, 64, 3)
+        assert record["question"].endswith("? Answer the question using a single word or phrase.")
+    assert source[7]["category"] == "code_reasoning" and source[7]["label"] == "no"
+    with pytest.raises(ValueError, match="POPE best: expected one of pope/coco_pope_best.json"):
+        questions.open_questions("pope", "best", tmp_path)
+    (tmp_path / "pope" / "coco_pope_popular.json").write_text('{"question_id": 1}')
+    with pytest.raises(ValueError, match="popular.json line 1: expected question_id, image"):
+        questions.open_questions("pope", "popular", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reading"),
+    [("Yes", "yes"), ("No", "no"), ("no, there is none", "no"), ("There is not any. Yes", "no"), ("Nothing", "yes")],
+)
+def test_pope_reading(answer, reading):
+    assert questions.pope_answer(answer) == reading
+
+
+def test_pope_scores():
+    found = questions.pope_scores(["Yes", "Yes", "No", "No"], ["yes", "no", "no", "yes"])
+    assert found == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_rate": 0.5}
+    lines = [
+        {"key": str(i), "category": "random", "label": ("yes", "no")[i % 2], "answer": "Yes" if i % 3 else "No"}
+        for i in range(60)
+    ]
+    found = questions.summarise_questions("pope", lines)
+    for name in ("accuracy", "precision", "recall", "f1"):
+        low, high = found["intervals"][name]
+        assert low < found[name] < high < low + 0.4
+
+
+def test_vqa_accuracy_by_hand():
+    given = ["red"] * 2 + ["blue"] * 8
+    # Leaving one out: the two "red" persons see 1 match, the other eight see 2.
+    assert questions.vqa_accuracy("Red.", given) == pytest.approx((2 * (1 / 3) + 8 * (2 / 3)) / 10)
+    assert questions.vqa_accuracy("blue", given) == 1.0 and questions.vqa_accuracy("green", given) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("raw", "normal"),
+    [
+        ("The dog!", "dog"),
+        ("two", "2"),
+        ("dont know", "don't know"),
+        ("3.5", "3.5"),
+        ("a man/woman", "man woman"),
+        ("yes.", "yes"),
+    ],
+)
+def test_answers_are_normalised(raw, normal):
+    assert questions.normalise_answer(raw) == normal
+
+
+def test_mme_scores():
+    keys = ["mme/existence/1/1", "mme/existence/1/2", "mme/existence/2/1", "mme/existence/2/2"]
+    found = questions.mme_scores(["Yes", "No", "yes.", "Yes"], ["yes", "no", "yes", "no"], keys, ["existence"] * 4)
+    assert found["perception"] == pytest.approx(75 + 50) and found["cognition"] == 0
+    assert np.isclose(found["categories"]["existence"], 125)

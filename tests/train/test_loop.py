@@ -1,0 +1,125 @@
+"""A killed run goes on exactly, for every stage; each stage starts from the one before."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from alto_jax.checkpoint import runs
+from alto_jax.train.progress import read_metrics
+from benchmarks import reliability
+from tests.conftest import run_python
+
+STAGES = ("stage1", "stage1_5", "stage2", "stage3")
+# The command, except that the process is killed with signal 9 when the checkpoint of step 2 is complete.
+KILLED = """
+import os, signal
+from alto_jax import cli, main
+from alto_jax.checkpoint import runs
+save = runs.Checkpointer.save
+def save_and_die(self, step, *arguments, **options):
+    save(self, step, *arguments, **options)
+    if step == 2:
+        self.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+runs.Checkpointer.save = save_and_die
+cli.run(main.main)
+"""
+
+
+def arrays(run: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+    """All arrays of a checkpoint's state by their path."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore(run / "checkpoints" / str(step) / "state")
+    return {jax.tree_util.keystr(path): np.asarray(v) for path, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def untimed(record: dict) -> dict:
+    """A line of metrics.jsonl without what no run repeats: how long things took."""
+    return {name: value for name, value in record.items() if not name.startswith("perf/")}
+
+
+def position(run: pathlib.Path, step: int) -> dict:
+    """Where the data iterator of a checkpoint stands."""
+    return json.loads((run / "checkpoints" / str(step) / "data" / "process_0-of-1.json").read_text())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_run_resumes_to_the_same_bits(stage, quickstart, tmp_path):
+    uninterrupted = quickstart.path / stage
+    run = tmp_path / stage
+    command = [f"--config=configs/{stage}.py:debug", f"--workdir={run}", "--config.eval.num_samples=0"]
+    command += [f"--config.{change}" for change in quickstart.overrides.get(stage, ())]
+    if stage != "stage1":
+        command.append(f"--config.init_from={quickstart.path / STAGES[STAGES.index(stage) - 1]}")
+
+    killed = run_python("-c", KILLED, *command)
+    assert killed.returncode == -9, killed.stderr[-2000:]
+    assert runs.find_run(run)[1] == 2 and not (run / "result.json").exists()
+    assert position(run, 2) != position(uninterrupted, 4)
+
+    resumed = run_python("-m", "alto_jax.main", *command)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert f"[{stage}] resumed from step 2 of" in resumed.stdout
+    assert " 2/4 " not in resumed.stdout and " 3/4 " in resumed.stdout
+
+    expected, actual = arrays(uninterrupted, 4), arrays(run, 4)
+    assert expected.keys() == actual.keys()
+    different = [name for name in expected if not np.array_equal(expected[name], actual[name])]
+    assert not different, f"{len(different)} of {len(expected)} arrays differ, such as {different[0]}"
+    assert position(run, 4) == position(uninterrupted, 4)
+    # The record of the run is the same too: every loss, reward and length of the four steps.
+    losses = [untimed(record) for record in read_metrics(uninterrupted) if "loss" in record]
+    assert [untimed(record) for record in read_metrics(run)] == losses
+    assert [record["step"] for record in losses] == [1, 2, 3, 4]
+
+
+def test_what_the_same_command_does_after_the_end(quickstart):
+    """Nothing; and the resumed runs above had something to get wrong."""
+    before = (quickstart.path / "stage1" / "metrics.jsonl").read_bytes()
+    done = run_python(
+        "-m", "alto_jax.main", "--config=configs/stage1.py:debug", f"--workdir={quickstart.path / 'stage1'}"
+    )
+    assert done.returncode == 0 and "is already complete" in done.stdout
+    assert (quickstart.path / "stage1" / "metrics.jsonl").read_bytes() == before
+    third, fourth = (arrays(quickstart.path / "stage3", step) for step in (3, 4))
+    trained = [name for name in third if "['params']" in name and not np.array_equal(third[name], fourth[name])]
+    assert trained
+    rewards = [record["reward"] for record in read_metrics(quickstart.path / "stage3") if "reward" in record]
+    assert len(set(rewards)) > 1
+
+
+def test_stages_inherit_and_freeze(quickstart):
+    """What a stage does not train stays as the stage before left it; what it trains moves."""
+
+    def weights(stage):
+        found = arrays(quickstart.path / stage, 4)
+        return {n.split("]", 1)[1]: v for n, v in found.items() if n.startswith(("['params']", "['frozen']"))}
+
+    runs = {stage: weights(stage) for stage in STAGES}
+    for stage, previous in zip(STAGES[1:], STAGES):
+        moved = {
+            name.replace("['", "/").replace("']", "")
+            for name, value in runs[previous].items()
+            if not np.array_equal(value, runs[stage][name])
+        }
+        trained = {"stage1_5": "/tokenizer/length/", "stage3": "/language_model/"}.get(stage)
+        if stage == "stage2":
+            assert not moved, "stage 2 leaves the mask tokenizer alone"
+        else:
+            assert moved and all(name.startswith(trained) for name in moved)
+    # GRPO's reference is the language model that stage 2 left.
+    reference = {n: v for n, v in runs["stage3"].items() if n.startswith("['reference']")}
+    assert reference
+    for name, value in reference.items():
+        np.testing.assert_array_equal(value, runs["stage2"][name.replace("reference", "language_model")])
+
+
+def test_kills_at_random_moments(tmp_path):
+    """The short version of benchmarks/reliability.py."""
+    phases = ("compile", "step")  # the others may be over before they are seen, in so short a run
+    attempts, different = reliability.prove(tmp_path, kills=2, number=1, seed=5, steps=60, phases=phases)
+    assert sum(a.was_killed for a in attempts) == 2 and different == []
