@@ -1,13 +1,20 @@
-"""What the commands share: one clear line for bad input, instead of a stack trace."""
+"""What the commands share: one clear line for bad input instead of a stack trace, and a progress line."""
 
 from collections.abc import Callable
 import logging
 import os
 import sys
+import time
 import traceback
+from typing import TextIO
 
 from alto_jax.parallel import distributed
-from alto_jax.train.preemption import EXIT_RESUMABLE, Stopped
+
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from what was saved.
+
+
+class Stopped(Exception):
+    """The run was asked to stop; the message says where it goes on. The command exits with EXIT_RESUMABLE."""
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -35,3 +42,34 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+class Progress:
+    """A progress line: step, share, metrics, speed and time left."""
+
+    def __init__(self, name: str, total: int, start: int = 0, stream: TextIO | None = None):
+        self._name, self._total, self._start = name, total, start
+        self._stream = stream or sys.stdout
+        self._began = time.monotonic()
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves what came before `step` (compilation) out of the speed."""
+        self._began, self._start = time.monotonic(), step
+
+    def line(self, step: int, metrics: dict[str, float]) -> None:
+        """Prints one line for `step` of the total."""
+        values = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+        text = f"[{self._name}] {step}/{self._total}  {values}"
+        if step > self._start:
+            rate = (step - self._start) / max(time.monotonic() - self._began, 1e-9)
+            speed = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
+            text += f"  {speed}  ETA {duration((self._total - step) / rate)}"
+        print(text, file=self._stream, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    seconds = int(round(seconds))
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -11,12 +11,14 @@ from typing import Any, Literal
 from alto_jax.config import ConfigError, build, require, to_dict
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import ChatConfig, MaskConfig
-from alto_jax.losses.reconstruction import GrpoLossConfig, MaskLossConfig, ReconstructionLossConfig
+from alto_jax.lora.adapters import LoraConfig
+from alto_jax.losses.grpo import GrpoLossConfig
+from alto_jax.losses.reconstruction import ReconstructionLossConfig
+from alto_jax.losses.tokens import MaskLossConfig
 from alto_jax.mllm.alto_llm import ModelConfig
 from alto_jax.mllm.generate import GenerateConfig
 from alto_jax.parallel.sharding import MeshConfig
 from alto_jax.rewards import RewardConfig
-from alto_jax.train.state import OptimConfig
 
 STAGE_NAMES = ("stage1", "stage1_5", "stage2", "stage3")
 
@@ -200,23 +202,46 @@ class GrpoStageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters W + alpha / rank * A B, which alone are trained (and saved) if rank > 0; see `alto_jax.lora`.
+class OptimConfig:
+    """AdamW and its schedule.
 
-    targets: regex of the kernels that get one (matrix products; not convolutions, embeddings).
+    schedule: "cosine" (one warm-up, then cosine to `final_ratio`), "constant" (no warm-up), or
+    "reference" (the reference's stage 1, with its second warm-up). trainable, no_decay: regexes on
+    parameter paths. clip_norm: global L2 norm of the gradient. ema_decay: moving average of the trained
+    parameters (0: none), which evaluation, prediction and the next stage then take; the first updates count more,
+    min(decay, (1 + n) / (10 + n)). param_dtype, frozen_dtype: type in which trained and frozen parameters are kept
+    ("": the model's; gradients, optimizer state and average are float32 in any case). frozen_float32: regex of
+    frozen parameters that keep their type, since the codes, lengths or pixels depend on every digit.
     """
 
-    rank: int = 0
-    alpha: float = 16.0
-    targets: str = "^language_model/blocks/.*/(q|kv|out|gate|up|down)/kernel$"
+    lr: float = 1e-5
+    schedule: Literal["cosine", "constant", "reference"] = "cosine"
+    warmup_steps: int = 1000
+    final_ratio: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    trainable: str = ".*"
+    no_decay: str = "^$"
+    ema_decay: float = 0.0
+    param_dtype: Literal["", "float32", "bfloat16"] = ""
+    frozen_dtype: Literal["", "float32", "bfloat16"] = ""
+    frozen_float32: str = "^tokenizer/(quantizer|length|pixel_decoder)/"
 
     def __post_init__(self):
-        require(self.rank >= 0, "rank", self.rank, "at least 0")
-        require(self.alpha > 0, "alpha", self.alpha, "more than 0")
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise ConfigError(f"targets: {self.targets!r} is not a regular expression: {error}") from error
+        require(self.lr >= 0, "lr", self.lr, "at least 0")
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
+        require(0 <= self.final_ratio <= 1, "final_ratio", self.final_ratio, "0..1")
+        require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, "b1, b2", (self.b1, self.b2), "0 <= b < 1")
+        require(self.clip_norm > 0, "clip_norm", self.clip_norm, "more than 0")
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "at least 0 and below 1")
+        for name in ("trainable", "no_decay", "frozen_float32"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not a regular expression: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,38 +104,72 @@ def _check_fields(values: Mapping, arguments: Sequence[str]) -> None:
             group, where = group[part], f"{where}.{part}"
 
 
-def main() -> int:
-    """Parses the command line and runs."""
+def read_config(spec: str, changes: Sequence[str]) -> dict:
+    """The values of a configuration file with those of the command line in their place.
+
+    Args:
+      spec: FILE[:SIZE].
+      changes: `--config.GROUP.FIELD=VALUE` arguments.
+
+    Raises:
+      ConfigError: no such file or field, a value of the wrong type, an argument of another kind.
+    """
     from ml_collections import config_flags
 
-    arguments, spec = [sys.argv[0]], None
-    for argument in sys.argv[1:]:
-        name, _, value = argument.partition("=")
-        if name in ("--help", "-h", "-help", "--helpfull"):
-            print(f"{__doc__}\n{_USAGE}\n\n{flags.FLAGS.get_help() if name == '--helpfull' else _own_help()}")
-            return 0
-        if name in ("--config", "-config"):
-            spec = value
+    values = load_config(spec)
+    _check_fields(values.to_dict(), changes)
+    own, arguments = flags.FlagValues(), ["", *changes]
+    holder = config_flags.DEFINE_config_dict("config", values, flag_values=own, sys_argv=arguments)
+    try:
+        rest = own(arguments)
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+    if len(rest) > 1:
+        raise ConfigError(f"unexpected argument {rest[1]!r}")
+    return holder.value.to_dict()
+
+
+def _divide(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """(the configuration's file, changes of its fields, the other flags); a value may follow after a space or a =."""
+    spec, changes, others, rest = "", [], [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, is_given, value = argument.partition("=")
+        name = name.lstrip("-")
+        if argument.startswith("-") and (name == "config" or name.startswith("config.")):
+            if not is_given:
+                if not rest:
+                    raise ConfigError(f"{argument}: a value is missing")
+                value = rest.pop(0)
+            if name == "config":
+                spec = value
+            else:
+                changes.append(f"--{name}={value}")
         else:
-            arguments.append(argument)
+            others.append(argument)
+    return spec, changes, others
+
+
+def main() -> int:
+    """Parses the command line and runs."""
+
+    if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in sys.argv[1:]):
+        print(f"{__doc__}\n{_USAGE}\n\n{flags.FLAGS.get_help() if '--helpfull' in sys.argv else _own_help()}")
+        return 0
+    spec, changes, others = _divide(sys.argv[1:])
     if not spec:
         raise ConfigError(f"--config is required; {_USAGE}")
-    values = load_config(spec)
-    _check_fields(values.to_dict(), arguments)
-    for argument in arguments:
-        if argument.startswith("--distributed="):
-            # Note: before the configuration is read, which may already touch JAX.
-            distributed.initialize(argument.partition("=")[2])
-    config_flag = config_flags.DEFINE_config_dict("config", values, sys_argv=arguments)
     try:
-        rest = flags.FLAGS(arguments)
+        rest = flags.FLAGS([sys.argv[0], *others])
     except flags.Error as error:
         raise ConfigError(str(error)) from error
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}; {_USAGE}")
     if not _WORKDIR.value:
         raise ConfigError(f"--workdir is required; {_USAGE}")
-    values = config_flag.value.to_dict()
+    # Note: before the configuration is read, which may already touch JAX.
+    distributed.initialize(_DISTRIBUTED.value)
+    values = read_config(spec, changes)
     if "stages" in values:
         from alto_jax import quickstart
 

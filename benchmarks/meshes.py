@@ -27,7 +27,7 @@ import numpy as np  # noqa: E402
 from alto_jax.experiment import ExperimentConfig, make_experiment  # noqa: E402
 from alto_jax.main import load_config  # noqa: E402
 from alto_jax.parallel import sharding  # noqa: E402
-from alto_jax.stages import make_stage  # noqa: E402
+from alto_jax.stages.table import make_stage  # noqa: E402
 from alto_jax.train import loop  # noqa: E402
 from alto_jax.train.state import TrainState, create_state, make_optimizer  # noqa: E402
 

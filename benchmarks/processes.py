@@ -17,7 +17,7 @@ import tempfile
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from alto_jax.stages import STAGES  # noqa: E402
+from alto_jax.stages.table import STAGES  # noqa: E402
 from alto_jax.train.progress import read_metrics  # noqa: E402
 
 NAMES, TOLERANCE = ("loss", "grad_norm"), 1e-5

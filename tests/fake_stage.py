@@ -9,7 +9,7 @@ import numpy as np
 
 from alto_jax.experiment import make_experiment
 from alto_jax.main import load_config
-from alto_jax.stages import Stage
+from alto_jax.stages.stage import Stage
 from tests.conftest import ROOT
 
 ROWS = 8

@@ -11,7 +11,8 @@ import pytest
 
 from alto_jax.batch import ChatBatch, MaskBatch, PromptBatch, Rollout
 from alto_jax.experiment import ExperimentConfig, GrpoStageConfig, SftStageConfig, TokenizerStageConfig
-from alto_jax.losses import reconstruction as losses
+from alto_jax.losses import grpo as grpo_losses
+from alto_jax.losses import tokens as token_losses
 from alto_jax.mllm import mask_tokens
 from alto_jax.mllm.alto_llm import ALToLLM
 from alto_jax.parallel import sharding
@@ -79,7 +80,7 @@ def test_fine_tuning():
         labels=fixture["sft_labels"], text_mask=fixture["sft_attention_mask"], masks=masks[:, None],
         mask_valid=np.ones((3, 1), bool),
     )  # fmt: skip
-    mask_loss = losses.MaskLossConfig(dice_reduction="batch", probability_clamp=1e-6)
+    mask_loss = token_losses.MaskLossConfig(dice_reduction="batch", probability_clamp=1e-6)
     config = ExperimentConfig(stage="stage2", model=ALTOLLM_CONFIG, sft=SftStageConfig(mask_loss=mask_loss))
     loss_fn = sft.make_loss(config, SPECIAL)
     # The tokenizer is frozen: its gradients are not in the fixture, and cost most.
@@ -124,7 +125,7 @@ def test_replaced_ids_logits_and_weighted_cross_entropy():
         inputs = apply(ids, image_tokens, SPECIAL.img_context, method="embed")
         hidden, _ = apply(inputs, jnp.broadcast_to(jnp.arange(240), (3, 240)), None, method="hidden")
         logits_fn = lambda h: apply(h, method="logits")
-        loss, _ = losses.token_cross_entropy(
+        loss, _ = token_losses.token_cross_entropy(
             hidden, fixture["sft_labels"], logits_fn, loss_weight=fixture["sft_loss_weight"]
         )
         return logits_fn(hidden[:, 180:224:8])[..., ::16], loss, image_tokens
@@ -138,12 +139,12 @@ def test_replaced_ids_logits_and_weighted_cross_entropy():
 def test_mask_loss_through_the_decoder():
     fixture, images = golden("mask_loss_probs"), golden("altollm")
     features = jax.jit(lambda image: apply(image, None, method="image_features"))(images["image"])
-    config = losses.MaskLossConfig(dice_reduction="batch", probability_clamp=1e-6)
+    config = token_losses.MaskLossConfig(dice_reduction="batch", probability_clamp=1e-6)
 
     def loss(code_logits, valid):
-        probs = losses.mask_token_probabilities(code_logits, fixture["lengths"])
+        probs = token_losses.mask_token_probabilities(code_logits, fixture["lengths"])
         logits = ALTo(ALTO_CONFIG).apply({"params": alto_params()}, probs, features, method="decode_probs")
-        return losses.mask_loss(logits, images["target_masks"], valid, config)[0]
+        return token_losses.mask_loss(logits, images["target_masks"], valid, config)[0]
 
     run = jax.jit(jax.value_and_grad(loss))
     value, grad = run(fixture["code_logits"], fixture["valid"])
@@ -165,7 +166,7 @@ def test_grpo_log_probabilities_and_gradient():
     )  # fmt: skip
     params, ids = altollm_params(), fixture["completion_ids"][None]
     image_tokens = jax.jit(lambda image: apply(image, method="image_tokens"))(batch.image)
-    config = GrpoStageConfig(loss=losses.GrpoLossConfig(objective="reference", beta=1e-3))
+    config = GrpoStageConfig(loss=grpo_losses.GrpoLossConfig(objective="reference", beta=1e-3))
     rollout = Rollout(
         prompt=batch, completion_ids=ids, completion_mask=np.ones(ids.shape, bool), old_per_token_logps=None,
         ref_per_token_logps=fixture["ref_logps"][None], advantages=fixture["advantages"][None],

@@ -10,8 +10,12 @@ import jax
 
 from alto_jax.checkpoint import runs
 from alto_jax.config import build, to_dict
+from alto_jax.lora import adapters
+from alto_jax.lora.adapters import LoraConfig
+from alto_jax.mllm.alto_llm import ModelConfig, init_params
+from alto_jax.mllm.text import TextTokenizer
 from alto_jax.parallel import sharding
-from alto_jax.train.state import merge_params
+from alto_jax.params import merge_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +38,6 @@ def load_model(directory: str | os.PathLike, mesh: jax.sharding.Mesh) -> LoadedM
       FileNotFoundError: no complete checkpoint there.
       ValueError: the checkpoint lacks parameters of its own model, or cannot be read.
     """
-    from alto_jax.experiment import LoraConfig
-    from alto_jax.mllm.alto_llm import ModelConfig, init_params
-    from alto_jax.mllm.text import TextTokenizer
-
     root, _ = runs.find_run(directory, made_by="python -m alto_jax.main --config=configs/quickstart.py --workdir=DIR")
 
     def read(folder: pathlib.Path) -> tuple[dict, Any, dict]:

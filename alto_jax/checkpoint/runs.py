@@ -1,4 +1,4 @@
-"""Checkpoints: save, restore, init-from. The only Orbax import.
+"""Checkpoints: save, restore, init-from. This room has the only Orbax imports.
 
 A run's directory holds `config.json`, `tokenizer.json` (stages 2 and 3) and `checkpoints/<step>/` with
 the state (sharded arrays), the position in the data (Grain iterator) and `meta`: the model's configuration, and a
@@ -28,11 +28,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from alto_jax.config import ConfigError
-from alto_jax.train.state import TrainState, merge_params
+from alto_jax.params import merge_params
 
 CHECKPOINTS = "checkpoints"
 BROKEN = "broken_checkpoints"  # What could not be read on resume is moved here.
 T = TypeVar("T")
+S = TypeVar("S")  # A dataclass of trees of arrays, such as TrainState.
 
 
 class Mismatch(ValueError):
@@ -59,7 +60,7 @@ class Retention:
 
 
 class Checkpointer:
-    """Saves and restores the TrainState of one run.
+    """Saves and restores the state of one run, a dataclass whose fields are trees of arrays (`TrainState`).
 
     Attributes:
       directory: the run's directory.
@@ -90,14 +91,12 @@ class Checkpointer:
         """Newest complete step, or None."""
         return max(complete_steps(self.directory), default=None)
 
-    def save(
-        self, step: int, state: TrainState, data_iterator: Any, meta: dict, *, metric: float | None = None
-    ) -> None:
+    def save(self, step: int, state: Any, data_iterator: Any, meta: dict, *, metric: float | None = None) -> None:
         """Starts an asynchronous save of step `step`; does nothing if that step is already saved.
 
         Args:
           step: updates done.
-          state: what is saved, but for empty parts.
+          state: a dataclass (`TrainState`); its fields are saved, but for empty ones.
           data_iterator: of Grain.
           meta: plain values; checksums and the metric are added.
           metric: by which the best checkpoints are kept.
@@ -124,7 +123,7 @@ class Checkpointer:
                 ),
             )
 
-    def restore(self, abstract: TrainState, data_iterator: Any) -> TrainState:
+    def restore(self, abstract: S, data_iterator: Any) -> S:
         """Restores the newest readable step onto the shapes, dtypes and shardings of `abstract`; moves the iterator.
 
         Steps after it, which cannot be read, are moved to `broken_checkpoints`.
@@ -142,7 +141,7 @@ class Checkpointer:
         (saved, position), step = newest_readable(self.directory, read)
         data_iterator.set_state(position)
         self._set_aside(step)
-        return abstract.replace(**{name: saved.get(name, getattr(abstract, name)) for name in _FIELDS})
+        return dataclasses.replace(abstract, **saved)
 
     def _set_aside(self, step: int) -> None:
         """Moves every folder of a step after `step` out of the way."""
@@ -226,12 +225,10 @@ class _Policy:
         return [info.step in kept for info in checkpoints]
 
 
-_FIELDS = ("step", "params", "frozen", "opt_state", "stats", "ema", "guard")
-
-
-def _without_empty(state: TrainState) -> dict:
+def _without_empty(state: Any) -> dict:
     """The state as a dict without parts that hold no array (Orbax cannot write those)."""
-    return {name: getattr(state, name) for name in _FIELDS if jax.tree.leaves(getattr(state, name))}
+    parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -266,7 +263,7 @@ def checksums(tree: Any) -> dict[str, int]:
 def _check_sums(folder: pathlib.Path, restored: dict) -> None:
     """Raises ValueError if an array differs from what was saved (arrays read in another type are not compared)."""
     saved = read_meta(folder).get("checksums") or {}
-    dtypes = {path: np.dtype(leaf.dtype) for path, leaf in _flat(_structure(folder / "state")).items()}
+    dtypes = {path: np.dtype(leaf.dtype) for path, leaf in _flat(array_structure(folder / "state")).items()}
     same = {p: leaf for p, leaf in _flat(restored).items() if p in saved and dtypes.get(p) == leaf.dtype}
     found = dict(zip(same, (int(s) for s in jax.device_get(_sums(list(same.values()))))))
     wrong = [path for path in found if found[path] != saved[path]]
@@ -333,7 +330,7 @@ def _array_checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone())
 
 
-def _structure(folder: pathlib.Path) -> dict:
+def array_structure(folder: pathlib.Path) -> dict:
     """Shapes and dtypes of the arrays in a folder."""
     with _array_checkpointer() as checkpointer:
         return checkpointer.metadata(epath.Path(folder)).item_metadata.tree
@@ -433,7 +430,7 @@ def load_params(directory: str | os.PathLike, abstract: dict, *, only: str | Non
 
 def read_params(name: str, abstract: dict, only: str | None, folder: pathlib.Path) -> dict:
     """`load_params` of one step: its folder; name is the run's, for messages."""
-    saved = _structure(folder / "state")
+    saved = array_structure(folder / "state")
     wanted = traverse_util.flatten_dict(abstract, sep="/")
     if only is not None:
         wanted = {p: v for p, v in wanted.items() if p.split("/")[0] == only}
@@ -463,131 +460,3 @@ def require_complete(params: dict, abstract: dict, directory: str) -> None:
     missing = set(traverse_util.flatten_dict(abstract, sep="/")) - set(traverse_util.flatten_dict(params, sep="/"))
     if missing:
         raise Mismatch(f"{directory}: the checkpoint lacks {len(missing)} parameters, such as {min(missing)}")
-
-
-# --- Parameters row by row (conversion): no more than one layer of one parameter is ever in memory ---------
-
-_MAX_CHUNK_BYTES = 1 << 26
-_MAX_PENDING_BYTES = 1 << 28
-
-
-class _Sink:
-    """A parameter that is written by assignment: `sink[row] = value`, `sink[...] = value`."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: Any):
-        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
-
-    def open(self, directory: str, pending: list) -> None:
-        """Makes the array on disk; `pending` collects the writes under way, of all sinks."""
-        import tensorstore as ts
-
-        # Note: uncompressed (weights hardly shrink), one file per layer, so that hosts read what they need.
-        metadata = {
-            "shape": self.shape,
-            "chunks": _chunk_shape(self.shape, self.dtype.itemsize),
-            "dtype": self.dtype.name if self.dtype.kind == "V" else self.dtype.str,
-            "compressor": None,
-        }
-        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": directory}, "metadata": metadata}
-        self._store = ts.open(spec, create=True, context=ts.Context({"file_io_sync": False})).result()
-        self._pending = pending
-
-    def __setitem__(self, index: Any, value: np.ndarray) -> None:
-        value = np.asarray(value)
-        write = self._store[index].write(value, can_reference_source_data_indefinitely=True)
-        self._pending.append((value.nbytes, write))
-        while sum(nbytes for nbytes, _ in self._pending[:-1]) > _MAX_PENDING_BYTES:
-            self._pending.pop(0)[1].result()
-
-
-class _SinkHandler(ocp.type_handlers.NumpyHandler):
-    """Lets Orbax save a tree of sinks: opens them all, then calls `fill`."""
-
-    def __init__(self, fill: Callable[[], None]):
-        super().__init__()
-        self._fill = fill
-
-    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list:
-        pending: list = []
-        for sink, info in zip(values, infos):
-            sink.open(str(info.parent_dir / info.name), pending)
-        self._fill()
-        for _, write in pending:
-            write.result()
-        return []
-
-
-def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """One layer of a stack (or rows of a matrix) per chunk, at most _MAX_CHUNK_BYTES."""
-    chunk = [1 if len(shape) > 2 else n for n in shape[:1]] + list(shape[1:])
-    for axis in range(len(chunk)):
-        excess = math.prod(chunk) * itemsize / _MAX_CHUNK_BYTES
-        if excess > 1:
-            chunk[axis] = max(1, int(chunk[axis] / math.ceil(excess)))
-    return [max(n, 1) for n in chunk]
-
-
-def save_params(
-    directory: str | os.PathLike, shapes: Mapping[str, tuple[tuple[int, ...], Any]], fill: Callable, meta: dict
-) -> None:
-    """Saves parameters alone as step 0 of a run's directory, without ever holding them all; not atomic.
-
-    Args:
-      directory: the run's directory; gets `checkpoints/0`.
-      shapes: "a/b/c" → (shape, dtype) of every parameter.
-      fill: called once with {path: sink}; assigns every element, as `sink[...] = array` or row by row of the
-        leading axis. An assigned array must not change afterwards.
-      meta: as `Checkpointer.save` has it.
-    """
-    sinks = {path: _Sink(shape, dtype) for path, (shape, dtype) in shapes.items()}
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (_Sink, _SinkHandler(lambda: fill(sinks))), (jax.Array, ocp.type_handlers.ArrayHandler())
-    )
-    step = epath.Path(pathlib.Path(directory).absolute() / CHECKPOINTS / "0")
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler())) as checkpointer:
-        checkpointer.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta)))
-    # Note: a Checkpointer would call the handler before its folder exists; called by itself it works in this thread.
-    (step / "state").mkdir()
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
-    handler.save(step / "state", args=ocp.args.PyTreeSave({"params": traverse_util.unflatten_dict(sinks, sep="/")}))
-
-
-class LazyArray:
-    """A parameter on disk: shape, dtype, `array[row]` along the leading axis, and `np.asarray(array)`."""
-
-    def __init__(self, store: Any):
-        self._store, self._whole = store, None
-        self.shape, self.dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
-        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        if self._store.chunk_layout.read_chunk.shape[0] == 1:
-            return np.asarray(self._store[row].read().result())
-        if self._whole is None:
-            self._whole = self.__array__()
-        array = self._whole[row]
-        if row == self.shape[0] - 1:
-            self._whole = None  # Note: rows are asked for in order; afterwards the memory is free again.
-        return array
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = np.asarray(self._store.read().result())
-        return array if dtype is None else array.astype(dtype)
-
-
-def open_params(directory: str | os.PathLike) -> dict[str, LazyArray]:
-    """All parameters of the newest step, trained and frozen, by their path "a/b/c", not yet read."""
-    import tensorstore as ts
-
-    root, step = find_run(directory)
-    folder = root / CHECKPOINTS / str(step) / "state"
-    saved = _structure(folder)
-    is_ocdbt, opened = (folder / "manifest.ocdbt").exists(), {}
-    for part in ("params", "frozen"):
-        for path in traverse_util.flatten_dict(saved.get(part) or {}, sep="/"):
-            name = ".".join([part, *path.split("/")])
-            files: dict[str, Any] = {"driver": "file", "path": str(folder / name)}
-            if is_ocdbt:
-                files = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
-            opened[path] = ts.open({"driver": "zarr", "kvstore": files}, open=True, read=True)
-    return {path: LazyArray(store.result()) for path, store in opened.items()}

@@ -34,9 +34,9 @@ def _parameters(directory: str | os.PathLike, what: str) -> dict[str, Any]:
       FileNotFoundError: no complete checkpoint there.
       ValueError: it has no such parameters.
     """
-    from alto_jax.checkpoint import runs
+    from alto_jax.checkpoint import rows
 
-    found = {p: a for p, a in sorted(runs.open_params(directory).items()) if re.search(PARAMETERS[what], p)}
+    found = {p: a for p, a in sorted(rows.open_params(directory).items()) if re.search(PARAMETERS[what], p)}
     if not found:
         raise ValueError(f"{directory}: the checkpoint has no parameters {PARAMETERS[what]!r} to make {what} with")
     return found

@@ -164,7 +164,7 @@ def prepare(job: Job, out: str | os.PathLike, *, max_bad_fraction: float, worker
       ConfigError: there is one already with other options.
       ValueError: too many bad records.
     """
-    from alto_jax.train.progress import Progress
+    from alto_jax.cli import Progress
 
     folder = pathlib.Path(out) / job.dataset / VERSION
     work, options = folder / ".work", job.options()

@@ -54,9 +54,9 @@ class Runner:
           ConfigError: the out directory holds results of another checkpoint or other options.
           ValueError: more bad samples than `max_bad_fraction` allows.
         """
+        from alto_jax.cli import Progress
         from alto_jax.data import bad_data
         from alto_jax.evaluate import results
-        from alto_jax.train.progress import Progress
 
         total = len(task)
         path = self.out / "results" / f"{task.name}.jsonl"

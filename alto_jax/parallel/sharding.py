@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from alto_jax.config import require
+from alto_jax.parallel.devices import find_device
 
 AXES = ("data", "fsdp", "tensor")
 _BOTH = ("fsdp", "tensor")
@@ -106,8 +107,9 @@ def make_mesh(cfg: MeshConfig, devices: Any = None, auto_inputs: Callable[[], Au
     if cfg.auto:
         if auto_inputs is None:
             raise ValueError("config.mesh.auto: only a training run chooses its mesh; give data, fsdp and tensor here")
-        inputs = auto_inputs()
-        cfg = choose_sizes(inputs.state, len(devices), inputs.batch_size, device_memory(devices[0]))
+        inputs, device = auto_inputs(), find_device(devices[0].device_kind)
+        memory = None if device is None else device.memory
+        cfg = choose_sizes(inputs.state, len(devices), inputs.batch_size, memory)
     cfg = fill_sizes(cfg, len(devices))
     sizes = (cfg.data, cfg.fsdp, cfg.tensor)
     # Note: an axis of 16 devices on a slice of 8 x 8 splits a physical axis, which jax.make_mesh refuses.
@@ -130,24 +132,7 @@ def fill_sizes(cfg: MeshConfig, num_devices: int) -> MeshConfig:
     return MeshConfig(*sizes)
 
 
-# HBM of one device in bytes, by what JAX calls its kind (a device is a whole chip, from v4 on).
-DEVICE_MEMORY = {
-    "TPU v4": 32 * 2**30,
-    "TPU v5 lite": 16 * 2**30,
-    "TPU v5": 95 * 2**30,
-    "TPU v6 lite": 32 * 2**30,
-    "TPU7x": 96 * 2**30,
-    "NVIDIA A100-SXM4-40GB": 40 * 2**30,
-    "NVIDIA A100-SXM4-80GB": 80 * 2**30,
-    "NVIDIA H100 80GB HBM3": 80 * 2**30,
-    "NVIDIA H200": 141 * 10**9,
-}
 AUTO_STATE_SHARE = 0.4  # of a device's memory; the rest is for activations
-
-
-def device_memory(device: Any) -> int | None:
-    """HBM of a device in bytes; None if it is unknown (a CPU)."""
-    return DEVICE_MEMORY.get(device.device_kind)
 
 
 def mesh_sizes(num_devices: int, batch_size: int) -> Iterator[MeshConfig]:

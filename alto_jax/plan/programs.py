@@ -1,6 +1,6 @@
-"""What the command `plan` does: the real programs of a step on a mesh of devices that need not be here.
+"""The real programs of a step on a mesh of devices that need not be here.
 
-In: a configuration and a topology. Out: `plan.Plan`. States and batches are shapes only; nothing is allocated.
+In: a configuration and a topology. Out: `Plan`. States and batches are shapes only; nothing is allocated.
 """
 
 import dataclasses
@@ -15,40 +15,14 @@ from alto_jax.batch import PromptBatch, abstract_batch
 from alto_jax.config import ConfigError
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.parallel import sharding
+from alto_jax.parallel.devices import DEVICES
 from alto_jax.parallel.sharding import MeshConfig
-from alto_jax.plan.__main__ import GIB, Plan, Program, find_devices, hlo, roofline
-from alto_jax.stages import make_stage
+from alto_jax.plan import hlo, roofline
+from alto_jax.plan.topology import Target, find_target
+from alto_jax.plan.types import GIB, Options, Plan, Program
+from alto_jax.stages.table import make_stage
 from alto_jax.train import flops, loop
 from alto_jax.train.state import make_optimizer
-
-
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """Devices to plan for: the real or compile-only ones, or none but their number and kind (estimates)."""
-
-    name: str
-    number: int
-    kind: str
-    devices: list | None
-
-    @property
-    def device(self) -> roofline.Device | None:
-        return roofline.find_device(self.kind)
-
-
-def _target(options: Any) -> _Target:
-    kind, _, size = options.topology.partition(":")
-    if options.estimate:
-        sides = size.split("x")
-        if kind not in roofline.DEVICES or not all(side.isdigit() and int(side) > 0 for side in sides):
-            known = ", ".join(roofline.DEVICES)
-            raise ConfigError(f"--topology={options.topology}: --estimate knows {known}, as in h100-80g:8 or v5e:4x4")
-        number = 1
-        for side in sides:
-            number *= int(side)
-        return _Target(options.topology, number, roofline.DEVICES[kind].kind, None)
-    devices = find_devices(options.topology)
-    return _Target(options.topology, len(devices), devices[0].device_kind, devices)
 
 
 def _without_sizes(config: ExperimentConfig) -> ExperimentConfig:
@@ -69,7 +43,7 @@ def _state_shapes(config: ExperimentConfig) -> Any:
     return loop.abstract_state(config, make_stage(config, mesh), make_optimizer(config.optim, config.train.steps), mesh)
 
 
-def _resolve(config: ExperimentConfig, options: Any, target: _Target) -> MeshConfig:
+def _resolve(config: ExperimentConfig, options: Options, target: Target) -> MeshConfig:
     """The sizes of the mesh that the options or the configuration ask for."""
     cfg = config.mesh
     if options.mesh == "auto":
@@ -80,7 +54,7 @@ def _resolve(config: ExperimentConfig, options: Any, target: _Target) -> MeshCon
             raise ConfigError(f"--mesh={options.mesh}: expected auto or DATA,FSDP,TENSOR")
         cfg = MeshConfig(*map(int, sizes))
     if cfg.auto:
-        memory = sharding.DEVICE_MEMORY.get(target.kind)
+        memory = target.memory
         return sharding.choose_sizes(
             sharding.held_in_update(state_shapes(config)), target.number, config.train.batch_size, memory
         )
@@ -94,13 +68,13 @@ def _resolve(config: ExperimentConfig, options: Any, target: _Target) -> MeshCon
     return sizes
 
 
-def make_plan(config: ExperimentConfig, options: Any, sizes: MeshConfig | None = None) -> Plan:
+def make_plan(config: ExperimentConfig, options: Options, sizes: MeshConfig | None = None) -> Plan:
     """Compiles (or, with `options.estimate`, counts) the programs of one step.
 
     Raises:
       ConfigError, ValueError: sizes that do not divide, a topology that cannot be had.
     """
-    target = _target(options)
+    target = find_target(options.topology, estimate=options.estimate)
     sizes = _resolve(config, options, target) if sizes is None else sizes
     build = _estimated_programs if target.devices is None else _compiled_programs
     return Plan(
@@ -168,19 +142,18 @@ def _held(config: ExperimentConfig, name: str, state: Any, sizes: MeshConfig) ->
     return held
 
 
-def _time(target: _Target, work: roofline.Work, operations: float, links: float | None) -> tuple[dict, float | None]:
+def _time(target: Target, work: roofline.Work, operations: float, links: float | None) -> tuple[dict, float | None]:
     """Seconds of one program by part, and its MFU."""
-    peak = flops.peak_flops(target.kind)
-    if target.device is None or peak is None:
+    if target.device is None:
         return {}, None
     parts = roofline.seconds(
-        target.device, peak, operations / target.number, work.hbm, work.links if links is None else links
+        target.device, operations / target.number, work.hbm, work.links if links is None else links
     )
     times = {**dataclasses.asdict(parts), "estimate": parts.estimate, "serial": parts.serial}
-    return times, operations / (parts.estimate * target.number * peak)
+    return times, operations / (parts.estimate * target.number * target.device.flops)
 
 
-def _estimated_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, target: _Target) -> list[Program]:
+def _estimated_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, target: Target) -> list[Program]:
     """The programs of a step, from shapes."""
     state, programs = state_shapes(config), []
     for name in _wanted(config, step):
@@ -188,7 +161,7 @@ def _estimated_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, 
         hbm: dict[str, int | None] = _held(config, name, state, sizes)
         hbm["temporary"] = round(work.temporary)
         hbm["total"] = sum(hbm.values())
-        hbm["limit"] = target.device.memory
+        hbm["limit"] = target.memory
         over = hbm["total"] - hbm["limit"]
         times, mfu = _time(target, work, operations, None)
         moved = [{"kind": "all", "bytes": round(work.links), "group_size": target.number, "count": 1}]
@@ -245,7 +218,7 @@ def _predict(config: ExperimentConfig, mesh: Any) -> Any:
     return jax.jit(sharding.on_mesh(mesh, predict))
 
 
-def _compiled_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, target: _Target) -> list[Program]:
+def _compiled_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, target: Target) -> list[Program]:
     """The programs of a step, compiled for the target's devices."""
     mesh = sharding.make_mesh(sizes, target.devices)
     state, _, wanted = lower_programs(config, step, mesh)
@@ -259,7 +232,7 @@ def _compiled_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, t
             executable = hlo.compile_program(lowered)
         except hlo.OutOfMemory as error:
             taken = time.monotonic() - began
-            total, limit = error.used, error.limit or sharding.DEVICE_MEMORY.get(target.kind)
+            total, limit = error.used, error.limit or target.memory
             if error.temporaries is not None:
                 held["activations and temporary"] = error.temporaries
                 total = sum(held.values())
@@ -289,7 +262,7 @@ def _compiled_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, t
     return programs
 
 
-def _memory(executable: Any, held: int, target: _Target) -> dict[str, int | None]:
+def _memory(executable: Any, held: int, target: Target) -> dict[str, int | None]:
     """The compiler's account of memory, with the exact bytes of the state inside."""
     analysis = executable.memory_analysis()
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
@@ -300,27 +273,24 @@ def _memory(executable: Any, held: int, target: _Target) -> dict[str, int | None
         "activations and temporary": analysis.temp_size_in_bytes,
         "program": analysis.generated_code_size_in_bytes,
     }
-    return {**parts, "total": held + sum(parts.values()), "limit": sharding.DEVICE_MEMORY.get(target.kind)}
+    return {**parts, "total": held + sum(parts.values()), "limit": target.memory}
 
 
-def sweep(config: ExperimentConfig, options: Any) -> list[Plan]:
+def sweep(config: ExperimentConfig, options: Options) -> list[Plan]:
     """Plans for all meshes and batch sizes: the `options.compile` best by estimate compiled, the rest estimated.
 
     Sorted by rows per second, those that fit first, compiled ones before estimates.
     """
-    target = _target(options)
+    target = find_target(options.topology, estimate=options.estimate)
     sizes = [config.train.batch_size]
     if options.batch_sizes:
         sizes = [int(size) for size in options.batch_sizes.split(",") if size.isdigit()]
         if len(sizes) != options.batch_sizes.count(",") + 1:
             raise ConfigError(f"--batch_sizes={options.batch_sizes}: expected numbers with commas")
-    known = roofline.find_device(target.kind)
-    if known is None:
-        raise ConfigError(
-            f"--sweep: no figures for {target.kind!r} to rank meshes by; known: {', '.join(roofline.DEVICES)}"
-        )
-    name = next(n for n, device in roofline.DEVICES.items() if device is known)
-    guess = argparse_like(options, topology=f"{name}:{target.number}", estimate=True)
+    if target.device is None:
+        raise ConfigError(f"--sweep: no figures for {target.kind!r} to rank meshes by; known: {', '.join(DEVICES)}")
+    name = next(n for n, device in DEVICES.items() if device is target.device)
+    guess = dataclasses.replace(options, topology=f"{name}:{target.number}", estimate=True)
     estimates, reasons = [], []
     for batch_size in sizes:
         run = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
@@ -343,17 +313,12 @@ def sweep(config: ExperimentConfig, options: Any) -> list[Plan]:
     return sorted(plans, key=rank)
 
 
-def argparse_like(options: Any, **changes: Any) -> Any:
-    """A copy of parsed options with changes."""
-    return type(options)(**{**vars(options), **changes})
-
-
-def describe_rules(config: ExperimentConfig, options: Any) -> str:
+def describe_rules(config: ExperimentConfig, options: Options) -> str:
     """The rules as applied to a configuration: every parameter's shape, split, rule and bytes of one device."""
     if options.mesh and options.mesh != "auto" and not options.topology:
         sizes = MeshConfig(*(int(size) for size in options.mesh.split(",")))
     elif options.topology:
-        sizes = _resolve(config, options, _target(options))
+        sizes = _resolve(config, options, find_target(options.topology, estimate=options.estimate))
     else:
         raise ConfigError("--rules: give --mesh=DATA,FSDP,TENSOR or --topology")
     state = state_shapes(config)

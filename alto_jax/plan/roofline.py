@@ -15,43 +15,10 @@ import jax.numpy as jnp
 from alto_jax.config import require
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.parallel import sharding
+from alto_jax.parallel.devices import Device
 from alto_jax.parallel.sharding import MeshConfig
 
 COMPUTE, BANDWIDTH, LINKS = 0.6, 0.8, 0.8
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """One device (a chip): kind as JAX calls it, HBM in bytes per second, links in bytes per second and direction.
-
-    links: the sum over a TPU's links to its neighbours; NVLink of a GPU, within one machine.
-    """
-
-    kind: str
-    bandwidth: float
-    links: float
-
-    @property
-    def memory(self) -> int:
-        """HBM in bytes."""
-        return sharding.DEVICE_MEMORY[self.kind]
-
-
-# Makers' data sheets. Names as in --topology.
-DEVICES = {
-    "v4": Device("TPU v4", 1228e9, 270e9),
-    "v5e": Device("TPU v5 lite", 819e9, 180e9),
-    "v5p": Device("TPU v5", 2765e9, 540e9),
-    "v6e": Device("TPU v6 lite", 1640e9, 360e9),
-    "a100-80g": Device("NVIDIA A100-SXM4-80GB", 2039e9, 300e9),
-    "h100-80g": Device("NVIDIA H100 80GB HBM3", 3350e9, 450e9),
-    "h200": Device("NVIDIA H200", 4800e9, 450e9),
-}
-
-
-def find_device(kind: str) -> Device | None:
-    """The device that JAX calls `kind`, or None (a CPU)."""
-    return next((device for device in DEVICES.values() if device.kind == kind), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +40,12 @@ class Seconds:
         return self.compute + self.memory + self.collectives
 
 
-def seconds(device: Device, peak: float, flops: float, hbm_bytes: float, link_bytes: float) -> Seconds:
+def seconds(device: Device, flops: float, hbm_bytes: float, link_bytes: float) -> Seconds:
     """Time from operations, HBM bytes and interconnect bytes of one device."""
     return Seconds(
-        flops / (COMPUTE * peak), hbm_bytes / (BANDWIDTH * device.bandwidth), link_bytes / (LINKS * device.links)
+        flops / (COMPUTE * device.flops),
+        hbm_bytes / (BANDWIDTH * device.bandwidth),
+        link_bytes / (LINKS * device.links),
     )
 
 

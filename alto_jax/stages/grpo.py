@@ -17,11 +17,13 @@ from alto_jax.batch import PromptBatch, Rollout
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.lora import adapters
-from alto_jax.losses import reconstruction as losses
+from alto_jax.losses import grpo as grpo_losses
+from alto_jax.losses import tokens as token_losses
 from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, init_params, segment
 from alto_jax.mllm.language_model import KVCache
-from alto_jax.stages import Stage, rollout_log
+from alto_jax.stages import rollout_log
 from alto_jax.stages.sft import make_evaluate
+from alto_jax.stages.stage import Stage
 from alto_jax.tokenizer.alto import ALTo
 
 
@@ -158,8 +160,8 @@ def completion_logps(
     hidden, _ = apply(inputs, positions, None, prefix=prefix, prefix_mask=prompt_mask, method="hidden")
     hidden = jnp.concatenate([first, hidden.reshape(batch_size, group, length - 1, -1)], axis=2)
     logits = apply(hidden, method="logits")
-    logps = losses.token_log_probs(logits, completion_ids)
-    entropy = jax.lax.stop_gradient(losses.token_entropy(logits))
+    logps = token_losses.token_log_probs(logits, completion_ids)
+    entropy = jax.lax.stop_gradient(token_losses.token_entropy(logits))
     return logps, entropy
 
 
@@ -178,7 +180,7 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
         mask = batch.completion_mask
         if cfg.max_rollouts > 1:
             mask &= informative[:, None, None]
-        loss, logged = losses.grpo_loss(
+        loss, logged = grpo_losses.grpo_loss(
             logps,
             batch.old_per_token_logps,
             reference,

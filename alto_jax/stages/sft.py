@@ -11,13 +11,13 @@ import numpy as np
 from alto_jax.batch import ChatBatch
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
-from alto_jax.losses import reconstruction as losses
+from alto_jax.losses import tokens as token_losses
 from alto_jax.mllm import mask_tokens
 from alto_jax.mllm.alto_llm import ALToLLM, init_params, segment
 from alto_jax.mllm.generate import GenerateConfig
 from alto_jax.mllm.text import IGNORE
 from alto_jax.parallel import sharding
-from alto_jax.stages import Stage
+from alto_jax.stages.stage import Stage
 from alto_jax.stages.tokenizer import mask_iou, tokenizer_apply
 from alto_jax.tokenizer.alto import ALTo
 
@@ -75,7 +75,7 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
         hidden, _ = apply(inputs, positions, attn_mask, method="hidden")
         logits_fn = lambda h: apply(h, method="logits")
         limit = cfg.max_supervised * config.data.pack_samples
-        loss, logged = losses.token_cross_entropy(hidden, labels, logits_fn, max_supervised=limit)
+        loss, logged = token_losses.token_cross_entropy(hidden, labels, logits_fn, max_supervised=limit)
         if totals is not None:  # Note: both terms are means over something else than rows.
             loss = loss * logged["num_supervised"] / jnp.maximum(totals["tokens"], 1e-9)
         logged = {"token_loss": loss, **logged, "length": jnp.sum(length * batch.mask_valid.reshape(-1)) / jnp.maximum(
@@ -86,14 +86,14 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
             code_logits = logits_fn(jnp.take_along_axis(hidden, at, axis=1))
             code_logits = code_logits[..., special.code_0 : special.code_0 + special.num_codes]
             code_logits = code_logits.reshape(batch_size * num_masks, size.num_latent_tokens, -1)
-            probs = losses.mask_token_probabilities(code_logits, found.length.reshape(-1))
+            probs = token_losses.mask_token_probabilities(code_logits, found.length.reshape(-1))
             images = join(batch.image), join(batch.pixel_image), join(batch.features)
             features = apply(*images, method="image_features")
             if features is not None:
                 features = features_of_masks(features, batch)
             mask_logits = tokenizer_apply(ALTo(size), params)(probs, features, method="decode_probs")
             valid = (found.valid & batch.mask_valid).reshape(-1)
-            term, parts = losses.mask_loss(mask_logits, masks, valid, cfg.mask_loss)
+            term, parts = token_losses.mask_loss(mask_logits, masks, valid, cfg.mask_loss)
             if totals is not None:
                 term = term * jnp.sum(valid) / jnp.maximum(totals["masks"], 1e-9)
             loss = loss + cfg.mask_loss_weight * term

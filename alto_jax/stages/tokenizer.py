@@ -11,9 +11,9 @@ from alto_jax import metrics
 from alto_jax.batch import MaskBatch
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
-from alto_jax.losses import reconstruction as losses
+from alto_jax.losses import reconstruction
 from alto_jax.parallel import sharding
-from alto_jax.stages import Stage
+from alto_jax.stages.stage import Stage
 from alto_jax.tokenizer.alto import ALTo
 from alto_jax.tokenizer.length import leading_tokens
 from alto_jax.tokenizer.quantizer import reseed_dead_codes
@@ -52,9 +52,9 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
         embeddings = jnp.where(is_quantized, quantized.embeddings, quantized.z)
         features = image_features(apply, batch)
         logits = apply(embeddings * keep[..., None], features, method="decode")
-        vq, vq_terms = losses.vq_loss(quantized.z, quantized.entries, cfg.commitment_cost)
-        length = losses.length_loss(prediction.expectation, size.num_latent_tokens)
-        loss, terms = losses.reconstruction_loss(
+        vq, vq_terms = reconstruction.vq_loss(quantized.z, quantized.entries, cfg.commitment_cost)
+        length = reconstruction.length_loss(prediction.expectation, size.num_latent_tokens)
+        loss, terms = reconstruction.reconstruction_loss(
             logits, batch.mask, cfg.loss, quantizer_loss=vq * is_quantized, length_loss=length
         )
         logged = {**terms, **vq_terms, "iou": jnp.mean(mask_iou(logits, batch.mask)), "kept": jnp.mean(count)}

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted from the configuration, and peaks of devices.
+"""Floating-point operations of a training step, counted from the configuration.
 
 What the model itself needs: a product of x [n, a] and w [a, b] counts 2nab, once forward, once for the
 gradient of w where w is trained, once for the gradient of x where something before it is trained. Attention
@@ -14,26 +14,9 @@ from flax import traverse_util
 import jax
 
 from alto_jax.experiment import ExperimentConfig
+from alto_jax.lora import adapters
 from alto_jax.mllm.alto_llm import ModelConfig, init_params
 from alto_jax.tokenizer.alto import TokenizerConfig
-
-# Dense peak of one device in bfloat16, FLOP/s, by a part of `device_kind` (makers' data sheets); first match wins.
-PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("A100", 312e12),
-    ("TPU v6", 918e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v4", 275e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak of one device (`jax.Device.device_kind`) in bfloat16, FLOP/s; None where none is known (CPU)."""
-    return next((peak for name, peak in PEAK_FLOPS if name.lower() in device_kind.lower()), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +96,7 @@ def step_flops(config: ExperimentConfig, *, batch_size: int | None = None, lengt
     flat = traverse_util.flatten_dict(shapes, sep="/")
     if config.lora.rank:
         added = jax.eval_shape(lambda p: adapters.make_adapters(p, config.lora, jax.random.key(0)), shapes)
-        flat |= traverse_util.flatten_dict(adapters, sep="/")
+        flat |= traverse_util.flatten_dict(added, sep="/")
     sizes = {p: v.size for p, v in flat.items() if re.search(r"/(kernel|lora_[ab])$", p)}
     if config.model.language_model is not None and config.model.language_model.tie_embeddings:
         sizes["language_model/head/kernel"] = flat["language_model/embed/embedding"].size

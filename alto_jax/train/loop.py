@@ -16,17 +16,20 @@ import jax
 import numpy as np
 
 from alto_jax.checkpoint import loading, runs
+from alto_jax.cli import Progress, Stopped, duration
 from alto_jax.config import to_dict
 from alto_jax.data import prefetch
 from alto_jax.experiment import ExperimentConfig, claim_workdir
 from alto_jax.lora import adapters
 from alto_jax.parallel import sharding
-from alto_jax.stages import Stage, make_stage
-from alto_jax.train.preemption import Stopped, StopSignals
-from alto_jax.train.progress import Meter, MetricWriter, Profiler, Progress, duration, read_metrics
+from alto_jax.params import merge_params
+from alto_jax.stages.stage import Stage
+from alto_jax.stages.table import make_stage
+from alto_jax.train.preemption import StopSignals
+from alto_jax.train.progress import Meter, MetricWriter, Profiler, read_metrics
 from alto_jax.train.rollouts import Rollouts
 from alto_jax.train.start import abstract_state, initial_state, restored_state, write_overview
-from alto_jax.train.state import TrainState, make_optimizer, merge_params
+from alto_jax.train.state import TrainState, make_optimizer
 from alto_jax.train.step import make_rollout, make_step
 
 

@@ -8,12 +8,6 @@ import signal
 import threading
 from types import FrameType
 
-EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from what was saved.
-
-
-class Stopped(Exception):
-    """The run was asked to stop; the message says where it goes on. The command exits with EXIT_RESUMABLE."""
-
 
 class StopSignals:
     """Takes SIGTERM and SIGINT while a `with` block runs; a second SIGINT interrupts at once."""

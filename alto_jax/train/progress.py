@@ -1,4 +1,4 @@
-"""What a run says while it works: a progress line with the time left, metrics.jsonl, TensorBoard files, its speed.
+"""What a run records while it works: metrics.jsonl, TensorBoard files, its speed.
 
 Speed is under `perf/` in metrics.jsonl, means since the last record: step_seconds, data_seconds (waiting for the next
 batch), images_per_second, tokens_per_second (positions of the language model, stages 2 and 3), and per device
@@ -11,9 +11,8 @@ import contextlib
 import json
 import os
 import pathlib
-import sys
 import time
-from typing import Any, TextIO
+from typing import Any
 
 
 class MetricWriter:
@@ -66,47 +65,18 @@ def read_metrics(directory: str | os.PathLike) -> list[dict]:
     return [json.loads(line) for line in (pathlib.Path(directory) / "metrics.jsonl").read_text().splitlines()]
 
 
-class Progress:
-    """A progress line: step, share, metrics, speed and time left."""
-
-    def __init__(self, name: str, total: int, start: int = 0, stream: TextIO | None = None):
-        self._name, self._total, self._start = name, total, start
-        self._stream = stream or sys.stdout
-        self._began = time.monotonic()
-
-    def restart_clock(self, step: int) -> None:
-        """Leaves what came before `step` (compilation) out of the speed."""
-        self._began, self._start = time.monotonic(), step
-
-    def line(self, step: int, metrics: dict[str, float]) -> None:
-        """Prints one line for `step` of the total."""
-        values = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-        text = f"[{self._name}] {step}/{self._total}  {values}"
-        if step > self._start:
-            rate = (step - self._start) / max(time.monotonic() - self._began, 1e-9)
-            speed = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
-            text += f"  {speed}  ETA {duration((self._total - step) / rate)}"
-        print(text, file=self._stream, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
-    seconds = int(round(seconds))
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
 class Meter:
     """Measures the steps of a run; see the module's docstring."""
 
     def __init__(self, config: Any):
         import jax
 
+        from alto_jax.parallel.devices import find_device
         from alto_jax.train import flops
 
         self._flops = flops.step_flops(config).total / jax.device_count()
-        self._peak = flops.peak_flops(jax.devices()[0].device_kind)
+        device = find_device(jax.devices()[0].device_kind)
+        self._peak = None if device is None else device.flops
         self._rows, length = config.train.batch_size, config.data.max_length
         self._tokens = {"stage2": self._rows * length}.get(config.stage, 0)
         if config.stage == "stage3":

@@ -11,8 +11,9 @@ from alto_jax.checkpoint import loading, runs
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.lora import adapters
 from alto_jax.parallel import sharding
-from alto_jax.stages import Stage
-from alto_jax.train.state import TrainState, create_state, merge_params
+from alto_jax.params import merge_params
+from alto_jax.stages.stage import Stage
+from alto_jax.train.state import TrainState, create_state
 
 
 def _complete(config: ExperimentConfig, stage: Stage, optimizer: Any, params: dict, key: jax.Array) -> TrainState:

@@ -18,8 +18,9 @@ import optax
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.lora import adapters
 from alto_jax.parallel import sharding
-from alto_jax.stages import Stage
-from alto_jax.train.state import TrainState, cast, make_schedule, merge_params
+from alto_jax.params import cast, merge_params
+from alto_jax.stages.stage import Stage
+from alto_jax.train.state import TrainState, make_schedule
 
 SPIKE_AFTER = 100
 SPIKE_DECAY = 0.98

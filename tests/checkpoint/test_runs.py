@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from alto_jax.checkpoint import runs
-from alto_jax.train.state import OptimConfig, create_state, make_optimizer
+from alto_jax.experiment import OptimConfig
+from alto_jax.train.state import create_state, make_optimizer
 from tests.conftest import run_python
 
 META = {"stage": "stage1", "model": {"width": 4}, "step": 0}
@@ -104,7 +105,8 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from alto_jax.checkpoint import runs
 from alto_jax.parallel import sharding
-from alto_jax.train.state import OptimConfig, create_state, make_optimizer
+from alto_jax.experiment import OptimConfig
+from alto_jax.train.state import create_state, make_optimizer
 from tests.test_checkpoint import make_iterator
 
 def state(data, fsdp, tensor):

@@ -16,7 +16,7 @@ def debug_model(tmp_path_factory):
     import jax
 
     from alto_jax import experiment, main
-    from alto_jax.checkpoint import runs
+    from alto_jax.checkpoint import rows
     from alto_jax.config import to_dict
     from alto_jax.data import sources
     from alto_jax.mllm.alto_llm import init_params
@@ -40,6 +40,6 @@ def debug_model(tmp_path_factory):
             sinks[name][...] = value
 
     meta = {"stage": "stage2", "model": to_dict(config.model), "data": {"system": None}, "step": 0}
-    runs.save_params(path, shapes, fill, meta)
+    rows.save_params(path, shapes, fill, meta)
     sources.text_tokenizer(config).save(path)
     return types.SimpleNamespace(path=path, config=config)

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from alto_jax.checkpoint import loading, runs
+from alto_jax.checkpoint import loading, rows, runs
 from alto_jax.config import ConfigError
 from alto_jax.data import caches, prepare, sources
 from alto_jax.data.caches import CacheMaker
@@ -132,12 +132,12 @@ def test_prompts_carry_features(debug_model, chats):
 
 def test_another_tokenizer_is_refused(debug_model, chats, tmp_path):
     """The cache belongs to the tokenizer's parameters: another language model may stand beside them."""
-    arrays = {path: np.asarray(a) for path, a in runs.open_params(debug_model.path).items()}
+    arrays = {path: np.asarray(a) for path, a in rows.open_params(debug_model.path).items()}
 
     def save(name, change):
         changed = {**arrays, change: arrays[change] + 1e-6}
         fill = lambda sinks: [sink.__setitem__(..., changed[path]) for path, sink in sinks.items()]
-        runs.save_params(
+        rows.save_params(
             tmp_path / name, {p: (a.shape, a.dtype) for p, a in changed.items()}, fill,
             runs.load_meta(debug_model.path),
         )  # fmt: skip

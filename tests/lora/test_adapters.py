@@ -10,13 +10,15 @@ import pytest
 
 from alto_jax import layers
 from alto_jax.checkpoint import runs
-from alto_jax.experiment import LoraConfig, make_experiment
+from alto_jax.experiment import OptimConfig, make_experiment
 from alto_jax.lora import adapters
+from alto_jax.lora.adapters import LoraConfig
 from alto_jax.main import load_config
 from alto_jax.mllm.language_model import LanguageModel, LanguageModelConfig
 from alto_jax.parallel import sharding
+from alto_jax.params import merge_params
 from alto_jax.train import start
-from alto_jax.train.state import OptimConfig, create_state, make_optimizer, merge_params
+from alto_jax.train.state import create_state, make_optimizer
 from tests.conftest import ROOT, run_python
 from tests.test_train import arrays
 

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alto_jax.losses import reconstruction as losses
+from alto_jax.losses import grpo as grpo_losses
+from alto_jax.losses import reconstruction
+from alto_jax.losses import tokens as token_losses
 from tests.golden_io import golden, tolerance
 
-DEFAULT = losses.ReconstructionLossConfig()
-BCE_DICE = losses.ReconstructionLossConfig(bce=2.0, dice=0.5, bce_dice_on_probabilities=True)
+DEFAULT = reconstruction.ReconstructionLossConfig()
+BCE_DICE = reconstruction.ReconstructionLossConfig(bce=2.0, dice=0.5, bce_dice_on_probabilities=True)
 
 
 def _himt_inputs(rgb: bool):
@@ -29,7 +31,7 @@ def test_reconstruction_loss_golden(prefix, cfg, rgb):
     def total(probabilities):
         if not rgb:
             probabilities = jnp.repeat(probabilities, 3, axis=-1)
-        return losses.reconstruction_loss(
+        return reconstruction.reconstruction_loss(
             None,
             target,
             cfg,
@@ -65,7 +67,7 @@ def test_mask_equals_its_gray_rgb_image():
     _, recon, target = _himt_inputs(rgb=False)
     gray = target[1:, ..., 0]
     assert bool(jnp.all(target[1:] == gray[..., None]))
-    total = jax.jit(lambda p, t: losses.reconstruction_loss(None, t, BCE_DICE, probabilities=p)[0])
+    total = jax.jit(lambda p, t: reconstruction.reconstruction_loss(None, t, BCE_DICE, probabilities=p)[0])
     as_mask = total(recon[1:, ..., 0], gray)
     repeated = jnp.repeat(recon[1:], 3, axis=-1)
     as_rgb = total(repeated, target[1:])
@@ -74,10 +76,10 @@ def test_mask_equals_its_gray_rgb_image():
 
 def test_edge_map_and_edge_loss_golden():
     arrays, recon, target = _himt_inputs(rgb=False)
-    edges = jax.jit(losses.edge_map)(target)
+    edges = jax.jit(reconstruction.edge_map)(target)
     atol = tolerance("himtloss", "edge_maps_per_sample")
     np.testing.assert_allclose(edges[:, None, ::2, ::2], arrays["edge_maps_per_sample"], rtol=0, atol=atol)
-    edge_loss = jax.jit(losses.edge_loss)
+    edge_loss = jax.jit(reconstruction.edge_loss)
     per_sample = [edge_loss(recon[i : i + 1, ..., 0], target[i : i + 1]) for i in range(3)]
     atol = tolerance("himtloss", "edge_loss_per_sample")
     np.testing.assert_allclose(per_sample, arrays["edge_loss_per_sample"], rtol=0, atol=atol)
@@ -91,7 +93,7 @@ def test_vq_loss_golden():
         codebook = embedding @ arrays["embedding_proj.weight"].T
         latents, codes = z[:, :, 0].transpose(0, 2, 1), codebook[index]
         latents, codes = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (latents, codes))
-        return losses.vq_loss(latents, codes, 0.01)
+        return reconstruction.vq_loss(latents, codes, 0.01)
 
     inputs = (jnp.asarray(arrays["z"]), jnp.asarray(arrays["embedding.weight"]))
     (total, terms), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*inputs)
@@ -112,26 +114,26 @@ def test_terms_from_logits_are_stable_and_equal_the_plain_form():
     p = 1 / (1 + np.exp(-logits))
     plain_bce = -np.mean(target * np.log(p) + (1 - target) * np.log(1 - p))
     plain_dice = np.mean([1 - 2 * np.sum(a * b) / (a.sum() + b.sum()) for a, b in zip(p, target)])
-    np.testing.assert_allclose(losses.bce(jnp.asarray(logits), jnp.asarray(target)), plain_bce, rtol=1e-5)
-    np.testing.assert_allclose(losses.dice(jnp.asarray(logits), jnp.asarray(target)), plain_dice, rtol=1e-5)
+    np.testing.assert_allclose(reconstruction.bce(jnp.asarray(logits), jnp.asarray(target)), plain_bce, rtol=1e-5)
+    np.testing.assert_allclose(reconstruction.dice(jnp.asarray(logits), jnp.asarray(target)), plain_dice, rtol=1e-5)
     extreme = jnp.array([[[1e4, -1e4]]])
-    value, grad = jax.value_and_grad(lambda x: losses.bce(x, jnp.array([[[0.0, 1.0]]])))(extreme)
+    value, grad = jax.value_and_grad(lambda x: reconstruction.bce(x, jnp.array([[[0.0, 1.0]]])))(extreme)
     assert float(value) == 1e4
     np.testing.assert_array_equal(grad, [[[0.5, -0.5]]])
 
 
 def test_length_loss_is_a_fraction():
-    np.testing.assert_allclose(losses.length_loss(jnp.array([0.0, 31.0]), 32), 31 / 64)
+    np.testing.assert_allclose(reconstruction.length_loss(jnp.array([0.0, 31.0]), 32), 31 / 64)
 
 
 def test_config_refuses_negative_weight():
     with pytest.raises(ValueError, match=r"losses\.edge.*-1"):
-        losses.ReconstructionLossConfig(edge=-1.0)
+        reconstruction.ReconstructionLossConfig(edge=-1.0)
     with pytest.raises(ValueError, match="logits"):
-        losses.reconstruction_loss(
+        reconstruction.reconstruction_loss(
             None,
             jnp.zeros((1, 4, 4)),
-            losses.ReconstructionLossConfig(bce=1.0),
+            reconstruction.ReconstructionLossConfig(bce=1.0),
             probabilities=jnp.zeros((1, 4, 4)),
         )
 
@@ -164,7 +166,7 @@ def test_selected_cross_entropy_equals_naive_with_gradient(weighted, max_supervi
     assert int(jnp.max(jnp.sum(labels[:, 1:] != -100, axis=1))) <= 12
 
     def selected(hidden, head):
-        return losses.token_cross_entropy(
+        return token_losses.token_cross_entropy(
             hidden, labels, lambda x: x @ head, max_supervised=max_supervised, loss_weight=weight
         )
 
@@ -185,7 +187,7 @@ def test_logits_exist_at_selected_positions_only_and_overflow_is_counted():
         shapes.append(x.shape)
         return x @ head
 
-    _, metrics = losses.token_cross_entropy(hidden, labels, logits_fn, max_supervised=4)
+    _, metrics = token_losses.token_cross_entropy(hidden, labels, logits_fn, max_supervised=4)
     assert shapes == [(3, 4, 5)]
     counts = np.sum(np.asarray(labels)[:, 1:] != -100, axis=1)
     assert int(metrics["supervised_overflow"]) == int(np.maximum(counts - 4, 0).sum()) > 0
@@ -194,7 +196,7 @@ def test_logits_exist_at_selected_positions_only_and_overflow_is_counted():
 def test_cross_entropy_without_supervision_is_zero_with_zero_gradient():
     hidden, labels, head = _ce_case()
     labels = jnp.full_like(labels, -100)
-    loss = lambda h: losses.token_cross_entropy(h, labels, lambda x: x @ head, max_supervised=4)[0]
+    loss = lambda h: token_losses.token_cross_entropy(h, labels, lambda x: x @ head, max_supervised=4)[0]
     value, grad = jax.jit(jax.value_and_grad(loss))(hidden)
     assert float(value) == 0 and not np.any(grad)
 
@@ -203,18 +205,18 @@ def test_token_log_probs_and_entropy():
     logits = np.random.default_rng(0).normal(size=(4, 9)) * 5
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     ids = np.array([0, 3, 8, 1])
-    ours = losses.token_log_probs(jnp.asarray(logits), jnp.asarray(ids))
+    ours = token_losses.token_log_probs(jnp.asarray(logits), jnp.asarray(ids))
     np.testing.assert_allclose(ours, np.log(p[np.arange(4), ids]), rtol=1e-5)
-    np.testing.assert_allclose(losses.token_entropy(jnp.asarray(logits)), -(p * np.log(p)).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(token_losses.token_entropy(jnp.asarray(logits)), -(p * np.log(p)).sum(-1), rtol=1e-5)
 
 
 def test_len2weight():
     counts = jnp.array([0, 1, 4])
-    np.testing.assert_allclose(losses.len2weight(counts, "token"), [0, 1, 1])
-    np.testing.assert_allclose(losses.len2weight(counts, "sample"), [0, 1, 0.25])
-    np.testing.assert_allclose(losses.len2weight(counts, "square"), [0, 1, 0.5])
+    np.testing.assert_allclose(token_losses.len2weight(counts, "token"), [0, 1, 1])
+    np.testing.assert_allclose(token_losses.len2weight(counts, "sample"), [0, 1, 0.25])
+    np.testing.assert_allclose(token_losses.len2weight(counts, "square"), [0, 1, 0.5])
     with pytest.raises(ValueError, match="cube"):
-        losses.len2weight(counts, "cube")
+        token_losses.len2weight(counts, "cube")
 
 
 # --- mask loss -------------------------------------------------------------------------------------
@@ -224,10 +226,10 @@ def test_mask_token_probabilities_golden():
     arrays = golden("mask_loss_probs")
     valid, lengths = arrays["valid"], arrays["lengths"]
     logits = jnp.asarray(arrays["code_logits"])
-    full = losses.mask_token_probabilities(logits, jnp.full(3, 32))
+    full = token_losses.mask_token_probabilities(logits, jnp.full(3, 32))
     some = full[valid][..., ::16]
     np.testing.assert_allclose(some, arrays["probs"][valid], rtol=0, atol=tolerance("mask_loss", "probs"))
-    kept = losses.mask_token_probabilities(logits, jnp.asarray(lengths))
+    kept = token_losses.mask_token_probabilities(logits, jnp.asarray(lengths))
     for row, length in enumerate(lengths):
         np.testing.assert_array_equal(kept[row, :length], full[row, :length])
         assert not np.any(kept[row, length:])
@@ -248,19 +250,21 @@ def test_mask_loss_equals_float64_formula(reduction):
     axes = (1, 2) if reduction == "sample" else None
     dice = np.mean(1 - (2 * np.sum(p * t, axes) + 1e-6) / (np.sum(p, axes) + np.sum(t, axes) + 1e-6))
     for clamp in (0.0, 1e-6):
-        cfg = losses.MaskLossConfig(dice_reduction=reduction, probability_clamp=clamp)
-        value, _ = losses.mask_loss(jnp.asarray(logits), jnp.asarray(target), jnp.asarray(valid), cfg)
+        cfg = token_losses.MaskLossConfig(dice_reduction=reduction, probability_clamp=clamp)
+        value, _ = token_losses.mask_loss(jnp.asarray(logits), jnp.asarray(target), jnp.asarray(valid), cfg)
         np.testing.assert_allclose(value, bce + 0.25 * dice, rtol=2e-6)
 
 
 def test_mask_loss_clamp_is_the_float32_one():
-    cfg = losses.MaskLossConfig(dice=0.0, probability_clamp=1e-6)
+    cfg = token_losses.MaskLossConfig(dice=0.0, probability_clamp=1e-6)
     wrong = jnp.full((1, 2, 2), 40.0), jnp.zeros((1, 2, 2)), jnp.array([True])
-    value, _ = losses.mask_loss(*wrong, cfg)
+    value, _ = token_losses.mask_loss(*wrong, cfg)
     np.testing.assert_allclose(value, -np.log1p(-np.float64(np.float32(1 - 1e-6))), rtol=1e-5)
-    grad = jax.grad(lambda x: losses.mask_loss(x, *wrong[1:], cfg)[0])(wrong[0])
+    grad = jax.grad(lambda x: token_losses.mask_loss(x, *wrong[1:], cfg)[0])(wrong[0])
     assert not np.any(grad)
-    exact = jax.grad(lambda x: losses.mask_loss(x, *wrong[1:], losses.MaskLossConfig(dice=0.0))[0])(wrong[0])
+    exact = jax.grad(lambda x: token_losses.mask_loss(x, *wrong[1:], token_losses.MaskLossConfig(dice=0.0))[0])(
+        wrong[0]
+    )
     np.testing.assert_allclose(exact, 0.25)
 
 
@@ -268,9 +272,9 @@ def test_mask_loss_clamp_is_the_float32_one():
 def test_mask_loss_of_no_valid_sample_is_zero(reduction):
     logits, target, _ = _mask_case()
     logits[0] = np.nan
-    cfg = losses.MaskLossConfig(dice_reduction=reduction)
+    cfg = token_losses.MaskLossConfig(dice_reduction=reduction)
     none = jnp.zeros(4, bool)
-    value, grad = jax.value_and_grad(lambda x: losses.mask_loss(x, jnp.asarray(target), none, cfg)[0])(
+    value, grad = jax.value_and_grad(lambda x: token_losses.mask_loss(x, jnp.asarray(target), none, cfg)[0])(
         jnp.asarray(logits)
     )
     assert float(value) == 0 and not np.any(grad)
@@ -282,17 +286,17 @@ def test_mask_loss_of_no_valid_sample_is_zero(reduction):
 def test_grpo_reference_objective_golden():
     arrays = golden("grpo")
     mask = np.asarray(arrays["completion_ids"] != 2)
-    cfg = losses.GrpoLossConfig(objective="reference", beta=1e-3)
+    cfg = grpo_losses.GrpoLossConfig(objective="reference", beta=1e-3)
     # Three more columns than the longest completion has: they must not count.
     pad = lambda x: jnp.asarray(np.pad(x, ((0, 0), (0, 3)))[None])
     logps, ref, mask = pad(arrays["logps"]), pad(arrays["ref_logps"]), pad(mask)
     advantages = jnp.asarray(arrays["advantages"][None])
 
-    loss_fn = lambda p: losses.grpo_loss(p, None, ref, advantages, mask, cfg)
+    loss_fn = lambda p: grpo_losses.grpo_loss(p, None, ref, advantages, mask, cfg)
     (loss, metrics), grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(logps)
     # The mean of the twelve float32 advantages, zero in exact arithmetic, is only defined to about 1e-8.
     np.testing.assert_allclose(loss, arrays["loss"], rtol=0, atol=tolerance("grpo", "loss") + 1e-8)
-    kl_only = losses.grpo_loss(logps, None, ref, jnp.zeros_like(advantages), mask, cfg)[0]
+    kl_only = grpo_losses.grpo_loss(logps, None, ref, jnp.zeros_like(advantages), mask, cfg)[0]
     np.testing.assert_allclose(kl_only, arrays["loss"], rtol=0, atol=tolerance("grpo", "loss"))
     difference = arrays["ref_logps"] - arrays["logps"]
     kl = np.exp(difference) - difference - 1
@@ -310,8 +314,8 @@ def test_grpo_reference_cap_kills_the_gradient_of_its_group_only():
     logps = jnp.full((2, 2, 3), -1.0)
     ref = jnp.stack([jnp.full((2, 3), 9.0), jnp.full((2, 3), -0.5)])
     mask = jnp.ones((2, 2, 3), bool)
-    cfg = losses.GrpoLossConfig(objective="reference", beta=1e-3)
-    loss_fn = lambda p: losses.grpo_loss(p, None, ref, jnp.array([[1.0, -1.0]] * 2), mask, cfg)[0]
+    cfg = grpo_losses.GrpoLossConfig(objective="reference", beta=1e-3)
+    loss_fn = lambda p: grpo_losses.grpo_loss(p, None, ref, jnp.array([[1.0, -1.0]] * 2), mask, cfg)[0]
     value, grad = jax.jit(jax.value_and_grad(loss_fn))(logps)
     small = 1e-3 * (np.exp(0.5) - 1.5)
     np.testing.assert_allclose(value, (1.0 + small) / 2, rtol=1e-5)
@@ -354,10 +358,12 @@ def _grpo_float64(logps, old, ref, advantages, mask, objective, low, high, beta)
 def test_grpo_equals_float64_formula_with_gradient(objective):
     logps, old, ref, advantages, mask = _grpo_case()
     low, high, beta = 0.2, 0.28, 0.04
-    cfg = losses.GrpoLossConfig(objective=objective, epsilon_low=low, epsilon_high=high, beta=beta)
+    cfg = grpo_losses.GrpoLossConfig(objective=objective, epsilon_low=low, epsilon_high=high, beta=beta)
     poisoned = [np.where(mask, x, 1e6) for x in (logps, old, ref)]
     args = [jnp.asarray(x, jnp.float32) for x in poisoned]
-    loss_fn = jax.jit(lambda p: losses.grpo_loss(p, args[1], args[2], jnp.asarray(advantages), jnp.asarray(mask), cfg))
+    loss_fn = jax.jit(
+        lambda p: grpo_losses.grpo_loss(p, args[1], args[2], jnp.asarray(advantages), jnp.asarray(mask), cfg)
+    )
     loss_only = lambda p: loss_fn(p)[0]
     value, grad = jax.value_and_grad(loss_only)(args[0])
     formula = lambda p: _grpo_float64(p, old, ref, advantages, mask, objective, low, high, beta)
@@ -373,23 +379,23 @@ def test_grpo_equals_float64_formula_with_gradient(objective):
 
 def test_grpo_metrics_and_errors():
     logps, old, ref, advantages, mask = (jnp.asarray(x) for x in _grpo_case())
-    cfg = losses.GrpoLossConfig()
+    cfg = grpo_losses.GrpoLossConfig()
     entropy = jnp.where(mask, 2.0, jnp.nan)
-    _, metrics = losses.grpo_loss(logps, old, ref, advantages, mask, cfg, entropy=entropy)
+    _, metrics = grpo_losses.grpo_loss(logps, old, ref, advantages, mask, cfg, entropy=entropy)
     ratio = np.exp(np.asarray(logps - old))
     positive = np.asarray(advantages)[..., None] > 0
     clipped = np.where(positive, ratio > 1.2, ratio < 0.8)
     np.testing.assert_allclose(metrics["clip_fraction"], clipped[np.asarray(mask)].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["ratio"], ratio[np.asarray(mask)].mean(), rtol=1e-5)
     assert float(metrics["entropy"]) == 2.0
-    on_policy, metrics = losses.grpo_loss(logps, None, ref, advantages, mask, cfg)
+    on_policy, metrics = grpo_losses.grpo_loss(logps, None, ref, advantages, mask, cfg)
     assert float(metrics["clip_fraction"]) == 0 and float(metrics["ratio"]) == 1
     with pytest.raises(ValueError, match="ref_per_token_logps"):
-        losses.grpo_loss(logps, old, None, advantages, mask, cfg)
-    free = losses.GrpoLossConfig(beta=0.0)
-    assert np.isfinite(losses.grpo_loss(logps, old, None, advantages, mask, free)[0])
+        grpo_losses.grpo_loss(logps, old, None, advantages, mask, cfg)
+    free = grpo_losses.GrpoLossConfig(beta=0.0)
+    assert np.isfinite(grpo_losses.grpo_loss(logps, old, None, advantages, mask, free)[0])
     with pytest.raises(ValueError, match="ppo"):
-        losses.GrpoLossConfig(objective="ppo")
+        grpo_losses.GrpoLossConfig(objective="ppo")
 
 
 @pytest.mark.parametrize("objective", ["paper", "reference", "dr_grpo", "dapo", "gspo"])
@@ -398,11 +404,13 @@ def test_grpo_reaches_the_optimum_of_a_bandit(objective):
     rewards = jnp.array([[0.1, 0.9, 0.3, 0.5]])
     advantages = rewards - jnp.mean(rewards)
     mask = jnp.ones((1, 4, 1), bool)
-    cfg = losses.GrpoLossConfig(objective=objective, beta=0.0)
+    cfg = grpo_losses.GrpoLossConfig(objective=objective, beta=0.0)
 
     @jax.jit
     def update(logits):
-        loss_fn = lambda x: losses.grpo_loss(jax.nn.log_softmax(x)[None, :, None], None, None, advantages, mask, cfg)[0]
+        loss_fn = lambda x: grpo_losses.grpo_loss(
+            jax.nn.log_softmax(x)[None, :, None], None, None, advantages, mask, cfg
+        )[0]
         return logits - 2.0 * jax.grad(loss_fn)(logits)
 
     logits = jnp.zeros(4)

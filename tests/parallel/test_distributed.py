@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from alto_jax.checkpoint import runs
+from alto_jax.cli import EXIT_RESUMABLE
 from alto_jax.parallel import distributed
-from alto_jax.train.preemption import EXIT_RESUMABLE
 from alto_jax.train.progress import read_metrics
 from tests.conftest import ROOT
 from tests.test_train import arrays
@@ -75,7 +75,8 @@ def test_missing_process_is_named(monkeypatch):
     monkeypatch.setenv("ALTO_COORDINATOR", "127.0.0.1:1")
     monkeypatch.setenv("ALTO_NUM_PROCESSES", "2")
     monkeypatch.setenv("ALTO_PROCESS_ID", "1")
-    script = "from alto_jax import cli; from alto_jax.parallel import distributed\ncli.run(lambda: distributed.initialize('env'))"
+    script = "from alto_jax import cli\nfrom alto_jax.parallel import distributed\n"
+    script += "cli.run(lambda: distributed.initialize('env'))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     # Note: JAX itself may end the process, with the reason in its message.
     assert done.returncode != 0

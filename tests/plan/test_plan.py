@@ -14,7 +14,7 @@ from alto_jax.parallel import sharding
 from alto_jax.parallel.sharding import MeshConfig
 from alto_jax.plan import __main__ as plan
 from alto_jax.plan import hlo, programs, roofline
-from alto_jax.stages import make_stage
+from alto_jax.stages.table import make_stage
 from tests.conftest import ROOT, run_python
 
 
@@ -195,7 +195,7 @@ import json, jax, sys
 from alto_jax.parallel import sharding
 from alto_jax.plan import __main__ as plan, programs
 from alto_jax.train import loop
-from alto_jax.stages import make_stage
+from alto_jax.stages.table import make_stage
 from alto_jax.train.state import create_state, make_optimizer
 options, config = plan.parse(sys.argv[1:])
 planned = programs.make_plan(config, options)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alto_jax.batch import PromptBatch
-from alto_jax.losses.reconstruction import GrpoLossConfig, grpo_loss
+from alto_jax.losses.grpo import GrpoLossConfig, grpo_loss
 from alto_jax.mllm.alto_llm import ALToLLM, init_params
 from alto_jax.parallel import sharding
 from tests.stages import test_grpo as case

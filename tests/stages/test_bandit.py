@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from alto_jax.losses.reconstruction import GrpoLossConfig, grpo_loss
+from alto_jax.losses.grpo import GrpoLossConfig, grpo_loss
 from alto_jax.rewards import group_advantages
 
 ARMS, GROUP, BATCH = 5, 16, 4

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from alto_jax.batch import PromptBatch, Rollout
-from alto_jax.losses.reconstruction import GrpoLossConfig, grpo_loss, token_log_probs
+from alto_jax.losses.grpo import GrpoLossConfig, grpo_loss
+from alto_jax.losses.tokens import token_log_probs
 from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, init_params
 from alto_jax.mllm.intern_vit import InternViTConfig
 from alto_jax.mllm.language_model import LanguageModelConfig

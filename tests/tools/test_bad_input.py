@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from alto_jax.checkpoint import runs
+from alto_jax.checkpoint import rows
 from alto_jax.config import ConfigError, to_dict
 from tests.conftest import ROOT
 from tests.golden_models import ALTO_HEADS, write_altollm
@@ -199,7 +199,7 @@ def test_killed_run_leaves_no_checkpoint_and_the_next_one_starts_clean(tmp_path)
         assert left == ([".out.incomplete", "torch"] if number == signal.SIGKILL else ["torch"])
     assert main(["import", str(source), str(tmp_path / "out")]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "torch"]
-    assert len(runs.open_params(tmp_path / "out")) == len(get_table("internvit", TINY["internvit"]).target_shapes())
+    assert len(rows.open_params(tmp_path / "out")) == len(get_table("internvit", TINY["internvit"]).target_shapes())
 
 
 def test_staging_keeps_errors_apart(tmp_path):

@@ -10,10 +10,11 @@ import pytest
 from safetensors.numpy import save_file
 
 import alto_jax
-from alto_jax.checkpoint import runs
+from alto_jax.checkpoint import rows, runs
 from alto_jax.config import to_dict
 from alto_jax.data import transforms
-from alto_jax.train.state import TrainState, split_params
+from alto_jax.params import split_params
+from alto_jax.train.state import TrainState
 from tests.conftest import ROOT
 from tests.golden_io import golden, tolerance
 from tests.golden_models import ALTO_HEADS, altollm_weights
@@ -37,7 +38,7 @@ def test_import_then_export_returns_every_bit(kind, dtype, tmp_path):
     plan = plans.make_plan(open_source(source))
     assert plan.kind == kind
     importer.write(plan, tmp_path / "out")
-    arrays = runs.open_params(tmp_path / "out")
+    arrays = rows.open_params(tmp_path / "out")
     assert {str(array.dtype) for array in arrays.values()} == {np.dtype(dtype).name}
     assert exporter.export(tmp_path / "out", tmp_path / "back", max_shard_bytes=2000) == kind
     assert_same(read_all(tmp_path / "back"), state)
@@ -191,7 +192,7 @@ def test_stage2_start_from_internvl_and_alto(altollm, tmp_path):
     (source / "added_tokens.json").unlink()
     command = ["import", "--internvl", str(source), "--alto", str(tmp_path / "alto.safetensors"), str(tmp_path / "out")]
     assert main([*command, "--config", json.dumps(ALTO_HEADS)]) == 0
-    params = runs.open_params(tmp_path / "out")
+    params = rows.open_params(tmp_path / "out")
     for path, key in (("embed/embedding", embed), ("head/kernel", head)):
         table = np.asarray(params[f"language_model/{path}"])
         table = table.T if path.startswith("head") else table

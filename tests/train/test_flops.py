@@ -15,9 +15,9 @@ from alto_jax.main import load_config
 from alto_jax.mllm.alto_llm import init_params
 from alto_jax.mllm.language_model import LanguageModel, LanguageModelConfig
 from alto_jax.mllm.text import SpecialIds
+from alto_jax.params import merge_params, split_params
 from alto_jax.stages import grpo, sft
 from alto_jax.train import flops
-from alto_jax.train.state import merge_params, split_params
 from tests.conftest import ROOT
 
 

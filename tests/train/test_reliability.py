@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from alto_jax.checkpoint.runs import Retention, loading, runs
+from alto_jax.cli import EXIT_RESUMABLE, Stopped
 from alto_jax.train import loop
-from alto_jax.train.preemption import EXIT_RESUMABLE, Stopped, StopSignals
+from alto_jax.train.preemption import StopSignals
 from alto_jax.train.progress import read_metrics
 from tests import fake_stage
 from tests.conftest import run_python
@@ -141,7 +142,7 @@ def test_signal_saves_and_resumes(number, undisturbed, tmp_path, use):
 def test_exit_code_of_a_stopped_run():
     script = """
 from alto_jax import cli
-from alto_jax.train.preemption import Stopped
+from alto_jax.cli import Stopped
 def main():
     raise Stopped("saved")
 cli.run(main)
@@ -244,7 +245,8 @@ import sys
 import jax, numpy as np
 from alto_jax.checkpoint import runs
 from alto_jax.parallel import sharding
-from alto_jax.train.state import OptimConfig, create_state, make_optimizer
+from alto_jax.experiment import OptimConfig
+from alto_jax.train.state import create_state, make_optimizer
 from tests.test_checkpoint import make_iterator
 
 def state(data, fsdp, tensor, seed=0):

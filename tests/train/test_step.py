@@ -64,8 +64,8 @@ STAGE2 = """
 import dataclasses, jax, numpy as np
 from alto_jax.parallel import sharding
 from alto_jax.train import step
-from alto_jax.stages import make_stage
-from alto_jax.train.state import make_optimizer, create_state
+from alto_jax.stages.table import make_stage
+from alto_jax.train.state import create_state, make_optimizer
 from benchmarks.reliability import get_config
 from tests.test_flops import experiment
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax.checkpoint import runs
+from alto_jax.checkpoint import rows, runs
 from alto_jax.config import ConfigError, build
 from alto_jax.mllm.alto_llm import ModelConfig
 from tools.convert_torch_weights import configs_for_torch, mapping, rules
@@ -54,7 +54,7 @@ def export(
     """
     root, _ = runs.find_run(directory)
     meta = runs.load_meta(root)
-    params = {p: v for p, v in runs.open_params(root).items() if not p.startswith(_REFERENCE_POLICY)}
+    params = {p: v for p, v in rows.open_params(root).items() if not p.startswith(_REFERENCE_POLICY)}
     kind = meta.get("kind") or kind_of(meta["model"], params)
     if not force:
         configs_for_torch.check_forms(kind, meta["model"])

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alto_jax.checkpoint import runs
+from alto_jax.checkpoint import rows
 from alto_jax.config import to_dict
 from alto_jax.experiment import DataConfig, ExperimentConfig
 from alto_jax.mllm.alto_llm import init_params
@@ -106,7 +106,7 @@ def write(
         (folder / "config.json").write_text(json.dumps(experiment, indent=2) + "\n")
         keep_files(plan.parts[0].source, folder / TORCH_FILES)
         meta = {"stage": stage, "model": model, "data": {"system": system}, "kind": plan.kind, "step": 0}
-        runs.save_params(folder, plan.shapes, fill, meta)
+        rows.save_params(folder, plan.shapes, fill, meta)
 
 
 class _Contiguous:

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax.checkpoint import runs
+from alto_jax.checkpoint import rows, runs
 from tools.convert_torch_weights.sources import open_source
 
 
 def tensors_of(path: Path) -> dict[str, Any]:
     """Name → lazy array (shape, dtype, np.asarray) of one of our checkpoints or of a PyTorch one."""
     if (path / runs.CHECKPOINTS).is_dir() or path.name == runs.CHECKPOINTS:
-        return dict(runs.open_params(path))
+        return dict(rows.open_params(path))
     source = open_source(path)
     return {key: _Tensor(entry) for key, entry in source.entries.items()}
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from alto_jax import layers
-from alto_jax.checkpoint import runs
+from alto_jax.checkpoint import rows
 from alto_jax.mllm.intern_vit import InternViT
 from alto_jax.mllm.language_model import DecoderBlock, LanguageModel, ntk_inv_freq
 from alto_jax.tokenizer.encoder import latent_attn_mask
@@ -30,7 +30,7 @@ class _Params:
     """Our parameters as float32, nested, all of a prefix or one row of its stack."""
 
     def __init__(self, out: Path):
-        self._arrays = runs.open_params(out)
+        self._arrays = rows.open_params(out)
 
     def tree(self, prefix: str, row: int | None = None) -> dict[str, Any]:
         found = {p.removeprefix(prefix): a for p, a in self._arrays.items() if p.startswith(prefix)}

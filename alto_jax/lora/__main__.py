@@ -1,0 +1,63 @@
+"""Command: a run of adapters becomes a checkpoint like any other.
+
+python -m alto_jax.main --config=configs/stage2.py:8b --config.lora.rank=16 --config.init_from=BASE --workdir=RUN
+python -m alto_jax.lora merge RUN OUT
+"""
+
+import argparse
+import pathlib
+import shutil
+
+from alto_jax import cli
+
+
+def merge(run: str, out: str) -> pathlib.Path:
+    """Writes base plus adapters of a run as a checkpoint of parameters alone, for any command.
+
+    Raises:
+      FileNotFoundError: no checkpoint in `run`.
+      ValueError: `run` has no adapters, or `out` already holds a checkpoint.
+    """
+    # Note: late, so that --help needs no JAX.
+    from flax import traverse_util
+    import jax
+    import numpy as np
+
+    from alto_jax.checkpoint import loading, rows, runs
+    from alto_jax.parallel import sharding
+
+    meta, target = runs.load_meta(run), pathlib.Path(out)
+    if not meta.get("lora"):
+        raise ValueError(f"{run}: its checkpoint has no adapters (config.lora.rank was 0)")
+    if (target / runs.CHECKPOINTS).exists():
+        raise ValueError(f"{out}: holds a checkpoint already")
+    model = loading.load_model(run, sharding.make_mesh(sharding.MeshConfig(), jax.devices()))
+    flat = traverse_util.flatten_dict(model.params, sep="/")
+
+    def fill(sinks):
+        for path, sink in sinks.items():
+            sink[...] = np.asarray(flat[path])
+
+    dropped = ("lora", "base", "base_identity", "checksums", "metric")
+    plain = {name: value for name, value in model.meta.items() if name not in dropped}
+    target.mkdir(parents=True, exist_ok=True)
+    rows.save_params(target, {p: (v.shape, v.dtype) for p, v in flat.items()}, fill, plain)
+    if (model.directory / "tokenizer.json").exists():
+        shutil.copy(model.directory / "tokenizer.json", target / "tokenizer.json")
+    return target
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m alto_jax.lora", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("merge", help="base + adapters of a run → a checkpoint like any other")
+    command.add_argument("run", help="the run's directory")
+    command.add_argument("out", help="a new directory")
+    arguments = parser.parse_args()
+    print(f"merged into {merge(arguments.run, arguments.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
