@@ -11,6 +11,6 @@ __all__ = ["__version__", "load"]
 
 def load(directory, **kwargs):
     """Opens a checkpoint for prediction; see `alto_jax.predict.load`."""
-    from alto_jax import predict
+    from alto_jax import predict  # late: keeps the start fast
 
     return predict.load(directory, **kwargs)

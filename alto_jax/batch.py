@@ -97,7 +97,7 @@ def abstract_batch(config: Any) -> MaskBatch | ChatBatch | PromptBatch:
     Args:
       config: an ExperimentConfig; rows have `config.data.max_length` tokens, and nothing is cached.
     """
-    import jax
+    import jax  # late: keeps the start fast
     import numpy as np
 
     model, rows, length = config.model, config.train.batch_size, config.data.max_length

@@ -42,7 +42,7 @@ def load_config(spec: str) -> Any:
     Raises:
       ConfigError: no such file, no `get_config` in it, or values that do not fit.
     """
-    import ml_collections
+    import ml_collections  # late: keeps the start fast
 
     file, _, argument = spec.partition(":")
     path = pathlib.Path(file)
@@ -68,7 +68,7 @@ def load_config(spec: str) -> Any:
 
 def _completed(plain: dict, where: str) -> dict:
     """The fields with all defaults, as values that flags can change."""
-    from alto_jax.config import build
+    from alto_jax.config import build  # late: keeps the start fast
     from alto_jax.experiment import ExperimentConfig
 
     return _flaggable(build(ExperimentConfig, plain, where))
@@ -76,7 +76,7 @@ def _completed(plain: dict, where: str) -> dict:
 
 def _flaggable(value: Any) -> Any:
     """Dataclasses as dicts; an optional plain field that is None as a placeholder of its type."""
-    from ml_collections import config_dict
+    from ml_collections import config_dict  # late: keeps the start fast
 
     if not dataclasses.is_dataclass(value):
         return value
@@ -114,7 +114,7 @@ def read_config(spec: str, changes: Sequence[str]) -> dict:
     Raises:
       ConfigError: no such file or field, a value of the wrong type, an argument of another kind.
     """
-    from ml_collections import config_flags
+    from ml_collections import config_flags  # late: keeps the start fast
 
     values = load_config(spec)
     _check_fields(values.to_dict(), changes)
@@ -171,11 +171,11 @@ def main() -> int:
     distributed.initialize(_DISTRIBUTED.value)
     values = read_config(spec, changes)
     if "stages" in values:
-        from alto_jax import quickstart
+        from alto_jax import quickstart  # late: keeps the start fast
 
         quickstart.run(values, _WORKDIR.value)
         return 0
-    from alto_jax.experiment import make_experiment
+    from alto_jax.experiment import make_experiment  # late: keeps the start fast
     from alto_jax.train.loop import evaluate, train
 
     if _PROFILE.value:

@@ -53,7 +53,7 @@ class TokenizerModel:
 
     def _method(self, name: str) -> Any:
         """A method of the tokenizer as a function of (parameters, *arguments), compiled once per shape."""
-        import jax
+        import jax  # late: keeps the start fast
 
         from alto_jax.tokenizer.alto import ALTo
 
@@ -73,7 +73,7 @@ class TokenizerModel:
           ValueError: an empty mask, or a length out of range.
         """
 
-        from alto_jax.data import transforms
+        from alto_jax.data import transforms  # late: keeps the start fast
 
         tokenizer = self.cfg.tokenizer
         mask = np.asarray(mask)
@@ -97,7 +97,7 @@ class TokenizerModel:
         Raises:
           ValueError: too many or too few codes, or one out of range.
         """
-        import jax
+        import jax  # late: keeps the start fast
 
         from alto_jax.data import transforms
 
@@ -154,7 +154,7 @@ class Segmenter(TokenizerModel):
         Raises:
           ValueError: no object named, an image or target that does not fit, or a length out of range.
         """
-        import jax
+        import jax  # late: keeps the start fast
 
         from alto_jax.batch import PromptBatch
         from alto_jax.data import transforms
@@ -219,7 +219,7 @@ class Segmenter(TokenizerModel):
 
     def _compiled(self, config: Any) -> Any:
         """`segment` for a generation configuration, compiled once per shape; the controls are an argument."""
-        import jax
+        import jax  # late: keeps the start fast
 
         from alto_jax.mllm.alto_llm import segment
 
@@ -249,7 +249,7 @@ def load(directory: str | os.PathLike) -> TokenizerModel:
       FileNotFoundError: no complete checkpoint there.
       ValueError: the checkpoint lacks parameters of its own model.
     """
-    import jax
+    import jax  # late: keeps the start fast
 
     from alto_jax.checkpoint import loading
     from alto_jax.parallel import sharding
@@ -275,7 +275,7 @@ def main() -> int:
     parser.add_argument("--overlay", metavar="FILE", help="the image with the mask drawn on it")
     parser.add_argument("--json", metavar="FILE", help="text, token_ids, codes, length, iou, seconds")
     options = parser.parse_args()
-    from PIL import Image
+    from PIL import Image  # late: keeps the start fast
 
     from alto_jax.data import transforms
 
@@ -292,7 +292,7 @@ def main() -> int:
     if options.out:
         Image.fromarray(result.mask.astype(np.uint8) * 255).save(options.out)
     if options.overlay:
-        from alto_jax.report import save_overlay
+        from alto_jax.report import save_overlay  # late: keeps the start fast
 
         save_overlay(options.overlay, image, result.mask)
     if options.json:

@@ -165,7 +165,7 @@ def length_histogram_figure(lengths: Mapping[str, Sequence[int]], max_length: in
 def new_figure():
     """Returns a figure and its axes in the report's style, without touching matplotlib's global state."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # late: an optional dependency
     except ImportError as error:
         raise ImportError("matplotlib is needed for figures: pip install 'alto_jax[demo]'") from error
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")

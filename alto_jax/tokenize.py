@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def _encode(options: argparse.Namespace) -> None:
-    from alto_jax.data import transforms
+    from alto_jax.data import transforms  # late: keeps the start fast
 
     mask = transforms.open_mask(options.mask)
     length = int(options.length) if options.length.isdigit() else options.length
@@ -48,7 +48,7 @@ def _encode(options: argparse.Namespace) -> None:
 
 
 def _decode(options: argparse.Namespace) -> None:
-    from PIL import Image
+    from PIL import Image  # late: keeps the start fast
 
     from alto_jax.data import transforms
 

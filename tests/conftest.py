@@ -12,6 +12,8 @@ from absl import flags
 import filelock
 import pytest
 
+from tests.debug_model import debug_model  # noqa: F401 - a fixture
+
 ROOT = pathlib.Path(__file__).parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

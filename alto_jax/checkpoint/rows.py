@@ -29,7 +29,7 @@ class _Sink:
 
     def open(self, directory: str, pending: list) -> None:
         """Makes the array on disk; `pending` collects the writes under way, of all sinks."""
-        import tensorstore as ts
+        import tensorstore as ts  # late: keeps the start fast
 
         # Note: uncompressed (weights hardly shrink), one file per layer, so that hosts read what they need.
         metadata = {
@@ -127,7 +127,7 @@ class LazyArray:
 
 def open_params(directory: str | os.PathLike) -> dict[str, LazyArray]:
     """All parameters of the newest step, trained and frozen, by their path "a/b/c", not yet read."""
-    import tensorstore as ts
+    import tensorstore as ts  # late: keeps the start fast
 
     root, step = find_run(directory)
     folder = root / CHECKPOINTS / str(step) / "state"

@@ -105,7 +105,7 @@ class Checkpointer:
           OSError: this save or the one before it failed (such as: the disk is full). The checkpoints of before are
             still there, and the next save may succeed.
         """
-        from grain import checkpoint as grain_checkpoint
+        from grain import checkpoint as grain_checkpoint  # late: keeps the start fast
 
         parts = _without_empty(state)
         with self._told_failures():
@@ -154,7 +154,7 @@ class Checkpointer:
                 (self._folder / name).rename(target)
         self._remove_leftovers()
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
+            from jax.experimental import multihost_utils  # late: only several processes need it
 
             multihost_utils.sync_global_devices("alto_jax.checkpoint.set_aside")
         self._manager.reload()
@@ -311,7 +311,7 @@ def _all_agree(value: bool) -> bool:
     """Whether `value` is true in every process."""
     if jax.process_count() == 1:
         return value
-    from jax.experimental import multihost_utils
+    from jax.experimental import multihost_utils  # late: only several processes need it
 
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 

@@ -10,6 +10,9 @@ import pathlib
 from typing import Any
 
 from alto_jax.data import refcoco
+from alto_jax.data.open_vocab import OpenVocab
+from alto_jax.data.prepared import Prepared
+from alto_jax.data.scenes import ChatConfig, SceneChats, ScenesConfig
 from alto_jax.mllm import text
 
 
@@ -87,8 +90,6 @@ def open_benchmark(
     """
     found, root = benchmark(name), pathlib.Path(root)
     if (root / "manifest.json").is_file():
-        from alto_jax.data.prepared import Prepared
-
         return Prepared(root, expect=f"{name}.{protocol}")
     if not root.is_dir():
         raise ValueError(f"--data: {root} does not exist; {name} expects there: {found.expects}")
@@ -103,8 +104,6 @@ class SceneReferring:
     no_target = False
 
     def __init__(self, count: int, image_size: int = 128):
-        from alto_jax.data.scenes import ChatConfig, SceneChats, ScenesConfig
-
         config = ScenesConfig(image_size=image_size, num_scenes=count, split="validation")
         self._chats = SceneChats(config, ChatConfig(adaptive_only=True))
 
@@ -139,8 +138,6 @@ def _open_refcocom(found: Benchmark, root: pathlib.Path, protocol: Any, images: 
 
 
 def _open_vocab(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any) -> Any:
-    from alto_jax.data.open_vocab import OpenVocab
-
     return OpenVocab(refcoco.find(root, (f"open_vocab/{found.name}.jsonl", f"{found.name}.jsonl"), found.name))
 
 

@@ -34,7 +34,7 @@ def _parameters(directory: str | os.PathLike, what: str) -> dict[str, Any]:
       FileNotFoundError: no complete checkpoint there.
       ValueError: it has no such parameters.
     """
-    from alto_jax.checkpoint import rows
+    from alto_jax.checkpoint import rows  # late: keeps the start fast
 
     found = {p: a for p, a in sorted(rows.open_params(directory).items()) if re.search(PARAMETERS[what], p)}
     if not found:
@@ -119,7 +119,7 @@ class _Tokenizer:
 
 def _load(directory: str, pixel_input: str | None) -> _Tokenizer:
     """Reads the tokenizer, and nothing else, of a checkpoint of any stage."""
-    import jax
+    import jax  # late: keeps the start fast
 
     from alto_jax.checkpoint import runs
     from alto_jax.config import build
@@ -188,7 +188,7 @@ class CacheMaker:
 
     @functools.cached_property
     def _features(self) -> Any:
-        import jax
+        import jax  # late: keeps the start fast
         import jax.numpy as jnp
 
         from alto_jax.mllm.alto_llm import sam_input
@@ -207,7 +207,7 @@ class CacheMaker:
 
     @functools.cached_property
     def _tokens(self) -> Any:
-        import jax
+        import jax  # late: keeps the start fast
 
         from alto_jax.tokenizer.alto import ALTo
 

@@ -131,7 +131,7 @@ class SceneObject:
     @functools.cached_property
     def rle(self) -> dict[str, Any]:
         """The visible mask as compressed COCO RLE: {"size": [H, W], "counts": str}."""
-        from pycocotools import mask as coco_mask
+        from pycocotools import mask as coco_mask  # late: keeps the start fast
 
         rle = coco_mask.encode(np.asfortranarray(self.mask.view(np.uint8)))
         return {"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")}

@@ -127,7 +127,7 @@ def build(
     Raises:
       ValueError: missing folders or names, a label out of range or an image of another size; names the file.
     """
-    from PIL import Image
+    from PIL import Image  # late: keeps the start fast
 
     images, labels, out = pathlib.Path(images), pathlib.Path(labels), pathlib.Path(out)
     default, special = LABEL_MAPS[name]

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from alto_jax.batch import ChatBatch, MaskBatch, PromptBatch
+from alto_jax.data import packing
 from alto_jax.data.examples import Examples, Source, chat_example, chat_text, mask_fields, prompt_example
 from alto_jax.mllm import text
 
@@ -52,7 +54,7 @@ def batches(
     Raises:
       ValueError: a batch size that does not divide among the processes, or too few examples for a batch.
     """
-    import grain
+    import grain  # late: keeps the start fast
 
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(f"batch_size: expected a multiple of {process_count} processes, got {batch_size}")
@@ -100,8 +102,6 @@ def mask_batches(
     Returns:
       A grain.IterDataset of MaskBatch.
     """
-    from alto_jax.batch import MaskBatch
-
     examples = Examples(
         source, lambda _, record: mask_fields(record, image_size, mask_size), max_bad_records, max_bad_fraction
     )
@@ -151,8 +151,6 @@ def chat_batches(
     Returns:
       A grain.IterDataset of ChatBatch.
     """
-    from alto_jax.batch import ChatBatch
-
     texts = dict(
         max_length=max_length,
         num_image_tokens=num_image_tokens,
@@ -190,8 +188,6 @@ def _packed_chat_batches(
     options: Mapping[str, Any],
 ) -> Any:
     """Packed batches of stage 2; `texts` are the options of `chat_text`."""
-    from alto_jax.batch import ChatBatch
-    from alto_jax.data import packing
 
     def measure(index: int) -> int | None:
         try:
@@ -260,8 +256,6 @@ def prompt_batches(
       ValueError: an unknown `templates`; later, naming the record: no reference, a number of masks other
         than one, or a prompt that is too long.
     """
-    from alto_jax.batch import PromptBatch
-
     if templates not in ("first", "all", "keep"):
         raise ValueError(f"templates: expected 'first', 'all' or 'keep', got {templates!r}")
 

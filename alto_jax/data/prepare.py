@@ -30,9 +30,13 @@ from typing import Any
 import numpy as np
 
 from alto_jax import cli
+from alto_jax.cli import Progress
 from alto_jax.config import ConfigError
-from alto_jax.data import bad_data, examples, prepared, transforms
+from alto_jax.data import bad_data, benchmarks, examples, prepared, refcoco, transforms
 from alto_jax.data.caches import CacheMaker
+from alto_jax.data.conversations import Conversations
+from alto_jax.data.sa1b import Sa1bMasks
+from alto_jax.data.scenes import SceneChats, SceneMasks, ScenesConfig
 
 SPLIT = "train"  # Of the TFDS data set; the benchmark's own split is part of the name.
 VERSION = "1.0.0"
@@ -85,20 +89,12 @@ def open_source(name: str, source: str, *, seed: int, protocol: str, images: str
     Raises:
       ValueError: an unknown name, or files that are missing; the message says what was expected where.
     """
-    from alto_jax.data import benchmarks, refcoco
-
     path = pathlib.Path(source)
     if name == "sa1b":
-        from alto_jax.data.sa1b import Sa1bMasks
-
         return name, "masks", Sa1bMasks(path, seed=seed, draws_per_image=draws)
     if name == "conversations":
-        from alto_jax.data.conversations import Conversations
-
         return name, "chat", Conversations(path / "meta.json" if path.is_dir() else path, seed=seed, once=True)
     if name in ("scene_masks", "scene_chats"):
-        from alto_jax.data.scenes import SceneChats, SceneMasks, ScenesConfig
-
         config = ScenesConfig(image_size=128, num_scenes=num)
         return (name, "masks", SceneMasks(config)) if name == "scene_masks" else (name, "chat", SceneChats(config))
     if name.endswith("_train") and name.removesuffix("_train") in ("refcoco", "refcoco+", "refcocog", "grefcoco"):
@@ -164,8 +160,6 @@ def prepare(job: Job, out: str | os.PathLike, *, max_bad_fraction: float, worker
       ConfigError: there is one already with other options.
       ValueError: too many bad records.
     """
-    from alto_jax.cli import Progress
-
     folder = pathlib.Path(out) / job.dataset / VERSION
     work, options = folder / ".work", job.options()
     if (folder / prepared.MANIFEST).is_file():
@@ -230,7 +224,7 @@ def _shard_file(job: Job, folder: pathlib.Path, number: int, count: int) -> path
 
 def _serializer(job: Job) -> Callable[[dict], bytes]:
     """Examples as serialised tf.Example protos, the same bytes every time."""
-    from tensorflow_datasets.core import example_serializer
+    from tensorflow_datasets.core import example_serializer  # late: only prepared sets need it, and it is slow to start
 
     features = job.features()
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
@@ -242,7 +236,7 @@ def _write_shard(
     job: Job, serialize: Callable, folder: pathlib.Path, work: pathlib.Path, count: int, number: int
 ) -> dict:
     """Writes a shard and says what is in it; both get their final names when they are complete."""
-    from array_record.python import array_record_module
+    from array_record.python import array_record_module  # late: only prepared sets need it, and it is slow to start
 
     file, temporary = _shard_file(job, folder, number, count), work / f"{number:05d}.tmp"
     start = number * job.records_per_shard
@@ -270,7 +264,7 @@ def _write_shard(
 
 def _finish(job: Job, folder: pathlib.Path, shards: list[dict], options: dict) -> None:
     """Writes TFDS's metadata, and the manifest last."""
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets as tfds  # late: only prepared sets need it, and it is slow to start
 
     template = tfds.core.ShardedFileTemplate(
         dataset_name=job.dataset, split=SPLIT, filetype_suffix="array_record", data_dir=folder

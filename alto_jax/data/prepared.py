@@ -30,7 +30,7 @@ def features(kind: str, image_format: str, caches: Mapping[str, Any] | None = No
       kind, image_format: of KINDS and FORMATS.
       caches: what is cached, as caches.CacheMaker.manifest has it; None: nothing.
     """
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets as tfds  # late: only prepared sets need it, and it is slow to start
 
     def image():
         if image_format == "raw":
@@ -166,7 +166,7 @@ class Prepared:
         self._open()
 
     def _open(self) -> None:
-        import tensorflow_datasets as tfds
+        import tensorflow_datasets as tfds  # late: only prepared sets need it, and it is slow to start
 
         builder = tfds.builder_from_directory(self.directory)
         self._source = builder.as_data_source(split=self.manifest["split"])
@@ -178,7 +178,9 @@ class Prepared:
 
     def _stored(self, index: int) -> dict[str, Any]:
         """A record's fields; images and their features not decoded, see `decode`."""
-        from tensorflow_datasets.proto import tf_example_pb2
+        from tensorflow_datasets.proto import (
+            tf_example_pb2,
+        )  # late: only prepared sets need it, and it is slow to start
 
         names = {key for name in self._large for key in (name, f"{name}/value")}
         values, rest = take_fields(self._source.data_source[index], names)
@@ -201,7 +203,7 @@ class Prepared:
             if name in stored and not (name == sam_image and "features" in self.caches):
                 record[name] = decode(stored[name])
         if "features" in self.caches:
-            import ml_dtypes
+            import ml_dtypes  # late: keeps the start fast
 
             record["features"] = decode(stored["features"], ml_dtypes.bfloat16)
         if "tokens" in self.caches:

@@ -86,7 +86,7 @@ def runs_to_mask(runs: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _polygons(polygons: Sequence[Any], height: int, width: int, where: str) -> np.ndarray:
-    from pycocotools import mask as coco_mask
+    from pycocotools import mask as coco_mask  # late: keeps the start fast
 
     for polygon in polygons:
         numbers = isinstance(polygon, list) and all(isinstance(v, int | float) for v in polygon)

@@ -5,12 +5,19 @@ the source is: prepared sets and mixtures need nothing special with several proc
 """
 
 from collections.abc import Iterator
+import dataclasses
+import json
 import os
 import pathlib
 from typing import Any
 
 from alto_jax.batch import MaskBatch, PromptBatch
-from alto_jax.data import composition, pipeline, scenes
+from alto_jax.data import benchmarks, caches, composition, pipeline, refcoco, scenes
+from alto_jax.data.conversations import Conversations
+from alto_jax.data.glyphs import catalogue
+from alto_jax.data.mixture import Mixture
+from alto_jax.data.prepared import Prepared
+from alto_jax.data.sa1b import Sa1bMasks
 from alto_jax.mllm.text import TextTokenizer, question
 
 _SEED_OFFSET = 1_000_003  # Note: keeps the shuffling apart from the other uses of config.seed.
@@ -22,12 +29,8 @@ def mask_source(config: Any, *, held_out: bool = False) -> Any:
     if data.source == "scenes":
         return scenes.SceneMasks(_scenes(config, held_out), data.scene_masks)
     if data.source == "sa1b":
-        from alto_jax.data.sa1b import Sa1bMasks
-
         return Sa1bMasks(data.root, seed=config.seed, train=not held_out)
     if data.source == "prepared":
-        from alto_jax.data.prepared import Prepared
-
         return Prepared(data.root, kind="masks", use_caches=data.use_caches)
     if data.source == "mixture":
         return _mixture(config, lambda part: mask_source(part, held_out=held_out))
@@ -38,19 +41,13 @@ def mask_source(config: Any, *, held_out: bool = False) -> Any:
 
 def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = False) -> Any:
     """ChatRecords of `config.data`, see `mask_source`."""
-    import dataclasses
-
     data = config.data
     if data.source == "scenes":
         chats = dataclasses.replace(data.scene_chats, adaptive_only=adaptive_only or data.scene_chats.adaptive_only)
         return scenes.SceneChats(_scenes(config, held_out), chats)
     if data.source == "jsonl":
-        from alto_jax.data.conversations import Conversations
-
         return Conversations(data.meta)
     if data.source == "prepared":
-        from alto_jax.data.prepared import Prepared
-
         return Prepared(data.root, kind="chat", use_caches=data.use_caches)
     if data.source == "referring":
         return _referring(config, adaptive_only)
@@ -64,9 +61,6 @@ def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = Fa
 
 def _referring(config: Any, adaptive_only: bool) -> Any:
     """The training splits that `config.data.meta` names, each with a weight in proportion to its size."""
-    from alto_jax.data import benchmarks, refcoco
-    from alto_jax.data.mixture import Mixture
-
     parts = {}
     for name in config.data.meta.split(","):
         raw = benchmarks.train_split(name.strip(), config.data.root)
@@ -78,11 +72,6 @@ def _referring(config: Any, adaptive_only: bool) -> Any:
 
 def _mixture(config: Any, open_part: Any) -> Any:
     """The sources of the JSON `config.data.meta`: {name: {"weight", "source", "root", "meta"}}; paths are relative."""
-    import dataclasses
-    import json
-
-    from alto_jax.data.mixture import Mixture
-
     file = pathlib.Path(config.data.meta)
     try:
         content = json.loads(file.read_bytes())
@@ -107,8 +96,6 @@ def _mixture(config: Any, open_part: Any) -> Any:
 
 
 def _scenes(config: Any, held_out: bool) -> composition.ScenesConfig:
-    import dataclasses
-
     changes = {"split": "validation", "num_scenes": max(config.eval.num_samples, 1)} if held_out else {}
     return dataclasses.replace(config.data.scenes, **changes)
 
@@ -167,8 +154,6 @@ def prompt_iterator(
 
 def _check_caches(source: Any, config: Any, kind: str, directory: os.PathLike | None) -> None:
     """Refuses cached features and mask tokens of another tokenizer than the run's, see caches.check."""
-    from alto_jax.data import caches
-
     caches.check(getattr(source, "caches", {}), config, kind, directory)
 
 
@@ -275,7 +260,6 @@ def _texts(config: Any) -> Iterator[str]:
         for record in chat_source(config).texts():
             yield from record
         return
-    from alto_jax.data.glyphs import catalogue
 
     for glyph in catalogue().glyphs:
         for place in ("", " on the left", " on the right", " at the top", " at the bottom", " in the centre"):

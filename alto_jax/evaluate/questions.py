@@ -7,6 +7,7 @@ The question is followed by "Answer the question using a single word or phrase."
 """
 
 from collections.abc import Mapping, Sequence
+import json
 import os
 import pathlib
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from alto_jax import metrics
 from alto_jax.data import refcoco, transforms
 
 SUFFIX = " Answer the question using a single word or phrase."
@@ -55,8 +57,6 @@ def open_questions(
 
 
 def _open_pope(root: pathlib.Path, split: str, images: pathlib.Path) -> Questions:
-    import json
-
     name = f"coco_pope_{split}.json"
     file = refcoco.find(root, (f"pope/{name}", f"pope/coco/{name}", name), f"POPE {split}")
     entries = []
@@ -220,8 +220,6 @@ def normalise_answer(answer: str) -> str:
 
 def summarise_questions(family: str, lines: Sequence[Mapping[str, Any]], *, resamples: int = 1000) -> dict[str, Any]:
     """Scores of a result file's samples, with bootstrap 95 % intervals of the headline ones."""
-    from alto_jax import metrics
-
     good = [line for line in lines if "error" not in line]
     if not good:
         raise ValueError(f"none of the {len(lines)} samples could be read, such as: {lines[0]['error']}")

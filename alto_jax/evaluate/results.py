@@ -11,6 +11,7 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 
 from alto_jax import metrics
@@ -74,11 +75,9 @@ def read_results(path: str | os.PathLike) -> tuple[dict[str, Any], list[dict[str
 
 def gather_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of all processes, in order of the processes; every process gets them all."""
-    import jax
-
     if jax.process_count() == 1:
         return lines
-    from jax.experimental import multihost_utils
+    from jax.experimental import multihost_utils  # late: only several processes need it
 
     mine = np.frombuffer(json.dumps(lines).encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.array([len(mine)]))).reshape(-1)

@@ -1,14 +1,5 @@
-"""Benchmarks from the command line: one command gives the numbers of every table.
+"""Runs tasks batch by batch into result files that survive a kill, then writes metrics, tables and plots."""
 
-    python -m alto_jax.evaluate --checkpoint DIR --benchmark refcoco_val,grefcoco_testA --data ROOT --out DIR
-
-Writes to the out directory `results/*.jsonl` (a line a sample, in order), `metrics.json`, `tables.md`, plots, and
-`timing.json`. Killed and started again, it goes on after the last whole batch; everything but `timing.json` ends
-byte for byte as without the kill. A benchmark is one of those that --list names, or `tokenizer_NAME`: the mask
-tokenizer alone on the masks of benchmark NAME, of `scenes`, or of the SA-1B folder given by --data (`tokenizer_sa1b`).
-"""
-
-import argparse
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,21 +8,27 @@ import pathlib
 import time
 from typing import Any
 
-from alto_jax import cli
+import jax
+
+from alto_jax.checkpoint import loading
+from alto_jax.cli import Progress
 from alto_jax.config import ConfigError
+from alto_jax.data import bad_data
+from alto_jax.evaluate import results, tables
+from alto_jax.evaluate.options import EvaluateOptions
+from alto_jax.evaluate.tasks import Task, make_tasks
+from alto_jax.parallel import sharding
 
 _NUM_TIMED_FROM = 1  # Note: the first batch of a process compiles and is left out of the times.
 
 
 class Runner:
-    """Runs tasks (see eval_tasks.py) batch by batch into result files, and keeps the times."""
+    """Runs tasks (`alto_jax.evaluate.tasks.Task`) batch by batch into result files, and keeps the times."""
 
     def __init__(
         self, out: str | pathlib.Path, mesh: Any, *, batch_size: int, max_bad_fraction: float, threads: int = 2
     ):
         """ConfigError: a batch size that does not split over the devices, or devices that do not over the processes."""
-        import jax
-
         self.out, self.mesh, self.batch_size = pathlib.Path(out), mesh, batch_size
         self._max_bad, self._threads = max_bad_fraction, threads
         self._process, self._processes = jax.process_index(), jax.process_count()
@@ -44,7 +41,7 @@ class Runner:
                 f"{mesh.size} devices in {self._processes} processes"
             )
 
-    def run(self, task: Any, header: dict[str, Any]) -> tuple[list[dict], dict]:
+    def run(self, task: Task, header: dict[str, Any]) -> tuple[list[dict], dict]:
         """Runs what is left of a task.
 
         Returns:
@@ -54,10 +51,6 @@ class Runner:
           ConfigError: the out directory holds results of another checkpoint or other options.
           ValueError: more bad samples than `max_bad_fraction` allows.
         """
-        from alto_jax.cli import Progress
-        from alto_jax.data import bad_data
-        from alto_jax.evaluate import results
-
         total = len(task)
         path = self.out / "results" / f"{task.name}.jsonl"
         header = header | {"task": task.name, "samples": total, "batch_size": self.batch_size, **task.options}
@@ -96,8 +89,6 @@ class Runner:
 
         Every process comes to the same numbers, or raises the same ConfigError: only the first one sees the file.
         """
-        from alto_jax.evaluate import results
-
         file, found = None, {"error": ""}
         if self._process == 0:
             try:
@@ -179,28 +170,21 @@ class _Timing:
         return {"timed_samples": samples, "seconds_per_sample": seconds / samples, "tokens_per_second": rate}
 
 
-def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs the benchmarks of the command line and writes metrics, tables and plots.
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
+    """Runs the benchmarks and writes metrics, tables and plots.
 
     Returns:
       What `metrics.json` holds: task name → numbers.
     """
-    import jax
-
-    from alto_jax.checkpoint import loading
-    from alto_jax.data import bad_data
-    from alto_jax.evaluate import tables, tasks
-    from alto_jax.parallel import sharding
-
     mesh = sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=options.fsdp, tensor=options.tensor))
     loaded = loading.load_model(options.checkpoint, mesh)
     cfg, identity = loaded.cfg, loaded.identity
     system = loaded.meta["data"]["system"]
-    found_tasks = tasks.make_tasks(options, cfg, loaded.params, loaded.text, system)
+    tasks = make_tasks(options, cfg, loaded.params, loaded.text, system)
     runner = Runner(options.out, mesh, batch_size=options.batch_size, max_bad_fraction=options.max_bad_fraction,
                     threads=options.threads)  # fmt: skip
     found, timing, samples = {}, {}, {}
-    for task in found_tasks:
+    for task in tasks:
         lines, times = runner.run(task, {"checkpoint": identity})
         if jax.process_index() == 0:
             kinds = Counter(bad_data.kind_of(line["error"]) for line in lines if "error" in line)
@@ -224,65 +208,3 @@ def _write(path: pathlib.Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line's options."""
-    from alto_jax.data.refcoco import PROTOCOLS
-
-    found = argparse.ArgumentParser(prog="python -m alto_jax.evaluate", description="Benchmarks and their tables.")
-    found.add_argument("--checkpoint", metavar="DIR", help="a run's directory")
-    found.add_argument(
-        "--benchmark", metavar="NAMES", help="names with commas between; all: every one whose files are there"
-    )
-    found.add_argument("--data", default=".", metavar="DIR", help="the data folder, or a prepared data set")
-    found.add_argument("--images", metavar="DIR", help="the COCO images, if not at a usual place in the data folder")
-    found.add_argument("--out", metavar="DIR")
-    found.add_argument("--list", action="store_true", help="print the benchmarks and the files they expect")
-    found.add_argument("--protocol", choices=PROTOCOLS, default="joined", help="sentences of a referent as one request")
-    found.add_argument("--length", choices=("adaptive", "fixed", "both"), default="adaptive")
-    found.add_argument("--batch-size", type=int, default=8, help="over all devices")
-    found.add_argument("--limit", type=int, default=0, help="only the first samples (0: all)")
-    found.add_argument("--max-new-tokens", type=int, default=0, help="longest answer (0: one mask and a sentence)")
-    found.add_argument("--grammar", action="store_true", help="allow only well-formed masks")
-    found.add_argument(
-        "--forced-prefix", action="store_true", help="the answer's start is given, the mask's end ends it"
-    )
-    found.add_argument("--min-pixels", type=int, default=0, help="fewer predicted pixels count as no mask")
-    found.add_argument("--reference", action="store_true",
-                       help="the reference's scoring: nearest upsampling, ignored pixels as hits, malformed answers "
-                            "decoded from no codes")  # fmt: skip
-    found.add_argument("--max-bad-fraction", type=float, default=0.001, help="unreadable samples left out at most")
-    found.add_argument("--scenes", type=int, default=256, help="samples of the built-in benchmark")
-    found.add_argument("--paper-rows", metavar="FILE", help='JSON {table: [{"row": name, benchmark: value}]} to add')
-    found.add_argument("--title", help="name of our rows (default: the checkpoint's folder)")
-    found.add_argument("--fsdp", type=int, default=1, help="devices that share the parameters")
-    found.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
-    found.add_argument(
-        "--distributed", choices=("none", "env", "auto"), default="none", help="as in alto_jax.main (distributed.py)"
-    )
-    found.add_argument("--threads", type=int, default=2, help="reading threads")
-    return found
-
-
-def main() -> int:
-    """The command; see the module's docstring."""
-    options = parser().parse_args()
-    if options.list:
-        from alto_jax.data.benchmarks import BENCHMARKS
-
-        for found in BENCHMARKS.values():
-            print(f"{found.name:28s}{found.expects}")
-        return 0
-    for name in ("checkpoint", "benchmark", "out"):
-        if not getattr(options, name):
-            raise ConfigError(f"--{name} is required (see --help)")
-    from alto_jax.parallel import distributed
-
-    distributed.initialize(options.distributed)
-    evaluate(options)
-    return 0
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import pathlib
 from typing import Any
 
+from alto_jax import report
+
 # family: (title, [(column title, metric)] for each benchmark, benchmark → heading)
 LAYOUTS: dict[str, tuple[str, Sequence[tuple[str, str]], Mapping[str, str]]] = {
     "refcoco": (
@@ -180,8 +182,6 @@ def timing_markdown(tasks: Mapping[str, Mapping], timing: Mapping[str, Mapping],
 
 def plots(tasks: Mapping[str, Mapping[str, Any]], max_length: int, out: pathlib.Path) -> list[pathlib.Path]:
     """IoU against tokens, histogram of lengths, IoU by length, as PNG files; none without matplotlib."""
-    from alto_jax import report
-
     curves, points, by_length, lengths = {}, {}, {}, {}
     for name, task in tasks.items():
         if task["family"] == "tokenizer":

@@ -1,13 +1,7 @@
-"""What `alto_jax.evaluate` runs: segmentation, questions in words, and the mask tokenizer alone.
+"""What `alto_jax.evaluate` runs: segmentation, questions in words, and the mask tokenizer alone."""
 
-A task has a name, `options` (all that its results depend on), a length, `example(i)` (a sample ready for the device, on
-the host), `run(examples, mesh) -> (result lines, tokens)`, `blank()` (an example to fill a batch), `headline(lines)`
-and `summary(lines)`.
-"""
-
-import argparse
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +12,9 @@ from alto_jax.batch import MaskBatch, PromptBatch
 from alto_jax.config import ConfigError
 from alto_jax.data import benchmarks, transforms
 from alto_jax.data.examples import mask_example
+from alto_jax.data.sa1b import Sa1bMasks
 from alto_jax.evaluate import questions, results
+from alto_jax.evaluate.options import EvaluateOptions
 from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, segment
 from alto_jax.mllm.generate import GenerateConfig, bucket_length, generate
@@ -30,21 +26,53 @@ from alto_jax.tokenizer.alto import ALTo
 _NO_TARGET_TOKENS = 2  # As the reference: the answer to "Does the image contain …?" is Yes or No.
 
 
-def make_tasks(options: argparse.Namespace, cfg: ModelConfig, params: dict, text: Any, system: str | None) -> list[Any]:
+class Task(Protocol):
+    """A benchmark as the runner sees it.
+
+    Attributes:
+      name: of its result file and row.
+      family, benchmark: for the tables.
+      options: everything that its results depend on, beside the checkpoint.
+    """
+
+    name: str
+    family: str
+    benchmark: str
+    options: dict[str, Any]
+
+    def __len__(self) -> int: ...
+
+    def example(self, index: int) -> dict[str, Any]:
+        """A sample ready for the device, on the host; {"line": result} if it needs none."""
+
+    def blank(self) -> dict[str, Any]:
+        """An example to fill a batch with."""
+
+    def run(self, examples: list[dict], mesh: Any) -> tuple[list[dict], int]:
+        """Result lines of a batch, and how many tokens were generated."""
+
+    def headline(self, lines: list[dict]) -> dict[str, float]:
+        """Numbers for the progress line."""
+
+    def summary(self, lines: list[dict]) -> dict[str, Any]:
+        """The numbers of the tables, from all lines."""
+
+
+def make_tasks(options: EvaluateOptions, cfg: ModelConfig, params: dict, text: Any, system: str | None) -> list[Task]:
     """The tasks of the command line, their data opened; errors come before anything is computed.
 
     "all" stands for every benchmark whose files are there (with a mask tokenizer alone: its reconstruction of their
     masks); what is left out is printed with the reason.
     """
     answerer = None if text is None else Answerer(cfg, params, text, system)
-    names = [name.strip() for name in options.benchmark.split(",") if name.strip()]
+    names = list(options.benchmarks)
     optional = set()
     if "all" in names:
         with_masks = [n for n, b in benchmarks.BENCHMARKS.items() if b.family in (*benchmarks.MASK_FAMILIES, "scenes")]
         every = [f"tokenizer_{name}" for name in with_masks] if answerer is None else list(benchmarks.BENCHMARKS)
         optional = set(every) - set(names)
         names = [each for name in names for each in (every if name == "all" else [name])]
-    tasks: list[Any] = []
+    tasks: list[Task] = []
     reconstruct: dict[str, Any] = {}
     for name in dict.fromkeys(names):
         try:
@@ -58,7 +86,7 @@ def make_tasks(options: argparse.Namespace, cfg: ModelConfig, params: dict, text
     return tasks
 
 
-def _tasks_of(name: str, options: argparse.Namespace, answerer: Any, reconstruction: Any) -> list[Any]:
+def _tasks_of(name: str, options: EvaluateOptions, answerer: Any, reconstruction: Any) -> list[Any]:
     """The tasks of one benchmark."""
     if name.startswith("tokenizer_"):
         return [reconstruction(name, _mask_source(name.removeprefix("tokenizer_"), options))]
@@ -74,7 +102,7 @@ def _tasks_of(name: str, options: argparse.Namespace, answerer: Any, reconstruct
     return [SegmentationTask(answerer, found, source, mode, options) for mode in modes]
 
 
-def _referring_source(name: str, options: argparse.Namespace) -> Any:
+def _referring_source(name: str, options: EvaluateOptions) -> Any:
     if name == "scenes":
         return _first(benchmarks.SceneReferring(options.scenes), options.limit)
     return _first(
@@ -82,10 +110,8 @@ def _referring_source(name: str, options: argparse.Namespace) -> Any:
     )
 
 
-def _mask_source(name: str, options: argparse.Namespace) -> Any:
+def _mask_source(name: str, options: EvaluateOptions) -> Any:
     if name == "sa1b":
-        from alto_jax.data.sa1b import Sa1bMasks
-
         return _first(Sa1bMasks(options.data, train=False), options.limit)
     return _referring_source(name, options)
 
@@ -132,7 +158,7 @@ class Answerer:
         """The prompts `name` of examples, left padded to a common length, on the devices."""
         longest = max(len(e[name]) for e in examples)
         if jax.process_count() > 1:  # Note: all processes must come to the same shape.
-            from jax.experimental import multihost_utils
+            from jax.experimental import multihost_utils  # late: only several processes need it
 
             longest = int(np.max(multihost_utils.process_allgather(np.array([longest]))))
         length = bucket_length(longest)
@@ -195,7 +221,7 @@ class SegmentationTask:
     """A benchmark of referring or open-vocabulary segmentation, by adaptive or fixed length."""
 
     def __init__(
-        self, answerer: Answerer, found: benchmarks.Benchmark, source: Any, mode: str, options: argparse.Namespace
+        self, answerer: Answerer, found: benchmarks.Benchmark, source: Any, mode: str, options: EvaluateOptions
     ):
         self._answerer, self._source, self._adaptive = answerer, source, mode == "adaptive"
         self.family, self.benchmark = found.family, found.name

@@ -18,7 +18,7 @@ def merge(run: str, out: str) -> pathlib.Path:
       FileNotFoundError: no checkpoint in `run`.
       ValueError: `run` has no adapters, or `out` already holds a checkpoint.
     """
-    # Note: late, so that --help needs no JAX.
+    # late: --help needs no JAX
     from flax import traverse_util
     import jax
     import numpy as np

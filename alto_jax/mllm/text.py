@@ -187,7 +187,7 @@ class TextTokenizer:
           FileNotFoundError: no such file.
           ValueError: not a tokenizer file, or a special token is missing.
         """
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer  # late: keeps the start fast
 
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
@@ -214,7 +214,7 @@ class TextTokenizer:
           A tokenizer whose ids are: text vocabulary, `<pad> <|im_start|> <|im_end|>`, then the
           reference's tokens in its order.
         """
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # late: keeps the start fast
 
         if vocab_size < 256:
             raise ValueError(f"vocab_size: expected at least 256 (the bytes), got {vocab_size}")
@@ -260,7 +260,7 @@ class TextTokenizer:
 
 def _append(tokenizer: Any, tokens: Iterable[str]) -> None:
     """Appends the tokens that the vocabulary lacks, in order, as special tokens."""
-    from tokenizers import AddedToken
+    from tokenizers import AddedToken  # late: keeps the start fast
 
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in tokens])
 

@@ -36,7 +36,7 @@ def initialize(mode: str) -> None:
     global _joined
     if mode not in ("env", "auto"):
         return
-    import jax
+    import jax  # late: keeps the start fast
 
     timeout = _seconds("ALTO_TIMEOUT", 300)
     arguments: dict[str, Any] = {
@@ -84,11 +84,11 @@ def check_same_config(config: Any) -> None:
     Raises:
       ConfigError: this process's configuration differs from process 0's.
     """
-    import jax
+    import jax  # late: keeps the start fast
 
     if jax.process_count() == 1:
         return
-    from jax.experimental import multihost_utils
+    from jax.experimental import multihost_utils  # late: only several processes need it
     import numpy as np
 
     text = json.dumps(to_dict(config), sort_keys=True)

@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, Any]:
     parser.add_argument("--rules", action="store_true", help="print the split of every parameter, and stop")
     parser.add_argument("--json", action="store_true", help="print JSON")
     found, changes = parser.parse_known_args(arguments)
-    # Note: late, so that --help needs neither JAX nor Flax.
+    # late: --help needs no JAX
     from alto_jax.experiment import make_experiment
     from alto_jax.main import read_config
 
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.topology and not options.rules:
         raise ConfigError("--topology is required (or --rules)")
     prepare_environment(options.topology)
-    from alto_jax.plan import programs  # late, since it imports JAX
+    from alto_jax.plan import programs  # late: it imports JAX
 
     if options.rules:
         print(programs.describe_rules(config, options))

@@ -13,7 +13,10 @@ import jax.numpy as jnp
 
 from alto_jax.batch import PromptBatch, abstract_batch
 from alto_jax.config import ConfigError
+from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
+from alto_jax.mllm.alto_llm import segment
+from alto_jax.mllm.generate import GenerateConfig
 from alto_jax.parallel import sharding
 from alto_jax.parallel.devices import DEVICES
 from alto_jax.parallel.sharding import MeshConfig
@@ -204,10 +207,6 @@ def _prompts(config: ExperimentConfig, batch: Any) -> PromptBatch:
 
 def _predict(config: ExperimentConfig, mesh: Any) -> Any:
     """The jitted answer to prompts with masks, as prediction and evaluation compute it."""
-    from alto_jax.data import sources
-    from alto_jax.mllm.alto_llm import segment
-    from alto_jax.mllm.generate import GenerateConfig
-
     special = sources.text_tokenizer(config).ids
     generate = GenerateConfig(max_new_tokens=config.eval.max_new_tokens)
 

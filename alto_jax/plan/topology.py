@@ -67,7 +67,7 @@ def find_devices(topology: str) -> list:
     Raises:
       ConfigError: unknown, or its compiler or GPUs are not here.
     """
-    import jax
+    import jax  # late: keeps the start fast
 
     kind, _, size = topology.partition(":")
     if kind in ("gpu", "cpu"):
@@ -82,7 +82,7 @@ def find_devices(topology: str) -> list:
         if not 1 <= number <= len(devices):
             raise ConfigError(f"--topology={topology}: this machine has {len(devices)} of them")
         return devices[:number]
-    from jax.experimental import topologies
+    from jax.experimental import topologies  # late: keeps the start fast
 
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
@@ -95,6 +95,6 @@ def find_devices(topology: str) -> list:
 
 
 def _has_libtpu() -> bool:
-    import importlib.util
+    import importlib.util  # late: keeps the start fast
 
     return importlib.util.find_spec("libtpu") is not None

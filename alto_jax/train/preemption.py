@@ -8,6 +8,8 @@ import signal
 import threading
 from types import FrameType
 
+import jax
+
 
 class StopSignals:
     """Takes SIGTERM and SIGINT while a `with` block runs; a second SIGINT interrupts at once."""
@@ -18,8 +20,6 @@ class StopSignals:
         self._is_joined = False
 
     def __enter__(self) -> "StopSignals":
-        import jax
-
         self._is_joined = jax.process_count() > 1
         if threading.current_thread() is threading.main_thread():
             # Note: among several processes SIGTERM belongs to JAX's preemption service.
@@ -47,6 +47,6 @@ class StopSignals:
         """
         if not self._is_joined:
             return self._name
-        from jax.experimental import multihost_utils
+        from jax.experimental import multihost_utils  # late: only several processes need it
 
         return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None

@@ -14,6 +14,11 @@ import pathlib
 import time
 from typing import Any
 
+import jax
+
+from alto_jax.parallel.devices import find_device
+from alto_jax.train import flops
+
 
 class MetricWriter:
     """Writes metrics to `metrics.jsonl` and TensorBoard files of a run's directory; histograms to the latter only.
@@ -23,7 +28,7 @@ class MetricWriter:
     """
 
     def __init__(self, directory: str | os.PathLike, start_step: int = 0):
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # late: slow to start, and only process 0 needs it
 
         self._path = pathlib.Path(directory) / "metrics.jsonl"
         if self._path.exists():
@@ -69,11 +74,6 @@ class Meter:
     """Measures the steps of a run; see the module's docstring."""
 
     def __init__(self, config: Any):
-        import jax
-
-        from alto_jax.parallel.devices import find_device
-        from alto_jax.train import flops
-
         self._flops = flops.step_flops(config).total / jax.device_count()
         device = find_device(jax.devices()[0].device_kind)
         self._peak = None if device is None else device.flops
@@ -126,8 +126,6 @@ class Meter:
 
 def _memory() -> dict[str, float]:
     """Memory in use on this process's first device; {} where the device does not say (CPU)."""
-    import jax
-
     stats = jax.local_devices()[0].memory_stats() or {}
     names = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use"}
     return {name: stats[key] / 2**30 for name, key in names.items() if key in stats}
@@ -141,24 +139,18 @@ class Profiler:
 
     def before(self, step: int) -> None:
         """Starts the trace if it begins with `step`."""
-        import jax
-
         if step == self._first and self._last >= self._first:
             jax.profiler.start_trace(self._directory)
             self._is_on = True
 
     def after(self, step: int, result: Any) -> None:
         """Ends the trace if `step`, which gives `result`, is its last one."""
-        import jax
-
         if self._is_on and step == self._last:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
         """Ends the trace."""
-        import jax
-
         if self._is_on:
             self._is_on = False
             jax.profiler.stop_trace()

@@ -125,7 +125,7 @@ def restored_state(
 
 def write_overview(file: pathlib.Path, state: TrainState) -> None:
     """Writes the table of parameters (name, shape, size) and which part is trained."""
-    from clu import parameter_overview
+    from clu import parameter_overview  # late: slow to start, and only process 0 needs it
 
     parts = [("trainable", state.params), ("frozen", state.frozen)]
     text = "\n\n".join(

@@ -107,7 +107,7 @@ from alto_jax.checkpoint import runs
 from alto_jax.parallel import sharding
 from alto_jax.experiment import OptimConfig
 from alto_jax.train.state import create_state, make_optimizer
-from tests.test_checkpoint import make_iterator
+from tests.checkpoint.test_runs import make_iterator
 
 def state(data, fsdp, tensor):
     mesh = sharding.make_mesh(sharding.MeshConfig(data, fsdp, tensor))

@@ -16,8 +16,8 @@ from alto_jax.train.progress import read_metrics
 from tests.conftest import run_python
 from tests.data import replicas
 from tests.data.test_bad_data import ODD, corrupt, image_files
-from tests.data.test_evaluate import options
 from tests.data.test_prepare import job
+from tests.evaluate.test_runner import options
 
 BAD = 3  # of each kind
 MASKS = ["--grammar", "--forced-prefix", "--batch-size", "8"]

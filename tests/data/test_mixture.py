@@ -11,8 +11,8 @@ from alto_jax.data.mixture import Mixture
 from alto_jax.evaluate import runner
 from alto_jax.mllm.text import TextTokenizer
 from tests.data import replicas
-from tests.data.test_evaluate import options as evaluate_options
 from tests.data.test_prepare import SIZES, job
+from tests.evaluate.test_runner import options as evaluate_options
 
 
 class Named:

@@ -14,7 +14,7 @@ import pytest
 from alto_jax.evaluate import runner
 from tests.conftest import ROOT
 from tests.data import replicas
-from tests.data.test_evaluate import options
+from tests.evaluate.test_runner import options
 
 NAMES = "grefcoco_val,refcoco_val"
 CHANGES = {"batch_size": 8, "protocol": "per_sentence", "max_bad_fraction": 0.2}

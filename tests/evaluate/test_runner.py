@@ -1,6 +1,5 @@
 """The benchmarks' command: numbers for every table, the same bytes after a kill, and metric parity."""
 
-import argparse
 import json
 import random
 import re
@@ -13,15 +12,14 @@ from alto_jax import metrics
 from alto_jax.config import ConfigError
 from alto_jax.data import benchmarks
 from alto_jax.evaluate import results, runner, tables
+from alto_jax.evaluate.options import EvaluateOptions
 from tests.data import replicas
-from tests.data.test_vqa import write_questions
+from tests.evaluate.test_questions import write_questions
 
 
 def options(model, data, out, benchmark, **changes):
-    arguments = ["--checkpoint", str(model.path), "--data", str(data), "--out", str(out), "--benchmark", benchmark]
-    arguments += ["--grammar", "--forced-prefix", "--batch-size", "2", "--title", "debug"]
-    parsed = runner.parser().parse_args(arguments)
-    return argparse.Namespace(**(vars(parsed) | changes))
+    given = {"grammar": True, "forced_prefix": True, "batch_size": 2, "title": "debug"} | changes
+    return EvaluateOptions(model.path, benchmark.split(","), out, data, **given)
 
 
 @pytest.fixture(scope="session")

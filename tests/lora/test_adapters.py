@@ -20,7 +20,7 @@ from alto_jax.params import merge_params
 from alto_jax.train import start
 from alto_jax.train.state import create_state, make_optimizer
 from tests.conftest import ROOT, run_python
-from tests.test_train import arrays
+from tests.train.test_loop import arrays
 
 CFG = LoraConfig(rank=3, alpha=6.0, targets=r"/(qkv|q|kv|out|gate|up|down|head|fc1)/kernel$")
 

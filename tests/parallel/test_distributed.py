@@ -19,7 +19,7 @@ from alto_jax.cli import EXIT_RESUMABLE
 from alto_jax.parallel import distributed
 from alto_jax.train.progress import read_metrics
 from tests.conftest import ROOT
-from tests.test_train import arrays
+from tests.train.test_loop import arrays
 
 CONFIG = ["--config=benchmarks/reliability.py", "--config.train.steps=6", "--config.eval.num_samples=0"]
 

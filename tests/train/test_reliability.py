@@ -16,7 +16,7 @@ from alto_jax.train.preemption import StopSignals
 from alto_jax.train.progress import read_metrics
 from tests import fake_stage
 from tests.conftest import run_python
-from tests.test_train import arrays, untimed
+from tests.train.test_loop import arrays, untimed
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ from alto_jax.checkpoint import runs
 from alto_jax.parallel import sharding
 from alto_jax.experiment import OptimConfig
 from alto_jax.train.state import create_state, make_optimizer
-from tests.test_checkpoint import make_iterator
+from tests.checkpoint.test_runs import make_iterator
 
 def state(data, fsdp, tensor, seed=0):
     devices = jax.devices()[: data * fsdp * tensor]

@@ -67,7 +67,7 @@ from alto_jax.train import step
 from alto_jax.stages.table import make_stage
 from alto_jax.train.state import create_state, make_optimizer
 from benchmarks.reliability import get_config
-from tests.test_flops import experiment
+from tests.train.test_flops import experiment
 
 tokenizer = get_config().to_dict()["model"]["tokenizer"]
 vision = {"image_size": 56, "patch_size": 14, "embed_dim": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 16,

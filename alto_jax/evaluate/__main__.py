@@ -1,0 +1,81 @@
+"""Benchmarks from the command line: one command gives the numbers of every table.
+
+    python -m alto_jax.evaluate --checkpoint DIR --benchmark refcoco_val,grefcoco_testA --data ROOT --out DIR
+
+Writes to the out directory `results/*.jsonl` (a line a sample, in order), `metrics.json`, `tables.md`, plots, and
+`timing.json`. Killed and started again, it goes on after the last whole batch; everything but `timing.json` ends
+byte for byte as without the kill. A benchmark is one of those that --list names, or `tokenizer_NAME`: the mask
+tokenizer alone on the masks of benchmark NAME, of `scenes`, or of the SA-1B folder given by --data (`tokenizer_sa1b`).
+"""
+
+import argparse
+
+from alto_jax import cli
+from alto_jax.config import ConfigError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    from alto_jax.data.refcoco import PROTOCOLS  # late: keeps the start fast
+
+    found = argparse.ArgumentParser(prog="python -m alto_jax.evaluate", description="Benchmarks and their tables.")
+    found.add_argument("--checkpoint", metavar="DIR", help="a run's directory")
+    found.add_argument(
+        "--benchmark", metavar="NAMES", help="names with commas between; all: every one whose files are there"
+    )
+    found.add_argument("--data", default=".", metavar="DIR", help="the data folder, or a prepared data set")
+    found.add_argument("--images", metavar="DIR", help="the COCO images, if not at a usual place in the data folder")
+    found.add_argument("--out", metavar="DIR")
+    found.add_argument("--list", action="store_true", help="print the benchmarks and the files they expect")
+    found.add_argument("--protocol", choices=PROTOCOLS, default="joined", help="sentences of a referent as one request")
+    found.add_argument("--length", choices=("adaptive", "fixed", "both"), default="adaptive")
+    found.add_argument("--batch-size", type=int, default=8, help="over all devices")
+    found.add_argument("--limit", type=int, default=0, help="only the first samples (0: all)")
+    found.add_argument("--max-new-tokens", type=int, default=0, help="longest answer (0: one mask and a sentence)")
+    found.add_argument("--grammar", action="store_true", help="allow only well-formed masks")
+    found.add_argument(
+        "--forced-prefix", action="store_true", help="the answer's start is given, the mask's end ends it"
+    )
+    found.add_argument("--min-pixels", type=int, default=0, help="fewer predicted pixels count as no mask")
+    found.add_argument("--reference", action="store_true",
+                       help="the reference's scoring: nearest upsampling, ignored pixels as hits, malformed answers "
+                            "decoded from no codes")  # fmt: skip
+    found.add_argument("--max-bad-fraction", type=float, default=0.001, help="unreadable samples left out at most")
+    found.add_argument("--scenes", type=int, default=256, help="samples of the built-in benchmark")
+    found.add_argument("--paper-rows", metavar="FILE", help='JSON {table: [{"row": name, benchmark: value}]} to add')
+    found.add_argument("--title", help="name of our rows (default: the checkpoint's folder)")
+    found.add_argument("--fsdp", type=int, default=1, help="devices that share the parameters")
+    found.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
+    found.add_argument(
+        "--distributed", choices=("none", "env", "auto"), default="none", help="as in alto_jax.main (distributed.py)"
+    )
+    found.add_argument("--threads", type=int, default=2, help="reading threads")
+    return found
+
+
+def main() -> int:
+    """The command; see the module's docstring."""
+    options = parser().parse_args()
+    if options.list:
+        from alto_jax.data.benchmarks import BENCHMARKS  # late: keeps the start fast
+
+        for found in BENCHMARKS.values():
+            print(f"{found.name:28s}{found.expects}")
+        return 0
+    for name in ("checkpoint", "benchmark", "out"):
+        if not getattr(options, name):
+            raise ConfigError(f"--{name} is required (see --help)")
+    from alto_jax.evaluate.options import EvaluateOptions  # late: keeps the start fast
+    from alto_jax.evaluate.runner import evaluate
+    from alto_jax.parallel import distributed
+
+    values = vars(options)
+    distributed.initialize(values.pop("distributed"))
+    names = [name.strip() for name in values.pop("benchmark").split(",") if name.strip()]
+    values.pop("list")
+    evaluate(EvaluateOptions(benchmarks=names, **values))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

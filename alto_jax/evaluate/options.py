@@ -1,0 +1,67 @@
+"""What an evaluation is asked: the options of the command, for Python callers too."""
+
+from collections.abc import Sequence
+import dataclasses
+import os
+from typing import Literal
+
+from alto_jax.config import require
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of one evaluation; `python -m alto_jax.evaluate --help` has the same.
+
+    Attributes:
+      checkpoint: a run's directory.
+      benchmarks: names, see `--list`; "all" is every one whose files are there.
+      out: the directory for results, tables and plots.
+      data: the data folder, or a prepared data set.
+      images: the COCO images, if they are not at a usual place in the data folder.
+      protocol: sentences of a referent as one request, or each by itself.
+      length: "adaptive", "fixed", or "both" as two rows.
+      batch_size: over all devices.
+      limit: only the first samples; 0: all.
+      max_new_tokens: of an answer; 0: one mask and a sentence.
+      grammar: allow only well-formed masks.
+      forced_prefix: the answer's start is given, the mask's end ends it.
+      min_pixels: fewer predicted pixels count as no mask.
+      reference: the reference's scoring: nearest upsampling, ignored pixels as hits, malformed answers decoded from no
+        codes.
+      max_bad_fraction: unreadable samples left out at most.
+      scenes: samples of the built-in benchmark.
+      paper_rows: JSON file {table: [{"row": name, benchmark: value}]} to add to the tables.
+      title: name of our rows; default: the checkpoint's folder.
+      fsdp, tensor: devices that share the parameters; heads and vocabulary.
+      threads: that read samples.
+    """
+
+    checkpoint: str | os.PathLike
+    benchmarks: Sequence[str]
+    out: str | os.PathLike
+    data: str | os.PathLike = "."
+    images: str | os.PathLike | None = None
+    protocol: Literal["joined", "per_sentence"] = "joined"
+    length: Literal["adaptive", "fixed", "both"] = "adaptive"
+    batch_size: int = 8
+    limit: int = 0
+    max_new_tokens: int = 0
+    grammar: bool = False
+    forced_prefix: bool = False
+    min_pixels: int = 0
+    reference: bool = False
+    max_bad_fraction: float = 0.001
+    scenes: int = 256
+    paper_rows: str | os.PathLike | None = None
+    title: str | None = None
+    fsdp: int = 1
+    tensor: int = 1
+    threads: int = 2
+
+    def __post_init__(self):
+        require(not isinstance(self.benchmarks, str), "benchmarks", self.benchmarks, "a list of names")
+        for name in ("limit", "max_new_tokens", "min_pixels"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("scenes", "fsdp", "tensor", "threads"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "0..1")
