@@ -2,11 +2,14 @@
 
 A config file gives nested plain values (an `ml_collections.ConfigDict`); `build` turns them into the
 dataclasses that stand beside the modules which use them, and rejects what does not fit with the dotted
-name of the field and the value received.
+name of the field and the value received. `write_whole` is how every room writes a small file.
 """
 
 from collections.abc import Mapping
 import dataclasses
+import os
+import pathlib
+import socket
 import types
 import typing
 from typing import Any
@@ -104,3 +107,23 @@ def require(condition: bool, field: str, value: Any, expected: str) -> None:
     """Raises ConfigError naming `field`, `value` and what was `expected`, unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{field}: expected {expected}, got {value!r}")
+
+
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file that others see whole or not at all, also where several processes or machines write it.
+
+    Args:
+      path: of the file; its folder must be there.
+      content: text (UTF-8) or bytes.
+
+    Raises:
+      OSError: it cannot be written; what was there before is still there.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

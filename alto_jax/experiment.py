@@ -5,10 +5,9 @@ import json
 import os
 import pathlib
 import re
-import socket
 from typing import Any, Literal
 
-from alto_jax.config import ConfigError, build, require, to_dict
+from alto_jax.config import ConfigError, build, require, to_dict, write_whole
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import ChatConfig, MaskConfig
 from alto_jax.lora.adapters import LoraConfig
@@ -342,9 +341,7 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig) -> pathl
             )
         return path
     # Note: every process of a run writes the same.
-    temporary = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(plain, indent=2) + "\n")
-    temporary.replace(file)
+    write_whole(file, json.dumps(plain, indent=2) + "\n")
     return path
 
 

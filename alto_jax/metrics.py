@@ -82,18 +82,22 @@ class MaskProtocol:
 REFERENCE_PROTOCOL = MaskProtocol(upsample="nearest", ignore="true_positive")
 
 
-def resize_probabilities(
-    probabilities: np.ndarray, height: int, width: int, upsample: Literal["bilinear", "nearest"]
+def resize_probability(
+    probability: np.ndarray, height: int, width: int, upsample: Literal["bilinear", "nearest"] = "bilinear"
 ) -> np.ndarray:
-    """Resizes float[h, w] to float32[height, width] with Pillow's half-pixel convention."""
+    """Brings a predicted probability map to the size of its image.
+
+    Args:
+      probability: float[h, w] in 0..1.
+      height, width: of the image.
+      upsample: between pixel centres (Pillow's half-pixel convention); the reference takes the nearest pixel.
+
+    Returns:
+      float32[height, width] in 0..1.
+    """
     filters = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
-    image = Image.fromarray(np.asarray(probabilities, np.float32))
+    image = Image.fromarray(np.ascontiguousarray(probability, np.float32))
     return np.asarray(image.resize((width, height), filters[upsample]))
-
-
-def split_ignore(ground_truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Splits uint8[H, W] with 0 background, 1 object, 255 ignore into bool masks `target` and `ignore`."""
-    return ground_truth == 1, ground_truth == 255
 
 
 def apply_protocol(
@@ -113,7 +117,7 @@ def apply_protocol(
     Returns:
       prediction bool[H, W] (probability > 0.5) and target bool[H, W].
     """
-    prediction = resize_probabilities(probabilities, *target.shape, protocol.upsample) > 0.5
+    prediction = resize_probability(probabilities, *target.shape, protocol.upsample) > 0.5
     if ignore is not None:
         if protocol.ignore == "exclude":
             prediction, target = prediction & ~ignore, target & ~ignore
@@ -316,9 +320,3 @@ def count_codes(codes: np.ndarray, num_codes: int, lengths: np.ndarray | None = 
 def code_usage(codes: np.ndarray, num_codes: int, lengths: np.ndarray | None = None) -> float:
     """Share of the codebook that occurs at least once, in 0..1; arguments as in `count_codes`."""
     return float(np.mean(count_codes(codes, num_codes, lengths) > 0))
-
-
-def code_perplexity(counts: np.ndarray) -> float:
-    """Exponential of the entropy of int[num_codes] counts: the effective number of codes, in 1..num_codes."""
-    share = counts[counts > 0] / counts.sum()
-    return float(np.exp(-np.sum(share * np.log(share))))

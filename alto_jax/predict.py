@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax import cli
+from alto_jax import cli, metrics
 from alto_jax.config import ConfigError
 
 
@@ -115,7 +115,7 @@ class TokenizerModel:
         padded = np.zeros((1, tokenizer.num_latent_tokens), np.int32)
         padded[0, : len(codes)] = codes
         logits = self._method("decode_codes")(params, padded, np.array([len(codes)], np.int32), features)[0]
-        probability = transforms.resize_probability(np.asarray(jax.nn.sigmoid(logits)), *size)
+        probability = metrics.resize_probability(np.asarray(jax.nn.sigmoid(logits)), *size)
         return probability > 0.5
 
 
@@ -199,7 +199,7 @@ class Segmenter(TokenizerModel):
         tokens = np.asarray(found.generated.ids)[0][np.asarray(found.generated.mask)[0]].tolist()
         kept = int(found.parsed.length[0])
         probability = np.asarray(jax.nn.sigmoid(found.mask_logits))[0]
-        probability = transforms.resize_probability(probability, *image.shape[:2])
+        probability = metrics.resize_probability(probability, *image.shape[:2])
         mask = (probability > 0.5) & (kept > 0)
         iou = None
         if target is not None:

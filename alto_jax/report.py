@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from alto_jax.config import write_whole
+
 # Okabe-Ito colours: told apart with every common form of colour blindness.
 TARGET_COLOR = (0, 114, 178)
 PREDICTION_COLOR = (213, 94, 0)
@@ -258,9 +260,7 @@ def write_report(
         cards = "".join(_sample_html(sample) for sample in group)
         body.append(f"<section><h2>{html.escape(name)}</h2>{_LEGEND}<div class='grid'>{cards}</div></section>")
     page = _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(body))
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, page)
     return path
 
 

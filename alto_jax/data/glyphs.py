@@ -15,7 +15,6 @@ import io
 import os
 import pathlib
 import re
-import tempfile
 import threading
 import unicodedata
 import warnings
@@ -24,6 +23,8 @@ import zlib
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
+
+from alto_jax.config import write_whole
 
 SPRITE_SIZE = 96  # pixels of the longest side of a sprite in the cached catalogue
 MEDIUM_SPRITE_SIZE, LARGE_SPRITE_SIZE = 192, 384  # rendered on demand, for scenes with larger objects
@@ -217,14 +218,7 @@ def _write_cache(path: pathlib.Path, glyphs: tuple[Glyph, ...], sprites: np.ndar
         shape=np.array([g.shape for g in glyphs]),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(buffer.getvalue())
-        os.replace(temporary, path)
-    except OSError:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, buffer.getvalue())
 
 
 def _build(font_path: pathlib.Path) -> tuple[tuple[Glyph, ...], np.ndarray]:

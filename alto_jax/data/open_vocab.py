@@ -20,6 +20,7 @@ import zlib
 import numpy as np
 
 from alto_jax import cli
+from alto_jax.config import write_whole
 from alto_jax.data import refcoco, transforms
 from alto_jax.mllm import text
 
@@ -174,9 +175,7 @@ def build(
             lines.append(json.dumps(line) + "\n")
     if not lines:
         raise ValueError(f"--labels: no class of at least {MIN_PIXELS} pixels in {labels}")
-    temporary = out / f"{name}.jsonl.tmp"
-    temporary.write_text("".join(lines))
-    temporary.replace(out / f"{name}.jsonl")
+    write_whole(out / f"{name}.jsonl", "".join(lines))
     return len(lines)
 
 

@@ -31,7 +31,7 @@ import numpy as np
 
 from alto_jax import cli
 from alto_jax.cli import Progress
-from alto_jax.config import ConfigError
+from alto_jax.config import ConfigError, write_whole
 from alto_jax.data import bad_data, benchmarks, examples, prepared, refcoco, transforms
 from alto_jax.data.caches import CacheMaker
 from alto_jax.data.conversations import Conversations
@@ -170,7 +170,7 @@ def prepare(job: Job, out: str | os.PathLike, *, max_bad_fraction: float, worker
     work.mkdir(parents=True, exist_ok=True)
     if (work / "options.json").is_file():
         _same_options(json.loads((work / "options.json").read_text()), options, folder)
-    _write_text(work / "options.json", json.dumps(options))
+    write_whole(work / "options.json", json.dumps(options))
     total = len(job.source)
     count = -(-total // job.records_per_shard)
     bad = bad_data.BadRecords(total, max_bad_fraction, name=job.name, option="--max-bad-fraction")
@@ -258,7 +258,7 @@ def _write_shard(
     shard = {"number": number, "seen": stop - start, "records": written, "bytes": temporary.stat().st_size}
     shard |= {"sha256": digest, "bad": bad}
     temporary.replace(file)
-    _write_text(work / f"{number:05d}.json", json.dumps(shard))
+    write_whole(work / f"{number:05d}.json", json.dumps(shard))
     return shard
 
 
@@ -288,13 +288,7 @@ def _finish(job: Job, folder: pathlib.Path, shards: list[dict], options: dict) -
         "bad_by_kind": dict(sorted(Counter(entry["kind"] for entry in bad).items())),
         "shards": [{k: s[k] for k in ("records", "bytes", "sha256")} for s in shards],
     }
-    _write_text(folder / prepared.MANIFEST, json.dumps(manifest, indent=1) + "\n")
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_whole(folder / prepared.MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def check(job: Job, workers: int = 2) -> dict[str, Any]:

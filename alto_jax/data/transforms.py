@@ -2,8 +2,7 @@
 
 In: files or arrays as they are on disk. Out: uint8 RGB images and masks at the sizes of the model. The
 interpolations are those of the reference (reference/NUMERICS.md §4, §8): Pillow's antialiased bicubic for
-the MLLM image and the SFT mask, OpenCV's bilinear and bicubic without antialiasing for stage 1, PyTorch's
-bilinear without antialiasing for `prepare_image`.
+the MLLM image and the SFT mask, OpenCV's bilinear and bicubic without antialiasing for stage 1.
 """
 
 from collections.abc import Iterator
@@ -301,26 +300,6 @@ def crop_around(
     return image[window], mask[window]
 
 
-def prepare_image(images: np.ndarray, size: int = 256) -> np.ndarray:
-    """The mask decoder's input geometry: pads bottom and right to a square, then bilinear to `size`.
-
-    Args:
-      images: [B, H, W] or [B, H, W, C]; uint8 in 0..255 or float in 0..1. One channel becomes three.
-      size: side of the result.
-
-    Returns:
-      float32[B, size, size, 3].
-    """
-    values = images.astype(np.float32) / np.float32(255) if images.dtype == np.uint8 else images
-    if values.ndim == 3:
-        values = values[..., None]
-    _, height, width, channels = values.shape
-    side = max(height, width)
-    padded = np.pad(values, [(0, 0), (0, side - height), (0, side - width), (0, 0)])
-    resized = np.stack([resize_float(v, size, size) for v in padded])
-    return np.repeat(resized, 3, axis=-1) if channels == 1 else resized
-
-
 def tile_grid(
     width: int, height: int, max_tiles: int, size: int = 448, min_tiles: int = 1, thumbnail: bool = False
 ) -> tuple[tuple[int, int], int]:
@@ -366,19 +345,3 @@ def jpeg_augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="JPEG", quality=int(rng.integers(75, 101)))
     return np.asarray(Image.open(buffer).convert("RGB"))
-
-
-def resize_probability(probability: np.ndarray, height: int, width: int, nearest: bool = False) -> np.ndarray:
-    """Brings a predicted probability map back to its image's size.
-
-    Args:
-      probability: float[h, w] in 0..1.
-      height, width: of the image.
-      nearest: the reference's nearest neighbour, instead of bilinear.
-
-    Returns:
-      float32[height, width] in 0..1.
-    """
-    resample = Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR
-    image = Image.fromarray(np.ascontiguousarray(probability, np.float32))
-    return np.asarray(image.resize((width, height), resample))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from alto_jax import metrics
-from alto_jax.config import ConfigError
+from alto_jax.config import ConfigError, write_whole
 
 
 class ResultFile:
@@ -42,9 +42,7 @@ class ResultFile:
             kept = "".join(line + "\n" for line in lines[1 : 1 + self.done])
         text = first + "\n" + kept
         if not self.path.exists() or self.path.read_bytes() != text.encode():
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_bytes(text.encode())
-            temporary.replace(self.path)
+            write_whole(self.path, text)
         self._file = self.path.open("ab")
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:

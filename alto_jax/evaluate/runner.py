@@ -12,7 +12,7 @@ import jax
 
 from alto_jax.checkpoint import loading
 from alto_jax.cli import Progress
-from alto_jax.config import ConfigError
+from alto_jax.config import ConfigError, write_whole
 from alto_jax.data import bad_data
 from alto_jax.evaluate import results, tables
 from alto_jax.evaluate.options import EvaluateOptions
@@ -195,16 +195,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         out = pathlib.Path(options.out)
         title = options.title or pathlib.Path(options.checkpoint).name
         paper = json.loads(pathlib.Path(options.paper_rows).read_text()) if options.paper_rows else {}
-        _write(out / "metrics.json", json.dumps({"checkpoint": identity, "tasks": found}, indent=1) + "\n")
-        _write(out / "tables.md", tables.markdown(found, title, paper))
-        _write(out / "timing.json", json.dumps(timing, indent=1) + "\n")
-        _write(out / "timing.md", tables.timing_markdown(found, timing, title))
+        write_whole(out / "metrics.json", json.dumps({"checkpoint": identity, "tasks": found}, indent=1) + "\n")
+        write_whole(out / "tables.md", tables.markdown(found, title, paper))
+        write_whole(out / "timing.json", json.dumps(timing, indent=1) + "\n")
+        write_whole(out / "timing.md", tables.timing_markdown(found, timing, title))
         tables.plots(found, cfg.tokenizer.num_latent_tokens, out)
         print((out / "tables.md").read_text(), end="")
     return found
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -6,10 +6,12 @@ here; others can be given as a file (--paper-rows), since no figure is ever fill
 """
 
 from collections.abc import Mapping, Sequence
+import io
 import pathlib
 from typing import Any
 
 from alto_jax import report
+from alto_jax.config import write_whole
 
 # family: (title, [(column title, metric)] for each benchmark, benchmark → heading)
 LAYOUTS: dict[str, tuple[str, Sequence[tuple[str, str]], Mapping[str, str]]] = {
@@ -209,6 +211,8 @@ def plots(tasks: Mapping[str, Mapping[str, Any]], max_length: int, out: pathlib.
         return []
     written = []
     for name, figure in figures.items():
-        figure.savefig(out / f"{name}.tmp", format="png", dpi=120, metadata={"Software": None})
-        written.append((out / f"{name}.tmp").replace(out / name))
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+        write_whole(out / name, buffer.getvalue())
+        written.append(out / name)
     return written

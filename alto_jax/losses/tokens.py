@@ -73,7 +73,7 @@ def token_cross_entropy(
       labels: int32[B, T], unshifted; the state at t is scored on labels[t + 1]; -100 is ignored.
       logits_fn: maps float[B, K, D] to float[B, K, V].
       max_supervised: K; None means T - 1.
-      loss_weight: float[B, T], weight of each label (see `len2weight`); None means 1.
+      loss_weight: float[B, T], weight of each label; None means 1.
 
     Returns:
       `sum(w * ce) / sum(w)` (float32 scalar, 0 if nothing is supervised), and metrics: token_accuracy,

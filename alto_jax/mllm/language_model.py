@@ -128,10 +128,6 @@ class KVCache:
         scaled = lambda a, scale: a.astype(dtype) if scale is None else (a * scale[..., None]).astype(dtype)
         return scaled(self.k, self.k_scale), scaled(self.v, self.v_scale)
 
-    def repeat(self, num_samples: int) -> "KVCache":
-        """Returns a cache of B*G rows, row b*G + g holding what row b holds."""
-        return jax.tree.map(lambda a: jnp.repeat(a, num_samples, axis=1), self)
-
 
 def ntk_inv_freq(cfg: LanguageModelConfig, current_length: int | Array) -> Array:
     """Inverse rotary frequencies at a sequence length, with dynamic NTK scaling.

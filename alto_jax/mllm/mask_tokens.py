@@ -7,14 +7,13 @@ with real codes, or the codes, length and validity of a completion. Every array 
 vectorised over its leading axes; ids come from the tokenizer's `SpecialIds` and are never hard-coded.
 """
 
-from collections.abc import Iterable
 import re
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 
-from alto_jax.mllm.text import IGNORE, MASK_END, MASK_START, SpecialIds, code_token
+from alto_jax.mllm.text import IGNORE, MASK_END, MASK_START, SpecialIds
 
 # The inverse of `code_token`.
 _CODE_PATTERN = re.compile(r"<TOK_(\d+)>")
@@ -123,7 +122,6 @@ def replace_mask_tokens(
     special_ids: SpecialIds,
     *,
     text_mask: jax.Array | None = None,
-    compat_first_mask_only: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Turns placeholder spans into the masks' codes, closes the gaps and pads on the right.
 
@@ -141,8 +139,6 @@ def replace_mask_tokens(
       special_ids: the tokenizer's special ids.
       text_mask: bool[B, T], True at real tokens, or their segment ids (int32[B, T], 0 at padding); None takes
         everything up to the last id that is not pad.
-      compat_first_mask_only: Compat: the reference replaces only the first mask of a row and, if that one
-        is not supervised, leaves the labels where they were while the ids move.
 
     Returns:
       ids int32[B, T], labels int32[B, T] (padded with -100) and text_mask (of the type given) of the new rows.
@@ -154,7 +150,6 @@ def replace_mask_tokens(
     last_start = jax.lax.cummax(jnp.where(is_start, time, -1), axis=1)
     mask_index = jnp.cumsum(is_start, axis=1, dtype=jnp.int32) - 1
     offset = time - last_start - 1
-    num_usable = 1 if compat_first_mask_only else num_masks
 
     at_mask = jnp.clip(mask_index, 0, num_masks - 1)
     at_code = jnp.clip(offset, 0, num_latent_tokens - 1)
@@ -162,7 +157,7 @@ def replace_mask_tokens(
     is_adaptive = first_placeholder == special_ids.code_0 + 1
     is_placeholder = is_adaptive | (first_placeholder == special_ids.code_0)
     in_span = (last_start >= 0) & (offset >= 0) & (offset < num_latent_tokens) & is_placeholder
-    in_span &= (mask_index < num_usable) & jnp.take_along_axis(mask_valid, at_mask, axis=1)
+    in_span &= (mask_index < num_masks) & jnp.take_along_axis(mask_valid, at_mask, axis=1)
 
     kept_codes = jnp.where(is_adaptive, jnp.take_along_axis(lengths, at_mask, axis=1), num_latent_tokens)
     keep = ~in_span | (offset < kept_codes)
@@ -180,10 +175,6 @@ def replace_mask_tokens(
     out_ids = jnp.where(filled, jnp.take_along_axis(new_ids, order, axis=1), special_ids.pad)
     out_labels = jnp.where(filled, jnp.take_along_axis(new_labels, order, axis=1), IGNORE)
     out_mask = jnp.where(filled, jnp.take_along_axis(text_mask, order, axis=1), jnp.zeros((), text_mask.dtype))
-    if compat_first_mask_only:
-        first = jnp.argmax(is_start, axis=1)[:, None]
-        unsupervised = jnp.take_along_axis(labels, first, axis=1) == IGNORE
-        out_labels = jnp.where(unsupervised & jnp.any(is_start, axis=1, keepdims=True), labels, out_labels)
     return out_ids.astype(ids.dtype), out_labels.astype(labels.dtype), out_mask
 
 
@@ -231,20 +222,3 @@ def find_supervised_masks(
         length=length,
         valid=exists & is_supervised & (length > 0),
     )
-
-
-def codes_to_text(codes: Iterable[int]) -> str:
-    """Writes codes as `<ALTo_Start><TOK_c1>..<TOK_ck><ALTo_End>`.
-
-    Raises:
-      ValueError: a code is negative.
-    """
-    codes = [int(c) for c in codes]
-    if any(c < 0 for c in codes):
-        raise ValueError(f"codes: expected values >= 0, got {codes!r}")
-    return MASK_START + "".join(map(code_token, codes)) + MASK_END
-
-
-def text_to_codes(text: str) -> list[list[int]]:
-    """Returns the codes of each complete mask span in `text`, in order; text around them is free."""
-    return [[int(c) for c in _CODE_PATTERN.findall(span)] for span in _SPAN_PATTERN.findall(text)]

@@ -9,7 +9,6 @@ exact.
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from alto_jax.config import require
@@ -192,12 +191,3 @@ def answering_work(config: ExperimentConfig, params: Any, sizes: MeshConfig, sam
     if sizes.fsdp > 1:
         links += (everything + new_tokens * weights) * (sizes.fsdp - 1) / sizes.fsdp
     return Work(cache + logits + working + activation_bytes(config, rows, sizes.tensor) / 8, hbm, links)
-
-
-def sharded_shapes(tree: Any, mesh: Any) -> Any:
-    """ShapeDtypeStructs with the shardings that the rules give them on a mesh."""
-    return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        tree,
-        sharding.tree_shardings(tree, mesh),
-    )

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from alto_jax import report
-from alto_jax.data import transforms
+from alto_jax import metrics, report
+from alto_jax.config import write_whole
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM
@@ -66,7 +66,7 @@ def _write(folder: pathlib.Path, step: int, text: Any, rollout: Any, parsed: Any
     for b, image in enumerate(rollout.prompt.image):
         prompt_ids = rollout.prompt.prompt_ids[b][rollout.prompt.prompt_mask[b]]
         prompt = text.decode([i for i in prompt_ids.tolist() if i != text.ids.img_context])
-        target = transforms.resize_probability(rollout.prompt.mask[b], *image.shape[:2]) > 0.5
+        target = metrics.resize_probability(rollout.prompt.mask[b], *image.shape[:2]) > 0.5
         rows, samples = [], []
         for g, ids in enumerate(rollout.completion_ids[b]):
             answer = words.answer_text(text, ids[rollout.completion_mask[b, g]].tolist())
@@ -80,7 +80,7 @@ def _write(folder: pathlib.Path, step: int, text: Any, rollout: Any, parsed: Any
             samples.append(
                 report.ReportSample(
                     image=image,
-                    prediction=transforms.resize_probability(masks[b, g].astype(np.float32), *image.shape[:2]) > 0.5,
+                    prediction=metrics.resize_probability(masks[b, g].astype(np.float32), *image.shape[:2]) > 0.5,
                     text=f"{g + 1}. reward {row['reward']:.3f}: {answer}",
                     length=length,
                     max_length=parsed.codes.shape[-1],
@@ -91,7 +91,6 @@ def _write(folder: pathlib.Path, step: int, text: Any, rollout: Any, parsed: Any
         tables[f"Prompt {b + 1}"] = rows
         cards[f"Prompt {b + 1}: {prompt}"] = samples
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{step:06d}.tmp"
-    temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    temporary.replace(folder / f"{step:06d}.jsonl")
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_whole(folder / f"{step:06d}.jsonl", lines)
     report.write_report(folder / f"{step:06d}.html", f"Samples of step {step}", tables=tables, samples=cards)

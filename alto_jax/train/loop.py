@@ -17,7 +17,7 @@ import numpy as np
 
 from alto_jax.checkpoint import loading, runs
 from alto_jax.cli import Progress, Stopped, duration
-from alto_jax.config import to_dict
+from alto_jax.config import to_dict, write_whole
 from alto_jax.data import prefetch
 from alto_jax.experiment import ExperimentConfig, claim_workdir
 from alto_jax.lora import adapters
@@ -84,9 +84,7 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
     evaluation = _final_evaluation(config, stage, state, logs)
     result = _result(config, path, evaluation, time.monotonic() - began)
     if jax.process_index() == 0:
-        temporary = path / "result.tmp"
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        temporary.replace(path / "result.json")
+        write_whole(path / "result.json", json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from alto_jax.config import write_whole
 from alto_jax.parallel.devices import find_device
 from alto_jax.train import flops
 
@@ -34,9 +35,7 @@ class MetricWriter:
         if self._path.exists():
             lines = self._path.read_text().splitlines()
             kept = [line for line in lines if _step_of(line) <= start_step]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.replace(self._path)
+            write_whole(self._path, "".join(line + "\n" for line in kept))
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(pathlib.Path(directory) / "tensorboard"), purge_step=start_step + 1)
 

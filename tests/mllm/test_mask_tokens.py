@@ -5,7 +5,6 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from alto_jax.mllm import mask_tokens
 from tests.golden_io import golden
@@ -103,11 +102,10 @@ def _golden_replace():
     return arrays, special
 
 
-@pytest.mark.parametrize("compat", [False, True])
-def test_replace_mask_tokens_golden(compat):
+def test_replace_mask_tokens_golden():
     arrays, special = _golden_replace()
     codes, lengths = arrays["mask_codes"][:, None], arrays["length_indices"][:, None]
-    replace = jax.jit(lambda *a: mask_tokens.replace_mask_tokens(*a, special, compat_first_mask_only=compat))
+    replace = jax.jit(lambda *a: mask_tokens.replace_mask_tokens(*a, special))
     ids, labels, _ = replace(arrays["input_ids"], arrays["labels"], codes, lengths, jnp.ones((3, 1), bool))
     np.testing.assert_array_equal(ids, arrays["new_input_ids"])
     np.testing.assert_array_equal(labels, arrays["new_labels"])
@@ -118,7 +116,7 @@ def test_replace_mask_tokens_golden(compat):
     np.testing.assert_array_equal(labels, arrays["user_adaptive_labels"])
 
 
-def test_compat_leaves_labels_of_a_user_mask_unshifted_and_default_moves_them():
+def test_labels_move_with_the_ids_behind_a_user_mask():
     ids = jnp.array([[START, 13, 13, 13, 13, END, 5, 6]])
     labels = jnp.array([[-100, -100, -100, -100, -100, -100, 5, 6]])
     args = (ids, labels, jnp.array([[[3, 2, 1, 0]]]), jnp.array([[2]]), jnp.ones((1, 1), bool), IDS)
@@ -126,24 +124,18 @@ def test_compat_leaves_labels_of_a_user_mask_unshifted_and_default_moves_them():
     assert new_ids.tolist() == [[START, 15, 14, END, 5, 6, PAD, PAD]]
     assert new_labels.tolist() == [[-100, -100, -100, -100, 5, 6, -100, -100]]
     assert text_mask.tolist() == [[True] * 6 + [False] * 2]
-    compat_ids, compat_labels, _ = mask_tokens.replace_mask_tokens(*args, compat_first_mask_only=True)
-    assert compat_ids.tolist() == new_ids.tolist()
-    assert compat_labels.tolist() == labels.tolist()
 
 
-def _replace_plain(ids, labels, length, codes, lengths, valid, first_only=False):
+def _replace_plain(ids, labels, length, codes, lengths, valid):
     """Row by row and token by token."""
     out_ids, out_labels, t, mask = [], [], 0, 0
-    shift_labels = True
     while t < length:
         out_ids.append(ids[t])
         out_labels.append(labels[t])
         t += 1
         if ids[t - 1] != START:
             continue
-        if mask == 0 and labels[t - 1] == -100:
-            shift_labels = not first_only
-        if mask < len(codes) and valid[mask] and not (first_only and mask > 0):
+        if mask < len(codes) and valid[mask]:
             adaptive = ids[t] == CODE_0 + 1
             kept = lengths[mask] if adaptive else L
             for j in range(kept):
@@ -153,8 +145,7 @@ def _replace_plain(ids, labels, length, codes, lengths, valid, first_only=False)
         mask += 1
     real = len(out_ids)
     pad = len(ids) - real
-    out_labels = out_labels + [-100] * pad if shift_labels else list(labels)
-    return out_ids + [PAD] * pad, out_labels, [True] * real + [False] * pad
+    return out_ids + [PAD] * pad, out_labels + [-100] * pad, [True] * real + [False] * pad
 
 
 def _random_chat(rng, time, num_masks):
@@ -172,8 +163,7 @@ def _random_chat(rng, time, num_masks):
     return ids + [PAD] * pad, labels + [-100] * pad, len(ids)
 
 
-@pytest.mark.parametrize("first_only", [False, True])
-def test_replace_mask_tokens_equals_plain_python(first_only):
+def test_replace_mask_tokens_equals_plain_python():
     rng = np.random.default_rng(7)
     count, time, num_masks = 600, 48, 3
     rows = [_random_chat(rng, time, num_masks) for _ in range(count)]
@@ -181,11 +171,11 @@ def test_replace_mask_tokens_equals_plain_python(first_only):
     codes = rng.integers(0, NUM_CODES, (count, num_masks, L))
     lengths = rng.integers(0, L + 1, (count, num_masks))
     valid = rng.uniform(size=(count, num_masks)) < 0.8
-    replace = jax.jit(lambda *a: mask_tokens.replace_mask_tokens(*a, IDS, compat_first_mask_only=first_only))
+    replace = jax.jit(lambda *a: mask_tokens.replace_mask_tokens(*a, IDS))
     new_ids, new_labels, text_mask = replace(ids, labels, codes, lengths, valid)
     assert new_ids.dtype == new_labels.dtype == jnp.int32 and text_mask.dtype == bool
     for i, (row_ids, row_labels, length) in enumerate(rows):
-        expected = _replace_plain(row_ids, row_labels, length, codes[i], lengths[i], valid[i], first_only)
+        expected = _replace_plain(row_ids, row_labels, length, codes[i], lengths[i], valid[i])
         assert new_ids[i].tolist() == expected[0]
         assert new_labels[i].tolist() == expected[1]
         assert text_mask[i].tolist() == expected[2]
@@ -250,13 +240,3 @@ def test_find_supervised_masks_golden():
 
 
 # --- text ------------------------------------------------------------------------------------------
-
-
-def test_codes_and_text_round_trip():
-    first, second = [3, 1023, 0], [7]
-    text = f"The mask appears at {mask_tokens.codes_to_text(first)}. Also {mask_tokens.codes_to_text(second)}."
-    assert mask_tokens.codes_to_text(first) == "<ALTo_Start><TOK_3><TOK_1023><TOK_0><ALTo_End>"
-    assert mask_tokens.text_to_codes(text) == [first, second]
-    assert mask_tokens.text_to_codes("<ALTo_Start><TOK_3> no end") == []
-    with pytest.raises(ValueError, match="-1"):
-        mask_tokens.codes_to_text([-1])

@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import alto_jax
+from alto_jax import metrics
 from alto_jax.checkpoint import rows, runs
 from alto_jax.config import to_dict
-from alto_jax.data import transforms
 from alto_jax.params import split_params
 from alto_jax.train.state import TrainState
 from tests.conftest import ROOT
@@ -55,7 +55,7 @@ def test_whole_model_gives_the_references_answers(altollm):
         expected = fixture["gen_sequences"][row]
         assert result.token_ids == expected[expected != model.text.ids.pad].tolist()
         assert result.length == fixture["gen_lengths"][row]
-        mask = transforms.resize_probability(fixture["gen_masks"][row], 56, 56)
+        mask = metrics.resize_probability(fixture["gen_masks"][row], 56, 56)
         assert np.max(np.abs(result.probability - mask)) <= tolerance("altollm", "gen_masks")
 
 
