@@ -21,7 +21,9 @@ pids=()
 trap '[ "${#pids[@]}" -eq 0 ] || kill "${pids[@]}" 2>/dev/null || true' EXIT
 for ((i = 0; i < count; i++)); do
   if "$dry_run"; then
-    echo "ALTO_COORDINATOR=$ALTO_COORDINATOR ALTO_NUM_PROCESSES=$count ALTO_PROCESS_ID=$i ${command[*]}"
+    printf 'ALTO_COORDINATOR=%q ALTO_NUM_PROCESSES=%q ALTO_PROCESS_ID=%q' "$ALTO_COORDINATOR" "$count" "$i"
+    printf ' %q' "${command[@]}"
+    printf '\n'
   else
     ALTO_PROCESS_ID="$i" "${command[@]}" &
     pids+=("$!")

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from alto_jax.batch import ChatBatch, MaskBatch, PromptBatch
 from alto_jax.data import packing
 from alto_jax.data.examples import Examples, Source, chat_example, chat_text, mask_fields, prompt_example
 from alto_jax.mllm import text
@@ -105,6 +104,8 @@ def mask_batches(
     examples = Examples(
         source, lambda _, record: mask_fields(record, image_size, mask_size), max_bad_records, max_bad_fraction
     )
+    from alto_jax.batch import MaskBatch  # late: readers and their processes run without JAX
+
     make_batch = lambda rows: MaskBatch(**{"image": None} | _stack(rows))
     return batches(examples, make_batch, batch_size=batch_size, seed=seed, **options)
 
@@ -167,6 +168,8 @@ def chat_batches(
         return _packed_chat_batches(examples, source, tok, texts, pack_samples, batch_size, seed, options)
     buckets = sorted({*length_buckets, max_length}) if options.get("process_count", 1) == 1 else [max_length]
 
+    from alto_jax.batch import ChatBatch  # late: readers and their processes run without JAX
+
     def make_batch(rows: Sequence[dict[str, np.ndarray]]) -> ChatBatch:
         batch = _stack(rows)
         longest = int(batch["text_mask"].sum(1).max())
@@ -201,6 +204,8 @@ def _packed_chat_batches(
         shapes = {name: np.zeros_like(value) for name, value in examples[0].items()}
         fills = {"ids": tok.ids.pad, "labels": text.IGNORE}
         return shapes | {name: np.full_like(shapes[name], fill) for name, fill in fills.items()}
+
+    from alto_jax.batch import ChatBatch  # late: readers and their processes run without JAX
 
     def make_batch(rows: Sequence[Sequence[dict[str, np.ndarray]]]) -> ChatBatch:
         packed = [packing.pack_row(row, blank(), pack_samples, tok.ids.img_context) for row in rows]
@@ -274,6 +279,8 @@ def prompt_batches(
         )
 
     examples = Examples(source, transform, max_bad_records, max_bad_fraction)
+    from alto_jax.batch import PromptBatch  # late: readers and their processes run without JAX
+
     make_batch = lambda rows: PromptBatch(**{"pixel_image": None} | _stack(rows))
     return batches(examples, make_batch, batch_size=batch_size, seed=seed, **options)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from alto_jax import layers
 from alto_jax.config import require
 from alto_jax.parallel.sharding import constrain
-from alto_jax.tokenizer import resize
+from alto_jax.tokenizer.resize import resize
 from alto_jax.tokenizer.sam_encoder import IMAGENET_MEAN, IMAGENET_STD
 
 Array = jax.Array

@@ -36,13 +36,14 @@ def runs(mask: np.ndarray, form: str):
     return {"size": list(mask.shape), "counts": counts}
 
 
-def decode(segmentation) -> np.ndarray:
-    """The mask of a segmentation, by pycocotools."""
-    if isinstance(segmentation, list):
-        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, SIZE, SIZE))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = coco_mask.frPyObjects(segmentation, SIZE, SIZE)
-    return coco_mask.decode(segmentation).astype(bool)
+def shown(mask: np.ndarray, form: str) -> np.ndarray:
+    """The mask that a segmentation in this form shows: the mask itself, or its box."""
+    if form != "polygon":
+        return mask
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = np.zeros_like(mask)
+    box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+    return box
 
 
 def write_coco(root: pathlib.Path, count: int = 6):
@@ -58,7 +59,7 @@ def write_coco(root: pathlib.Path, count: int = 6):
             mask, form = scene.union([k]) > 0, ("compressed", "counts", "polygon")[(number + k) % 3]
             annotation = {"id": 10 * (number + 1) + k, "image_id": number + 1, "segmentation": runs(mask, form)}
             annotations.append({**annotation, "iscrowd": 0, "category_id": 1, "area": float(mask.sum())})
-            masks[annotation["id"]] = decode(annotation["segmentation"])
+            masks[annotation["id"]] = shown(mask, form)
     return images, annotations, masks
 
 

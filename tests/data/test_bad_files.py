@@ -180,7 +180,9 @@ def test_stage_one_on_a_folder_with_bad_files(tmp_path, debug_model):
     asked = options(trained, tmp_path / "sa1b", tmp_path / "out", "tokenizer_sa1b", max_bad_fraction=0.9)
     found = runner.evaluate(asked)["tokenizer_sa1b"]
     assert found["num_samples"] == 16 and found["bad_by_kind"] == dict(sorted(expected.items()))
-    assert 0 <= found["with_features"]["giou_adaptive"] <= 1
+    lines = results.read_results(tmp_path / "out/results/tokenizer_sa1b.jsonl")[1]
+    chosen = [line["iou"][line["length"] - 1] for line in lines if "iou" in line]
+    assert found["with_features"]["giou_adaptive"] == pytest.approx(np.mean(chosen))
 
     refused = train("stage1", tmp_path / "other", 0.1, *flags)
     errors = [line for line in refused.stderr.splitlines() if "left out (" not in line and "logged once" not in line]

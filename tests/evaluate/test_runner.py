@@ -19,7 +19,7 @@ from tests.evaluate.test_questions import write_questions
 
 def options(model, data, out, benchmark, **changes):
     given = {"grammar": True, "forced_prefix": True, "batch_size": 2, "title": "debug"} | changes
-    return EvaluateOptions(model.path, benchmark.split(","), out, data, **given)
+    return EvaluateOptions(model.path, [name for name in benchmark.split(",") if name], out, data, **given)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ CFG = LoraConfig(rank=3, alpha=6.0, targets=r"/(qkv|q|kv|out|gate|up|down|head|f
 
 
 @jax.jit
-def filled(adapters):
+def filled(added):
     """Adapters whose B is not 0."""
     leaves, tree = jax.tree.flatten(adapters)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -50,18 +50,18 @@ def test_applied_equals_merged():
     model, base, ids = language_model()
     apply = lambda params: model.apply({"params": params["language_model"]}, ids, method="forward")
     forward = jax.jit(lambda params: apply(params))
-    adapters = made(base)
-    assert len(jax.tree.leaves(adapters)) == 2 * 7  # q, kv, out, gate, up, down of the stack, and the head
+    added = made(base)
+    assert len(jax.tree.leaves(added)) == 2 * 7  # q, kv, out, gate, up, down of the stack, and the head
     plain = forward(base)
     with adapters.applied(CFG):
-        fresh = forward(merge_params(base, adapters))
+        fresh = forward(merge_params(base, added))
     np.testing.assert_array_equal(fresh, plain)  # B = 0
 
-    whole = merge_params(base, filled(adapters))
+    whole = merge_params(base, filled(added))
     with adapters.applied(CFG):
         found = forward(whole)
         direct = jax.jit(jax.grad(lambda a: jnp.sum(jnp.tanh(apply(merge_params(base, a))))))
-        found_grads = direct(filled(adapters))
+        found_grads = direct(filled(added))
     merge = jax.jit(lambda params: adapters.merged(params, CFG))
     merged = merge(whole)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
@@ -69,7 +69,7 @@ def test_applied_equals_merged():
     assert float(jnp.max(jnp.abs(expected - plain))) > 0.1
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     through = lambda a: jnp.sum(jnp.tanh(apply(adapters.merged(merge_params(base, a), CFG))))
-    expected_grads = jax.jit(jax.grad(through))(filled(adapters))
+    expected_grads = jax.jit(jax.grad(through))(filled(added))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found_grads, expected_grads)
     np.testing.assert_array_equal(forward(adapters.without_adapters(whole)), plain)
 

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -135,5 +136,22 @@ def test_launch_scripts_show_what_they_would_do(script):
     leading = {"tpu_vm.sh": ["NAME", "ZONE"], "local.sh": ["2"], "gke_jobset.sh": ["IMAGE", "CLAIM"]}.get(script, [])
     command = [ROOT / "launch" / script, "--dry-run", *leading, "--config=configs/stage1.py:debug", "--workdir=a b"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "alto_jax.main" in done.stdout and "--distributed=" in done.stdout
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    if script == "gke_jobset.sh":
+        job = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]
+        lines = [shlex.join(job["template"]["spec"]["containers"][0]["command"])]
+    elif script == "tpu_vm.sh":  # what the remote shells are given
+        words = shlex.split(done.stdout)
+        lines = [next(word.removeprefix("--command=") for word in words if word.startswith("--command="))]
+    assert len(lines) == (2 if script == "local.sh" else 1)
+    mode = "env" if script == "local.sh" else "auto"
+    for number, line in enumerate(lines):
+        words = shlex.split(line)
+        start = words.index("-m")
+        started = ["-m", "alto_jax.main", f"--distributed={mode}", "--config=configs/stage1.py:debug", "--workdir=a b"]
+        assert words[start - 1].startswith("python") and words[start:] == started
+        if script == "local.sh":
+            given = dict(word.split("=", 1) for word in words[: start - 1])
+            assert given["ALTO_NUM_PROCESSES"] == "2" and given["ALTO_PROCESS_ID"] == str(number)
     assert subprocess.run([ROOT / "launch" / script], cwd=ROOT, capture_output=True, timeout=60).returncode == 2

@@ -138,8 +138,8 @@ def test_shared_prompt_gives_the_gradients_of_separate_rows(group, objective):
 def test_beta_zero_needs_no_reference():
     cfg = dataclasses.replace(GrpoLossConfig(), beta=0.0)
     logps = jnp.zeros((1, 2, 3))
-    loss, metrics = grpo_loss(logps, None, None, jnp.array([[1.0, -1.0]]), jnp.ones((1, 2, 3), bool), cfg)
-    assert float(loss) == 0 and float(metrics["kl"]) == 0
+    loss, metrics = grpo_loss(logps, None, None, jnp.array([[1.0, 3.0]]), jnp.ones((1, 2, 3), bool), cfg)
+    assert float(loss) == -2 and float(metrics["kl"]) == 0
 
 
 def rollout_of(rewards, first=0):

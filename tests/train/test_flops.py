@@ -15,6 +15,7 @@ from alto_jax.main import load_config
 from alto_jax.mllm.alto_llm import init_params
 from alto_jax.mllm.language_model import LanguageModel, LanguageModelConfig
 from alto_jax.mllm.text import SpecialIds
+from alto_jax.parallel.devices import find_device
 from alto_jax.params import merge_params, split_params
 from alto_jax.stages import grpo, sft
 from alto_jax.train import flops
@@ -200,10 +201,10 @@ def test_language_model_against_xla():
 
 
 def test_peaks():
-    assert flops.peak_flops("cpu") is None
+    assert find_device("cpu") is None
     kinds = {
         "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
         "NVIDIA A100-SXM4-80GB": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12,
         "TPU v5p": 459e12, "TPU v6 lite": 918e12,
     }  # fmt: skip
-    assert {kind: flops.peak_flops(kind) for kind in kinds} == kinds
+    assert {kind: find_device(kind).flops for kind in kinds} == kinds
