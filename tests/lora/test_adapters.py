@@ -28,7 +28,7 @@ CFG = LoraConfig(rank=3, alpha=6.0, targets=r"/(qkv|q|kv|out|gate|up|down|head|f
 @jax.jit
 def filled(added):
     """Adapters whose B is not 0."""
-    leaves, tree = jax.tree.flatten(adapters)
+    leaves, tree = jax.tree.flatten(added)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return jax.tree.unflatten(tree, [0.3 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves)])
 
