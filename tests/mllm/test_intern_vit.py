@@ -15,7 +15,7 @@ from alto_jax.mllm.intern_vit import (
     imagenet_normalise,
     pixel_shuffle,
 )
-from alto_jax.tokenizer import resize
+from alto_jax.tokenizer.resize import resize
 from tests.golden_io import golden
 from tests.golden_models import INTERNVIT_6B, INTERNVIT_300M, assert_golden, golden_weights, nhwc
 from tools.convert_torch_weights.mapping import import_state_dict
