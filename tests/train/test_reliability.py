@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from alto_jax.checkpoint.runs import Retention, loading, runs
+from alto_jax.checkpoint import loading, runs
+from alto_jax.checkpoint.runs import Retention
 from alto_jax.cli import EXIT_RESUMABLE, Stopped
 from alto_jax.train import loop
 from alto_jax.train.preemption import StopSignals
