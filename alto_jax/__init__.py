@@ -4,12 +4,18 @@
 JAX nor Flax: those come in with the first call.
 """
 
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alto_jax.predict import TokenizerModel
+
 __version__ = "0.1.0"
 
 __all__ = ["__version__", "load"]
 
 
-def load(directory, **kwargs):
+def load(directory: str | os.PathLike, **kwargs: Any) -> "TokenizerModel":
     """Opens a checkpoint for prediction; see `alto_jax.predict.load`."""
     from alto_jax import predict  # late: keeps the start fast
 

@@ -103,7 +103,7 @@ def abstract_batch(config: Any) -> MaskBatch | ChatBatch | PromptBatch:
     model, rows, length = config.model, config.train.batch_size, config.data.max_length
     size = model.tokenizer
 
-    def array(dtype, *shape):
+    def array(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *shape), np.dtype(dtype))
 
     pixel_image = array("uint8", size.image_size, size.image_size, 3)

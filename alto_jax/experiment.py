@@ -56,7 +56,7 @@ class DataConfig:
     pack_samples: int = 1
     use_caches: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(
             self.source != "sa1b" or bool(self.root), "root", self.root, "the SA-1B folder (--config.data.root=DIR)"
         )
@@ -100,7 +100,7 @@ class TrainConfig:
     spike_sigmas: float = 0.0
     profile_steps: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", self.steps, "at least 1")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
@@ -126,7 +126,7 @@ class EvalConfig:
     token_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     max_new_tokens: int = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.num_samples >= 0, "num_samples", self.num_samples, "at least 0")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
 
@@ -160,7 +160,7 @@ class SftStageConfig:
     mask_loss_weight: float = 1.0
     mask_loss: MaskLossConfig = MaskLossConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.max_supervised >= 1, "max_supervised", self.max_supervised, "at least 1")
         require(self.mask_loss_weight >= 0, "mask_loss_weight", self.mask_loss_weight, "at least 0")
 
@@ -187,7 +187,7 @@ class GrpoStageConfig:
     reward: RewardConfig = RewardConfig()
     loss: GrpoLossConfig = GrpoLossConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
         updates, parts = self.updates_per_rollout, self.minibatches
         require(updates >= 1, "updates_per_rollout", updates, "at least 1")
@@ -229,7 +229,7 @@ class OptimConfig:
     frozen_dtype: Literal["", "float32", "bfloat16"] = ""
     frozen_float32: str = "^tokenizer/(quantizer|length|pixel_decoder)/"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.lr >= 0, "lr", self.lr, "at least 0")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "at least 0")
         require(0 <= self.final_ratio <= 1, "final_ratio", self.final_ratio, "0..1")
@@ -261,7 +261,7 @@ class ExperimentConfig:
     grpo: GrpoStageConfig = GrpoStageConfig()
     lora: LoraConfig = LoraConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.lora.rank:
             require(self.stage in ("stage2", "stage3"), "lora.rank", self.lora.rank, f"0 in {self.stage}")
         if self.train.accumulate > 1:

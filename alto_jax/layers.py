@@ -4,7 +4,7 @@ Everything works on `[B, T, D]` activations, computes in `dtype` and keeps param
 norms and softmax are computed in float32. Dimension letters: see `alto_jax.batch`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 from typing import Any
 
@@ -33,12 +33,20 @@ class RMSNorm(nn.Module):
         return x32.astype(self.dtype) * scale.astype(self.dtype)
 
 
-def layer_norm(eps: float, dtype: Any, param_dtype: Any, name: str | None = None, **kwargs) -> nn.Module:
+def layer_norm(eps: float, dtype: Any, param_dtype: Any, name: str | None = None, **kwargs: Any) -> nn.Module:
     """Layer norm over the last axis with the biased variance that PyTorch uses.
 
     Note: Linen's default "fast" variance E[x^2] - E[x]^2 loses digits that the golden tests see.
     """
     return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, name=name, **kwargs)
+
+
+def apply_module(module: nn.Module, params: Any, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
+    """What a method of a module (None: `__call__`) gives with `params`.
+
+    Note: `Module.apply` by its types may also give changed collections; nothing here asks it for any.
+    """
+    return module.apply({"params": params}, *args, method=method, **kwargs)
 
 
 def gelu(x: Array) -> Array:
@@ -84,11 +92,12 @@ class SelfAttention(nn.Module):
         )(x)  # fmt: skip
         qkv = constrain(qkv, "batch", ..., "heads", None)
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
-        if self.qk_norm_eps is not None:
+        eps = self.qk_norm_eps
+        if eps is not None:
 
-            def normalise(y, name):
+            def normalise(y: Array, name: str) -> Array:
                 flat = y.reshape(*y.shape[:-2], width)
-                return RMSNorm(self.qk_norm_eps, self.dtype, self.param_dtype, name=name)(flat).reshape(y.shape)
+                return RMSNorm(eps, self.dtype, self.param_dtype, name=name)(flat).reshape(y.shape)
 
             q, k = normalise(q, "q_norm"), normalise(k, "k_norm")
         out = attention(q, k, v, mask=mask)
@@ -112,7 +121,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init)
+        kwargs: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init)
         hidden = constrain(nn.Dense(self.mlp_dim, name="fc1", **kwargs)(x), "batch", ..., "mlp")
         return nn.Dense(x.shape[-1], name="fc2", **kwargs)(gelu(hidden))
 
@@ -127,7 +136,9 @@ class GatedMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kwargs = dict(use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init)
+        kwargs: dict[str, Any] = dict(
+            use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init
+        )
         gate = constrain(nn.Dense(self.mlp_dim, name="gate", **kwargs)(x), "batch", ..., "mlp")
         up = constrain(nn.Dense(self.mlp_dim, name="up", **kwargs)(x), "batch", ..., "mlp")
         return nn.Dense(x.shape[-1], name="down", **kwargs)(jax.nn.silu(gate) * up)
@@ -154,15 +165,15 @@ class ViTBlock(nn.Module):
     kernel_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None, drop_path: Array | None = None):
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    def __call__(self, x: Array, mask: Array | None = None, drop_path: Array | None = None) -> tuple[Array, None]:
+        types: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
-        def norm(name):
+        def norm(name: str) -> nn.Module:
             if self.rms_norm:
                 return RMSNorm(self.norm_eps, name=name, **types)
             return layer_norm(self.norm_eps, self.dtype, self.param_dtype, name=name)
 
-        def residual(x, branch, index):
+        def residual(x: Array, branch: Array, index: int) -> Array:
             if self.layer_scale is not None:
                 init = nn.initializers.constant(self.layer_scale)
                 branch = branch * self.param(f"ls{index + 1}", init, (x.shape[-1],), self.param_dtype).astype(x.dtype)
@@ -199,7 +210,9 @@ class Stack(nn.Module):
     unroll: int = 1
 
     @nn.compact
-    def __call__(self, carry: Any, *shared: Any, per_layer: tuple = (), start: int = 0, stop: int | None = None):
+    def __call__(
+        self, carry: Any, *shared: Any, per_layer: tuple = (), start: int = 0, stop: int | None = None
+    ) -> tuple[Any, Any]:
         """Applies blocks start..stop-1.
 
         Args:
@@ -213,7 +226,7 @@ class Stack(nn.Module):
         block = self.make_block(parent=None)
         stop = self.num_layers if stop is None else stop
 
-        def init(key):
+        def init(key: Array) -> Any:
             row = jax.tree.map(lambda a: a[0], per_layer)
             return jax.vmap(lambda k: block.init(k, carry, *shared, *row)["params"])(
                 jax.random.split(key, self.num_layers)
@@ -230,11 +243,11 @@ class Stack(nn.Module):
             return carry, None
         return self.scan(carry, jax.tree.map(lambda a: a[start:stop], params), *shared, per_layer=per_layer)
 
-    def scan(self, carry: Any, params: Any, *shared: Any, per_layer: tuple = ()):
+    def scan(self, carry: Any, params: Any, *shared: Any, per_layer: tuple = ()) -> tuple[Any, Any]:
         """Applies as many blocks as `params` has rows; the rest as in `__call__`."""
         block = self.make_block(parent=None)
 
-        def body(carry, row):
+        def body(carry: Any, row: tuple[Any, Any]) -> Any:
             layer, extra = row
             return block.apply({"params": layer}, carry, *shared, *extra)
 
@@ -262,7 +275,7 @@ def alternate(x: Array, stacks: Sequence[Stack], counts: Sequence[int]) -> Array
     split = lambda count: lambda a: a.reshape(-1, count, *a.shape[1:])
     rows = [jax.tree.map(split(n), stack.get_variable("params", "layers")) for stack, n in zip(stacks, counts)]
 
-    def body(x, rows):
+    def body(x: Array, rows: list[Any]) -> tuple[Array, None]:
         for stack, row in zip(stacks, rows):
             x, _ = stack.scan(x, row)
         return x, None
@@ -271,18 +284,19 @@ def alternate(x: Array, stacks: Sequence[Stack], counts: Sequence[int]) -> Array
 
 
 @contextlib.contextmanager
-def adapted(scale: float):
+def adapted(scale: float) -> Iterator[None]:
     """While a function is traced in this `with` block, dense layers that have `lora_a` and `lora_b` beside their kernel
     give scale * (x A) B more; see `alto_jax.lora`."""
 
-    def intercept(call, args, kwargs, context):
+    def intercept(call: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
         out, module = call(*args, **kwargs), context.module
         if context.method_name != "__call__" or not isinstance(module, (nn.Dense, nn.DenseGeneral)):
             return out
         if not module.has_variable("params", "lora_a"):
             return out
         x, dtype = args[0], module.dtype or args[0].dtype
-        a, b = (module.get_variable("params", name).astype(dtype) for name in ("lora_a", "lora_b"))
+        factor: Callable[[str], Array] = lambda name: module.get_variable("params", name).astype(dtype)
+        a, b = factor("lora_a"), factor("lora_b")
         low = jnp.tensordot(x.astype(dtype), a, a.ndim - 1)
         return out + scale * jnp.tensordot(low, b, 1).astype(out.dtype)
 

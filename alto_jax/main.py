@@ -52,6 +52,8 @@ def load_config(spec: str) -> Any:
     if root not in sys.path:
         sys.path.insert(0, root)  # Note: configuration files import their neighbours as `configs.NAME`.
     module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise ConfigError(f"--config={spec}: expected a Python file, got {file}")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):

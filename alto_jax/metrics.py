@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -23,19 +23,19 @@ PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 # --- single masks ----------------------------------------------------------------------------------
 
 
-def intersection_union(prediction, target):
+def intersection_union(prediction: Any, target: Any) -> tuple[Any, Any]:
     """Counts the pixels in both and in either of bool[..., H, W] masks; returns two int[...]."""
     return (prediction & target).sum(axis=(-2, -1)), (prediction | target).sum(axis=(-2, -1))
 
 
-def mask_iou(prediction, target):
+def mask_iou(prediction: Any, target: Any) -> Any:
     """IoU of bool[..., H, W] masks; float[...] in 0..1, and 1 where both are empty."""
     intersection, union = intersection_union(prediction, target)
     is_empty = union == 0
     return (intersection + is_empty) / (union + is_empty)
 
 
-def mask_boundary(mask, dilation_ratio: float = 0.02):
+def mask_boundary(mask: Any, dilation_ratio: float = 0.02) -> Any:
     """Pixels of bool[..., H, W] (numpy or jax) within a few pixels of the mask's border (or of the image's).
 
     The width is `dilation_ratio` times the image diagonal, at least 1 pixel: the mask minus its erosion by a
@@ -50,7 +50,7 @@ def mask_boundary(mask, dilation_ratio: float = 0.02):
     return mask & (window < side * side)
 
 
-def boundary_iou(prediction, target, dilation_ratio: float = 0.02):
+def boundary_iou(prediction: Any, target: Any, dilation_ratio: float = 0.02) -> Any:
     """IoU of the `mask_boundary` of two bool[..., H, W] masks (numpy or jax); float[...], 1 where both are empty."""
     return mask_iou(mask_boundary(prediction, dilation_ratio), mask_boundary(target, dilation_ratio))
 
@@ -72,7 +72,7 @@ class MaskProtocol:
     ignore: Literal["exclude", "true_positive"] = "exclude"
     min_pixels: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.upsample in ("bilinear", "nearest"), "eval.upsample", self.upsample, "bilinear or nearest")
         modes = ("exclude", "true_positive")
         require(self.ignore in modes, "eval.ignore", self.ignore, f"one of {modes}")
@@ -117,7 +117,8 @@ def apply_protocol(
     Returns:
       prediction bool[H, W] (probability > 0.5) and target bool[H, W].
     """
-    prediction = resize_probability(probabilities, *target.shape, protocol.upsample) > 0.5
+    height, width = target.shape
+    prediction = resize_probability(probabilities, height, width, protocol.upsample) > 0.5
     if ignore is not None:
         if protocol.ignore == "exclude":
             prediction, target = prediction & ~ignore, target & ~ignore

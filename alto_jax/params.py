@@ -16,7 +16,7 @@ def split_params(params: dict, trainable: str) -> tuple[dict, dict]:
     if not chosen:
         raise ValueError(f"config.optim.trainable: {trainable!r} matches no parameter; top level: {sorted(params)}")
 
-    def pick(keep):
+    def pick(keep: bool) -> dict:
         return traverse_util.unflatten_dict({p: v for p, v in flat.items() if (p in chosen) == keep}, sep="/")
 
     return pick(True), pick(False)

@@ -191,7 +191,7 @@ class Segmenter(TokenizerModel):
             max_new_tokens=max_new_tokens or num_tokens + 32,
             grammar=True,
             min_length=min_length,
-            max_length=num_tokens if max_length is None else _token_count(max_length, num_tokens),
+            max_length=num_tokens if max_length is None else (_token_count(max_length, num_tokens) or num_tokens),
             forced_length=count,
             end_logit_bias=end_bias,
         )

@@ -94,6 +94,7 @@ def tokenizer_samples(config: ExperimentConfig, workdir: pathlib.Path, count: in
 def mllm_samples(config: ExperimentConfig, workdir: pathlib.Path, count: int) -> list[report.ReportSample]:
     """Requests for held-out objects, answered by the last checkpoint."""
     model, source = predict.load(workdir), sources.chat_source(config, held_out=True, adaptive_only=True)
+    assert isinstance(model, predict.Segmenter)  # Note: what stages 2 and 3 leave behind.
     samples = []
     for index in range(min(count, len(source))):
         record = source[index]
@@ -104,7 +105,14 @@ def mllm_samples(config: ExperimentConfig, workdir: pathlib.Path, count: int) ->
     return samples
 
 
-def _sample(image, target, prediction, text, codes, model) -> report.ReportSample:
+def _sample(
+    image: np.ndarray,
+    target: np.ndarray,
+    prediction: np.ndarray,
+    text: str,
+    codes: list[int],
+    model: predict.TokenizerModel,
+) -> report.ReportSample:
     union = np.sum(target | prediction)
     return report.ReportSample(
         image=image,

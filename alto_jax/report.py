@@ -101,7 +101,7 @@ def iou_curve_figure(
     curves: Mapping[str, Mapping[int | str, float]],
     points: Mapping[str, tuple[float, float]] | None = None,
     ylabel: str = "gIoU",
-):
+) -> Any:
     """Draws IoU against the number of mask tokens.
 
     Args:
@@ -122,8 +122,8 @@ def iou_curve_figure(
         tokens, values = zip(*sorted((int(k), v) for k, v in curve.items()))
         axes.plot(tokens, values, marker="o", markersize=5, linewidth=2, color=next(colors), label=name)
         ticks.update(tokens)
-    for name, (tokens, value) in (points or {}).items():
-        axes.plot([tokens], [value], marker="D", markersize=8, linestyle="", color=next(colors), label=name)
+    for name, (mean, value) in (points or {}).items():
+        axes.plot([mean], [value], marker="D", markersize=8, linestyle="", color=next(colors), label=name)
     axes.set_xlabel("mask tokens")
     axes.set_ylabel(ylabel)
     axes.set_ylim(0, 1)
@@ -135,7 +135,7 @@ def iou_curve_figure(
     return figure
 
 
-def length_histogram_figure(lengths: Mapping[str, Sequence[int]], max_length: int):
+def length_histogram_figure(lengths: Mapping[str, Sequence[int]], max_length: int) -> Any:
     """Draws how often each number of mask tokens was used.
 
     Args:
@@ -164,7 +164,7 @@ def length_histogram_figure(lengths: Mapping[str, Sequence[int]], max_length: in
     return figure
 
 
-def new_figure():
+def new_figure() -> tuple[Any, Any]:
     """Returns a figure and its axes in the report's style, without touching matplotlib's global state."""
     try:
         from matplotlib.figure import Figure  # late: an optional dependency
@@ -196,7 +196,7 @@ def stage_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     for stage, values in summary.items():
         if stage == "seconds" or not isinstance(values, Mapping):
             continue
-        row = {"stage": stage}
+        row: dict[str, Any] = {"stage": stage}
         row |= {k: v for k, v in values.items() if isinstance(v, (int, float, str)) and k != "stage"}
         if stage in seconds:
             row["seconds"] = seconds[stage]
@@ -213,6 +213,7 @@ def format_value(value: Any) -> str:
     if isinstance(value, (int, np.integer)):
         return f"{value:,}"
     if isinstance(value, (float, np.floating)):
+        value = float(value)
         if value != 0 and abs(value) < 1e-3:
             return f"{value:.2e}"
         return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"

@@ -37,7 +37,7 @@ class RewardConfig:
     boundary_weight: float = 0.0
     token_weight: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kinds = ("paper", "reference")
         require(self.kind in kinds, "reward.kind", self.kind, f"one of {kinds}")
         for name in ("format_weight", "iou_weight", "length_weight", "boundary_weight", "token_weight"):
@@ -127,7 +127,7 @@ def compute_rewards(
         length_part = unused.astype(jnp.float32) * cfg.length_weight
     components = {"format": format_part, "iou": iou_part, "length_reward": length_part}
     components |= {name: weight * part * valid for name, (part, weight) in extra.items() if part is not None}
-    rewards = sum(components.values())
+    rewards = sum(components.values(), jnp.float32(0))
     return rewards, {**components, "length": parsed.length.astype(jnp.float32), "valid": valid}
 
 
@@ -151,7 +151,7 @@ def group_advantages(
     Raises:
       ValueError: unknown `normalization`, or fewer than two samples in a group.
     """
-    offsets = {"paper": eps, "reference": 0.1 + eps, "none": None}
+    offsets = {"paper": eps, "reference": 0.1 + eps, "none": 0.0}
     require(normalization in offsets, "grpo.advantage_normalization", normalization, f"one of {tuple(offsets)}")
     require(rewards.shape[-1] >= 2, "grpo.num_generations", rewards.shape[-1], "at least 2")
     rewards = rewards.astype(jnp.float32)

@@ -54,13 +54,13 @@ def _decode(options: argparse.Namespace) -> None:
 
     try:
         saved = json.loads(pathlib.Path(options.codes).read_text())
-        codes, size = [int(c) for c in saved["codes"]], tuple(int(s) for s in saved["size"])
+        codes, (height, width) = [int(c) for c in saved["codes"]], map(int, saved["size"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{options.codes}: expected the JSON that encode writes (codes, size): {error!r}") from error
     image = transforms.open_image(options.image) if options.image else None
-    mask = predict.load(options.checkpoint).decode(codes, size, image)
+    mask = predict.load(options.checkpoint).decode(codes, (height, width), image)
     Image.fromarray(mask.astype(np.uint8) * 255).save(options.out)
-    print(f"{int(mask.sum())} pixels of {size[1]}x{size[0]} in {options.out}")
+    print(f"{int(mask.sum())} pixels of {width}x{height} in {options.out}")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ class LazyArray:
     """A parameter on disk: shape, dtype, `array[row]` along the leading axis, and `np.asarray(array)`."""
 
     def __init__(self, store: Any):
-        self._store, self._whole = store, None
+        self._store = store
+        self._whole: np.ndarray | None = None
         self.shape, self.dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
         self.nbytes = math.prod(self.shape) * self.dtype.itemsize
 

@@ -18,7 +18,7 @@ import os
 import pathlib
 import shutil
 import sys
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from etils import epath
 from flax import traverse_util
@@ -53,9 +53,9 @@ class Retention:
 
     def keep(self, metrics: Mapping[int, float | None]) -> set[int]:
         """The steps to keep of {step: metric}."""
-        known = [s for s, value in metrics.items() if value is not None and not math.isnan(value)]
+        known = {s: value for s, value in metrics.items() if value is not None and not math.isnan(value)}
         sign = 1 if self.mode == "min" else -1
-        ranked = sorted(known, key=lambda s: (sign * metrics[s], -s))
+        ranked = sorted(known, key=lambda s: (sign * known[s], -s))
         return {*sorted(metrics)[-self.newest :], *ranked[: self.best]}
 
 
@@ -141,7 +141,7 @@ class Checkpointer:
         (saved, position), step = newest_readable(self.directory, read)
         data_iterator.set_state(position)
         self._set_aside(step)
-        return dataclasses.replace(abstract, **saved)
+        return dataclasses.replace(cast(Any, abstract), **saved)
 
     def _set_aside(self, step: int) -> None:
         """Moves every folder of a step after `step` out of the way."""
@@ -239,7 +239,7 @@ def _flat(tree: Any) -> dict[str, Any]:
 
 @jax.jit
 def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
-    def total(leaf):
+    def total(leaf: jax.Array) -> jax.Array:
         bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[leaf.dtype.itemsize]
         leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, bits)
         return jnp.sum(leaf.astype(jnp.uint32), dtype=jnp.uint32)
@@ -296,7 +296,7 @@ def newest_readable(directory: pathlib.Path, read: Callable[[pathlib.Path], T]) 
         except Exception as error:  # noqa: BLE001 - damaged files surface as almost anything
             failure = error
         if _all_agree(failure is None):
-            return result, step
+            return cast(T, result), step
         text = " ".join(str(failure).split())[:300] if failure is not None else "another process cannot read it"
         first = first or f"step {step}: {text}"
         older = [s for s in steps if s < step]

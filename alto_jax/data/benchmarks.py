@@ -7,12 +7,13 @@ from collections.abc import Callable
 import dataclasses
 import os
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 from alto_jax.data import refcoco
 from alto_jax.data.open_vocab import OpenVocab
 from alto_jax.data.prepared import Prepared
 from alto_jax.data.scenes import ChatConfig, SceneChats, ScenesConfig
+from alto_jax.data.source import Records
 from alto_jax.mllm import text
 
 
@@ -76,7 +77,7 @@ def open_benchmark(
     *,
     protocol: refcoco.Protocol = "joined",
     images: str | os.PathLike | None = None,
-) -> Any:
+) -> Records:
     """A source of ReferringRecords.
 
     Args:
@@ -113,6 +114,7 @@ class SceneReferring:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._chats[index]
         phrase = text.find_reference(record["conversations"][0]["value"])
+        assert phrase is not None  # Note: with adaptive_only every record asks for a mask.
         phrase = phrase.removeprefix(text.REF).removesuffix(text.REF_END)
         return {"key": record["key"], "image": record["image"], "mask": record["masks"][0], "phrase": phrase}
 
@@ -130,18 +132,18 @@ def _open_referring(found: Benchmark, root: pathlib.Path, protocol: Any, images:
     if converted:
         name = f"{found.dataset}/{found.split}"
         return refcoco.open_psalm(converted[0], name, root=root, images=images, protocol=protocol, no_target=general)
-    return refcoco.open_refer(root, found.dataset, found.split, images=images, protocol=protocol)
+    return refcoco.open_refer(root, cast(refcoco.Dataset, found.dataset), found.split, images=images, protocol=protocol)
 
 
 def _open_refcocom(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any) -> refcoco.Referring:
     return refcoco.open_refcocom(root, found.split, images=images, protocol=protocol)
 
 
-def _open_vocab(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any) -> Any:
+def _open_vocab(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any) -> Records:
     return OpenVocab(refcoco.find(root, (f"open_vocab/{found.name}.jsonl", f"{found.name}.jsonl"), found.name))
 
 
-_OPENERS: dict[str, Callable] = {
+_OPENERS: dict[str, Callable[..., Records]] = {
     "refcoco": _open_referring,
     "grefcoco": _open_referring,
     "refcocom": _open_refcocom,

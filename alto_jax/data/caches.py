@@ -191,6 +191,7 @@ class CacheMaker:
         import jax  # late: keeps the start fast
         import jax.numpy as jnp
 
+        from alto_jax.layers import apply_module
         from alto_jax.mllm.alto_llm import sam_input
         from alto_jax.tokenizer.alto import ALTo
 
@@ -198,9 +199,9 @@ class CacheMaker:
         is_chat = self._kind == "chat"
 
         @jax.jit
-        def compute(params, image, pixel_image):
+        def compute(params: Any, image: jax.Array, pixel_image: jax.Array) -> jax.Array:
             pixels = sam_input(model, image, pixel_image) if is_chat else pixel_image
-            features = ALTo(model.tokenizer).apply({"params": params["tokenizer"]}, pixels, method="image_features")
+            features = apply_module(ALTo(model.tokenizer), params["tokenizer"], pixels, method="image_features")
             return features.astype(jnp.bfloat16)
 
         return compute

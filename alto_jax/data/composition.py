@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import math
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -74,7 +74,7 @@ class ScenesConfig:
     min_visible_area: float = 0.6
     min_area: float = 0.005
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def require(condition: bool, field: str, expected: str) -> None:
             if not condition:
                 raise ValueError(f"{field}: expected {expected}, got {getattr(self, field)!r}")
@@ -98,7 +98,10 @@ class ScenesConfig:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        return (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        height, width = self.image_size
+        return height, width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +137,7 @@ class SceneObject:
         from pycocotools import mask as coco_mask  # late: keeps the start fast
 
         rle = coco_mask.encode(np.asfortranarray(self.mask.view(np.uint8)))
-        return {"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")}
+        return {"size": [int(s) for s in rle["size"]], "counts": cast(bytes, rle["counts"]).decode("ascii")}
 
     @functools.cached_property
     def complexity(self) -> float:

@@ -8,24 +8,17 @@ from collections.abc import Callable, Mapping
 import ctypes
 import functools
 import os
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from alto_jax.data import bad_data, transforms
+from alto_jax.data.source import Source
 from alto_jax.mllm import text
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _KEPT_BYTES, _LARGEST_KEPT = 2**30, 2**25
 _REFERENCE_SHRINK = 4  # stage 1 of the reference: masks of 1024 to 256 pixels, without antialiasing
-
-
-class Source(Protocol):
-    """Random access to records; a record is a function of its index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
 @functools.cache
@@ -53,7 +46,7 @@ class Examples:
 
     def __init__(
         self,
-        source: Source,
+        source: Source[Mapping[str, Any]],
         transform: Callable[[int, Any], Any],
         max_bad_records: int = 0,
         max_bad_fraction: float = 0.0,

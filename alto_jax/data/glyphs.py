@@ -6,6 +6,7 @@ nearly the same outline are one shape; a shape belongs to "train" or to "validat
 point, so that validation shapes are never seen in training.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import functools
 import hashlib
@@ -125,6 +126,7 @@ class Catalogue:
     def _render(self, index: int, size: int) -> Image.Image:
         font = ImageFont.truetype(str(self._font_path), int(size * 1.3))
         sprite = _render(font, self.glyphs[index].codepoint, size)
+        assert sprite is not None  # Note: glyphs without a drawing are no candidates.
         return Image.frombytes("RGBa", (size, size), sprite.tobytes())
 
 
@@ -229,7 +231,12 @@ def _build(font_path: pathlib.Path) -> tuple[tuple[Glyph, ...], np.ndarray]:
     for codepoint in _candidates():
         name = clean_name(unicodedata.name(chr(codepoint)))
         sprite = _render(font, codepoint, SPRITE_SIZE) if name else None
-        if sprite is None or (missing is not None and np.array_equal(sprite, missing)) or not _usable(sprite):
+        if (
+            not name
+            or sprite is None
+            or (missing is not None and np.array_equal(sprite, missing))
+            or not _usable(sprite)
+        ):
             continue
         candidates.append((codepoint, name, dominant_colour(sprite), sprite))
     candidates.sort(key=lambda c: len(c[1].split()))  # stable: of equal outlines the plainest name stays
@@ -255,11 +262,11 @@ def _build(font_path: pathlib.Path) -> tuple[tuple[Glyph, ...], np.ndarray]:
     return tuple(g for g, _ in chosen), np.stack([s for _, s in chosen])
 
 
-def _candidates():
+def _candidates() -> Iterator[int]:
     """Code points with a name, pictographs before symbols."""
     for low, high in reversed(_BLOCKS):
         for codepoint in range(low, high):
-            if codepoint not in _NEWER and unicodedata.name(chr(codepoint), ""):
+            if codepoint not in _NEWER and unicodedata.name(chr(codepoint), "") != "":
                 yield codepoint
 
 
@@ -273,7 +280,9 @@ def _render(font: ImageFont.FreeTypeFont, codepoint: int, size: int) -> np.ndarr
     glyph = canvas.crop(box).convert("RGBa")
     inner = size - 2
     scale = inner / max(glyph.size)
-    glyph = glyph.resize(tuple(max(1, round(s * scale)) for s in glyph.size), Image.Resampling.BOX)
+    glyph = glyph.resize(
+        (max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))), Image.Resampling.BOX
+    )
     sprite = Image.new("RGBa", (size, size))
     sprite.paste(glyph, ((size - glyph.width) // 2, (size - glyph.height) // 2))
     return np.asarray(sprite)
@@ -319,6 +328,6 @@ def dominant_colour(sprite: np.ndarray, share: float = 0.6) -> str | None:
     outline = counts.pop("outline", 0)
     if outline > 0.8 * len(pixels):
         return "black"
-    word = max(counts, key=counts.get)
+    word = max(counts, key=lambda word: counts[word])
     fill = sum(counts.values())
     return word if word and fill >= 0.3 * len(pixels) and counts[word] >= share * fill else None

@@ -4,13 +4,14 @@ A weight is the share of the stream. An epoch of the mixture ends when the sourc
 once, so that no record is lost; the others are read again (each time from the start). The seed draws the order.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from alto_jax.config import require
 from alto_jax.data import caches
+from alto_jax.data.source import HasConversations, HasTexts, Records
 
 
 class Mixture:
@@ -22,7 +23,7 @@ class Mixture:
       conversation: reads a record without its images; there if every source has it.
     """
 
-    def __init__(self, sources: Mapping[str, tuple[Any, float]], *, seed: int = 0):
+    def __init__(self, sources: Mapping[str, tuple[Records, float]], *, seed: int = 0):
         """ValueError: no source, an empty one, a weight that is not above 0, or different caches.
 
         Args:
@@ -49,7 +50,7 @@ class Mixture:
             mine = self._which == number
             self._row[mine] = np.arange(int(mine.sum())) % size
         self.caches = caches.same({name: getattr(source, "caches", {}) for name, (source, _) in sources.items()})
-        if all(hasattr(source, "conversation") for source in self._sources):
+        if all(isinstance(source, HasConversations) for source in self._sources):
             self.conversation = self._conversation
 
     def __len__(self) -> int:
@@ -67,8 +68,8 @@ class Mixture:
         record = read(self._sources[number], int(self._row[index]))
         return {**record, "key": f"{self._names[number]}:{record['key']}"}
 
-    def texts(self):
+    def texts(self) -> Iterator[list[str]]:
         """The texts of all sources that have some."""
         for source in self._sources:
-            if hasattr(source, "texts"):
+            if isinstance(source, HasTexts):
                 yield from source.texts()

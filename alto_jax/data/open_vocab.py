@@ -168,7 +168,11 @@ def build(
             drawn.add(chosen)
             mask = f"{name}/{stem}_{number}.png"
             Image.fromarray(np.isin(label, chosen)).save(out / mask)
-            line = {"image": os.path.relpath(file, out), "mask": mask, "description": [names[c - 1] for c in chosen]}
+            line: dict[str, Any] = {
+                "image": os.path.relpath(file, out),
+                "mask": mask,
+                "description": [names[c - 1] for c in chosen],
+            }
             if ignored.any():
                 line["ignore"] = f"{name}/{stem}_ignore.png"
                 Image.fromarray(ignored).save(out / line["ignore"])

@@ -69,9 +69,14 @@ _STOP = frozenset("a an the and of with in on face sign symbol".split())
 class Referable(Protocol):
     """What a phrase needs to know of an object; `centre` is (x, y) in 0..1."""
 
-    name: str
-    colour: str | None
-    centre: tuple[float, float]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def colour(self) -> str | None: ...
+
+    @property
+    def centre(self) -> tuple[float, float]: ...
 
 
 def position_words(centre: tuple[float, float], slack: float = 0.0) -> tuple[str, ...]:

@@ -15,12 +15,13 @@ from typing import Any, Literal
 import numpy as np
 
 from alto_jax.data import packing
-from alto_jax.data.examples import Examples, Source, chat_example, chat_text, mask_fields, prompt_example
+from alto_jax.data.examples import Examples, chat_example, chat_text, mask_fields, prompt_example
+from alto_jax.data.source import HasConversations, Records, Source
 from alto_jax.mllm import text
 
 
 def batches(
-    examples: Source,
+    examples: Source[Any],
     make_batch: Callable[[Sequence[Any]], Any],
     *,
     batch_size: int,
@@ -78,7 +79,7 @@ def batches(
 
 
 def mask_batches(
-    source: Source,
+    source: Records,
     *,
     image_size: int,
     mask_size: int,
@@ -111,7 +112,7 @@ def mask_batches(
 
 
 def chat_batches(
-    source: Source,
+    source: Records,
     tok: text.TextTokenizer,
     *,
     vision_size: int,
@@ -152,14 +153,14 @@ def chat_batches(
     Returns:
       A grain.IterDataset of ChatBatch.
     """
-    texts = dict(
+    texts: dict[str, Any] = dict(
         max_length=max_length,
         num_image_tokens=num_image_tokens,
         num_latent_tokens=num_latent_tokens,
         max_masks=max_masks,
         system=system,
     )
-    sizes = dict(vision_size=vision_size, image_size=image_size, mask_size=mask_size)
+    sizes: dict[str, Any] = dict(vision_size=vision_size, image_size=image_size, mask_size=mask_size)
     transform = lambda _, record: chat_example(record, tok, **sizes, **texts)
     examples = Examples(source, transform, max_bad_records, max_bad_fraction)
     if pack_samples > 1:
@@ -182,7 +183,7 @@ def chat_batches(
 
 def _packed_chat_batches(
     examples: Examples,
-    source: Source,
+    source: Records,
     tok: text.TextTokenizer,
     texts: Mapping[str, Any],
     pack_samples: int,
@@ -192,9 +193,11 @@ def _packed_chat_batches(
 ) -> Any:
     """Packed batches of stage 2; `texts` are the options of `chat_text`."""
 
+    conversation = source.conversation if isinstance(source, HasConversations) else source.__getitem__
+
     def measure(index: int) -> int | None:
         try:
-            return len(chat_text(source.conversation(index), tok, **texts)[0])
+            return len(chat_text(conversation(index), tok, **texts)[0])
         except (ValueError, OSError) as error:
             examples.bad.add(index, error)
             return None
@@ -213,7 +216,7 @@ def _packed_chat_batches(
 
     return packing.Packed(
         examples,
-        measure if hasattr(source, "conversation") else None,
+        measure if isinstance(source, HasConversations) else None,
         make_batch,
         num_rows=batch_size,
         max_length=texts["max_length"],
@@ -224,7 +227,7 @@ def _packed_chat_batches(
 
 
 def prompt_batches(
-    source: Source,
+    source: Records,
     tok: text.TextTokenizer,
     *,
     vision_size: int,

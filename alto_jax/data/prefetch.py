@@ -11,6 +11,8 @@ from typing import Any
 
 import grain
 
+from alto_jax.data.source import Batches
+
 
 class Ahead(grain.DatasetIterator):
     """Works one element ahead of its reader; its state is that of the element handed out last (exact checkpoints).
@@ -18,7 +20,7 @@ class Ahead(grain.DatasetIterator):
     The given iterator is used by one thread at a time, and by nobody else from now on.
     """
 
-    def __init__(self, iterator: Any, transform: Callable[[Any], Any] = lambda element: element):
+    def __init__(self, iterator: Batches[Any], transform: Callable[[Any], Any] = lambda element: element):
         """Reads nothing yet.
 
         Args:
@@ -43,6 +45,7 @@ class Ahead(grain.DatasetIterator):
     def __next__(self) -> Any:
         """The next element; raises what reading it raised."""
         self.start_prefetch()
+        assert self._pending is not None
         pending, self._pending = self._pending, None
         element, self._state = pending.result()
         self.start_prefetch()

@@ -83,7 +83,9 @@ class Job:
         return prepared.features(self.kind, self.image_format, self.caches.manifest if self.caches else None)
 
 
-def open_source(name: str, source: str, *, seed: int, protocol: str, images: str | None, draws: int, num: int) -> tuple:
+def open_source(
+    name: str, source: str, *, seed: int, protocol: refcoco.Protocol, images: str | None, draws: int, num: int
+) -> tuple:
     """The raw source of a name: (name in the manifest, kind, source).
 
     Raises:
@@ -241,7 +243,8 @@ def _write_shard(
     file, temporary = _shard_file(job, folder, number, count), work / f"{number:05d}.tmp"
     start = number * job.records_per_shard
     stop = min(start + job.records_per_shard, len(job.source))
-    bad, written = [], 0
+    bad: list[dict[str, Any]] = []
+    written = 0
     # Note: images are compressed as they should be; unpacking "raw" ones would cost more than reading them.
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
     for index in range(start, stop):
@@ -255,7 +258,12 @@ def _write_shard(
         written += 1
     writer.close()
     digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
-    shard = {"number": number, "seen": stop - start, "records": written, "bytes": temporary.stat().st_size}
+    shard: dict[str, Any] = {
+        "number": number,
+        "seen": stop - start,
+        "records": written,
+        "bytes": temporary.stat().st_size,
+    }
     shard |= {"sha256": digest, "bad": bad}
     temporary.replace(file)
     write_whole(work / f"{number:05d}.json", json.dumps(shard))
@@ -310,7 +318,8 @@ def check(job: Job, workers: int = 2) -> dict[str, Any]:
                 found = [" ".join(str(error).split())]
         return found, notes
 
-    bad, converted = [], {}
+    bad: list[dict[str, Any]] = []
+    converted: dict[tuple[str, str], dict[str, str]] = {}
     with ThreadPoolExecutor(max_workers=workers) as pool:
         for index, (found, notes) in enumerate(pool.map(one, range(len(job.source)))):
             bad += [{"index": index, "kind": bad_data.kind_of(m), "message": m} for m in found]

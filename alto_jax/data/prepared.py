@@ -32,7 +32,7 @@ def features(kind: str, image_format: str, caches: Mapping[str, Any] | None = No
     """
     import tensorflow_datasets as tfds  # late: only prepared sets need it, and it is slow to start
 
-    def image():
+    def image() -> Any:
         if image_format == "raw":
             return tfds.features.Tensor(shape=(None, None, 3), dtype=np.uint8, encoding="bytes")
         return tfds.features.Image(shape=(None, None, 3), encoding_format=image_format)
@@ -91,7 +91,8 @@ def take_fields(example: bytes, names: Collection[str]) -> tuple[dict[str, memor
     Raises:
       ValueError: not a tf.Example, or a named field that is not one string of bytes.
     """
-    view, found, others = memoryview(example), {}, []
+    view, found = memoryview(example), {}
+    others: list[bytes | memoryview] = []
     for features in _messages(view):  # Example: {1: Features}; Features: {1: map entry}; entry: {1: key, 2: Feature}
         for entry in _messages(features):
             key, feature = _messages(entry)
@@ -224,7 +225,7 @@ class Prepared:
         stored = self._texts.deserialize_example_np(self._source.data_source[index])
         return {"key": stored["key"].decode(), "conversations": json.loads(stored["conversations"])}
 
-    def texts(self):
+    def texts(self) -> Iterator[list[str]]:
         """The turns of every record of kind "chat"."""
         for i in range(len(self)):
             yield [turn["value"] for turn in self.conversation(i)["conversations"]]

@@ -8,7 +8,7 @@ A referent has several sentences. `protocol` "joined" makes them one request (Co
 evaluates), "per_sentence" makes each its own sample (what most papers report).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import json
 import os
@@ -22,6 +22,7 @@ from alto_jax.data import rle, transforms
 from alto_jax.mllm import text
 
 Protocol = Literal["joined", "per_sentence"]
+Dataset = Literal["refcoco", "refcoco+", "refcocog", "grefcoco"]
 PROTOCOLS = ("joined", "per_sentence")
 # Where the COCO images of these data sets usually lie, below the data folder.
 IMAGE_FOLDERS = ("images/mscoco/images/train2014", "coco/train2014", "train2014", "images/train2014", "images")
@@ -81,7 +82,7 @@ class Referring:
             raise ValueError(f"{referent.where}: {error}") from error
         return {"key": key, "image": image, "mask": mask.astype(np.uint8) * np.uint8(255), "phrase": phrase}
 
-    def phrases(self):
+    def phrases(self) -> Iterator[str]:
         """The sentences of all referents."""
         for referent in dict.fromkeys(referent for referent, _ in self._samples):
             yield from (sentence for sentence in referent.sentences if sentence.strip())
@@ -96,7 +97,7 @@ class ReferringChats:
 
     def __init__(
         self,
-        source: Any,
+        source: Referring,
         *,
         seed: int = 0,
         adaptive_fraction: float = 0.5,
@@ -133,7 +134,7 @@ class ReferringChats:
         turns = [{"from": "human", "value": f"{text.IMAGE}\n{question}"}, {"from": "gpt", "value": answer}]
         return {"key": record["key"], "image": record["image"], "masks": masks, "conversations": turns}
 
-    def texts(self):
+    def texts(self) -> Iterator[list[str]]:
         """What is asked of every record, and the answers, without reading images."""
         for phrase in self.source.phrases():
             yield [text.question(phrase, adaptive=adaptive) for adaptive in (False, True)]
@@ -248,7 +249,7 @@ class Instances:
 
 def open_refer(
     root: str | os.PathLike,
-    dataset: Literal["refcoco", "refcoco+", "refcocog", "grefcoco"],
+    dataset: Dataset,
     split: str,
     *,
     split_by: str = "",

@@ -52,7 +52,7 @@ def check_runs(rle: dict[str, Any], height: int, width: int, where: str) -> np.n
     return runs
 
 
-def _uncompress(counts: str | bytes) -> np.ndarray:
+def _uncompress(counts: Any) -> np.ndarray:
     """COCO's text form: 6-bit digits from '0' on, five bits of value and one of continuation, low digits first;
     from the fourth number on as differences to the one before the last."""
     if not isinstance(counts, str | bytes):

@@ -113,7 +113,9 @@ class Sa1bMasks:
                 found.append(str(error))
         return found
 
-    def _annotations(self, number: int, rng: np.random.Generator):
+    def _annotations(
+        self, number: int, rng: np.random.Generator
+    ) -> tuple[Any, tuple[int, int], str, list[tuple[int, dict]]]:
         """The large annotations of a file; where it has none, those of another random file.
 
         Returns: file, (height, width), image file name, [(number in the file, annotation), …].

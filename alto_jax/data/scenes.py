@@ -8,6 +8,8 @@ configuration and i alone. Questions and answers are worded as in the published 
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from alto_jax.data import phrases
 from alto_jax.data.composition import Scene, SceneObject, Scenes, ScenesConfig, mask_complexity
 from alto_jax.mllm import text
@@ -37,7 +39,7 @@ class MaskConfig:
     max_union: int = 3
     union_probability: float = 0.2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_union < 1:
             raise ValueError(f"max_union: expected at least 1, got {self.max_union}")
         _require_probability("union_probability", self.union_probability)
@@ -61,7 +63,7 @@ class ChatConfig:
     yes_fraction: float = 0.3
     adaptive_only: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("adaptive_fraction", "multi_fraction", "question_fraction", "yes_fraction"):
             _require_probability(name, getattr(self, name))
         if self.multi_fraction + self.question_fraction > 1:
@@ -128,7 +130,7 @@ class SceneChats:
         return self._record(scene, question, answer, [scene.union(targets)])
 
     @staticmethod
-    def _single(scene: Scene, rng) -> tuple[str, tuple[int, ...]]:
+    def _single(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[int, ...]]:
         """A phrase for one object; where none can be told apart, for all objects of one name."""
         for i in rng.permutation(len(scene.objects)).tolist():
             phrase = phrases.refer_single(scene.objects, i, rng)

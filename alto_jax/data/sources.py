@@ -4,26 +4,27 @@ Every source is random access and the same on all processes, so that each reads 
 the source is: prepared sets and mixtures need nothing special with several processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import json
 import os
 import pathlib
 from typing import Any
 
-from alto_jax.batch import MaskBatch, PromptBatch
+from alto_jax.batch import ChatBatch, MaskBatch, PromptBatch
 from alto_jax.data import benchmarks, caches, composition, pipeline, refcoco, scenes
 from alto_jax.data.conversations import Conversations
 from alto_jax.data.glyphs import catalogue
 from alto_jax.data.mixture import Mixture
 from alto_jax.data.prepared import Prepared
 from alto_jax.data.sa1b import Sa1bMasks
+from alto_jax.data.source import Batches, HasTexts, Records
 from alto_jax.mllm.text import TextTokenizer, question
 
 _SEED_OFFSET = 1_000_003  # Note: keeps the shuffling apart from the other uses of config.seed.
 
 
-def mask_source(config: Any, *, held_out: bool = False) -> Any:
+def mask_source(config: Any, *, held_out: bool = False) -> Records:
     """MaskRecords of `config.data`; held out: the built-in data's unseen shapes, or the same files in eval mode."""
     data = config.data
     if data.source == "scenes":
@@ -39,7 +40,7 @@ def mask_source(config: Any, *, held_out: bool = False) -> Any:
     )
 
 
-def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = False) -> Any:
+def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = False) -> Records:
     """ChatRecords of `config.data`, see `mask_source`."""
     data = config.data
     if data.source == "scenes":
@@ -59,18 +60,20 @@ def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = Fa
     )
 
 
-def _referring(config: Any, adaptive_only: bool) -> Any:
+def _referring(config: Any, adaptive_only: bool) -> Records:
     """The training splits that `config.data.meta` names, each with a weight in proportion to its size."""
-    parts = {}
+    parts: dict[str, tuple[Records, float]] = {}
     for name in config.data.meta.split(","):
         raw = benchmarks.train_split(name.strip(), config.data.root)
-        chats = {"adaptive_fraction": 1.0, "yes_fraction": 0.0, "skip_no_target": True} if adaptive_only else {}
+        chats: dict[str, Any] = {}
+        if adaptive_only:
+            chats = {"adaptive_fraction": 1.0, "yes_fraction": 0.0, "skip_no_target": True}
         source = refcoco.ReferringChats(raw, seed=config.seed, **chats)
         parts[name.strip()] = (source, float(len(source)))
     return next(iter(parts.values()))[0] if len(parts) == 1 else Mixture(parts, seed=config.seed)
 
 
-def _mixture(config: Any, open_part: Any) -> Any:
+def _mixture(config: Any, open_part: Callable[[Any], Records]) -> Records:
     """The sources of the JSON `config.data.meta`: {name: {"weight", "source", "root", "meta"}}; paths are relative."""
     file = pathlib.Path(config.data.meta)
     try:
@@ -80,7 +83,7 @@ def _mixture(config: Any, open_part: Any) -> Any:
         raise ValueError(
             f"config.data.meta: {file}: expected JSON {{name: {{weight, source, …}}}}: {error!r}"
         ) from error
-    sources = {}
+    sources: dict[str, tuple[Records, float]] = {}
     for name, (weight, source, entry) in parts.items():
         if source == "mixture":
             raise ValueError(f"{file}: {name}.source: a mixture in a mixture")
@@ -96,11 +99,13 @@ def _mixture(config: Any, open_part: Any) -> Any:
 
 
 def _scenes(config: Any, held_out: bool) -> composition.ScenesConfig:
-    changes = {"split": "validation", "num_scenes": max(config.eval.num_samples, 1)} if held_out else {}
+    changes: dict[str, Any] = {"split": "validation", "num_scenes": max(config.eval.num_samples, 1)} if held_out else {}
     return dataclasses.replace(config.data.scenes, **changes)
 
 
-def mask_iterator(config: Any, process_index: int, process_count: int, directory: os.PathLike | None = None) -> Any:
+def mask_iterator(
+    config: Any, process_index: int, process_count: int, directory: os.PathLike | None = None
+) -> Batches[MaskBatch]:
     """Endless MaskBatches of stages 1 and 1.5, with get_state and set_state; `directory`: the run, if it has begun."""
     size, source = config.model.tokenizer, mask_source(config)
     _check_caches(source, config, "masks", directory)
@@ -116,7 +121,7 @@ def mask_iterator(config: Any, process_index: int, process_count: int, directory
 
 def chat_iterator(
     config: Any, text: TextTokenizer, process_index: int, process_count: int, directory: os.PathLike | None = None
-) -> Any:
+) -> Batches[ChatBatch]:
     """Endless ChatBatches of stage 2, see `mask_iterator`."""
     source = chat_source(config)
     _check_caches(source, config, "chat", directory)
@@ -137,7 +142,7 @@ def chat_iterator(
 
 def prompt_iterator(
     config: Any, text: TextTokenizer, process_index: int, process_count: int, directory: os.PathLike | None = None
-) -> Any:
+) -> Batches[PromptBatch]:
     """Endless PromptBatches of stage 3, see `mask_iterator`."""
     source = chat_source(config, adaptive_only=True)
     _check_caches(source, config, "chat", directory)
@@ -152,7 +157,7 @@ def prompt_iterator(
     )
 
 
-def _check_caches(source: Any, config: Any, kind: str, directory: os.PathLike | None) -> None:
+def _check_caches(source: Records, config: Any, kind: str, directory: os.PathLike | None) -> None:
     """Refuses cached features and mask tokens of another tokenizer than the run's, see caches.check."""
     caches.check(getattr(source, "caches", {}), config, kind, directory)
 
@@ -188,13 +193,13 @@ def held_out_prompts(config: Any, text: TextTokenizer) -> Iterator[PromptBatch]:
 class _First:
     """The first n records of a source."""
 
-    def __init__(self, source: Any, count: int):
+    def __init__(self, source: Records, count: int):
         self._source, self._count = source, min(count, len(source))
 
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self._source[index]
 
 
@@ -257,7 +262,10 @@ def text_tokenizer(config: Any, directory: os.PathLike | None = None) -> TextTok
 def _texts(config: Any) -> Iterator[str]:
     """What people and model say in the data, for training a tokenizer."""
     if config.data.source != "scenes":
-        for record in chat_source(config).texts():
+        source = chat_source(config)
+        if not isinstance(source, HasTexts):
+            raise ValueError(f"config.data.source: no texts for a tokenizer in {config.data.source!r}")
+        for record in source.texts():
             yield from record
         return
 

@@ -193,10 +193,10 @@ def _along(values: np.ndarray, axis: int, index: np.ndarray, weights: np.ndarray
     """Weighted sum of taps along one axis, in the dtype of `weights`."""
     shape = [1] * values.ndim
     shape[axis] = len(index)
-    total = None
-    for k in range(index.shape[1]):
-        term = values.take(index[:, k], axis=axis) * weights[:, k].reshape(shape)
-        total = term if total is None else np.add(total, term, out=total)
+    tap = lambda k: values.take(index[:, k], axis=axis) * weights[:, k].reshape(shape)
+    total = tap(0)
+    for k in range(1, index.shape[1]):
+        np.add(total, tap(k), out=total)
     return total
 
 

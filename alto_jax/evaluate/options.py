@@ -58,7 +58,7 @@ class EvaluateOptions:
     tensor: int = 1
     threads: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(not isinstance(self.benchmarks, str), "benchmarks", self.benchmarks, "a list of names")
         for name in ("limit", "max_new_tokens", "min_pixels"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")

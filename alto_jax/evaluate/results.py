@@ -5,7 +5,7 @@ order. Lines are appended batch by batch; opened again, a file is cut back to it
 run goes on there and ends with the same bytes as one that was never stopped. Times are in a file of their own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import json
 import os
 import pathlib
@@ -119,7 +119,7 @@ def summarise_masks(lines: Sequence[Mapping[str, Any]], max_length: int, *, resa
     asked = [line for line in good if not line.get("said_no")]
     result["format_rate"] = float(np.mean([line["valid"] for line in asked])) if asked else None
     lengths = [line["length"] for line in asked if line["valid"]]
-    result["lengths"] = metrics.length_statistics(lengths, max_length) if lengths else None
+    result["lengths"] = metrics.length_statistics(np.array(lengths), max_length) if lengths else None
     by_length: dict[int, list[float]] = {}
     for line in asked:
         if line["valid"]:
@@ -135,7 +135,7 @@ def mask_intervals(collected: metrics.SegmentationMetrics, resamples: int) -> di
     has_target = np.array(collected.target_pixels) > 0
     is_empty = np.array(collected.predicted_pixels) == 0
 
-    def interval(statistic, *samples):
+    def interval(statistic: Callable[..., Any], *samples: np.ndarray) -> list[float]:
         return list(metrics.bootstrap_ci(statistic, *samples, num_resamples=resamples))
 
     found = {
@@ -183,5 +183,5 @@ def summarise_reconstruction(lines: Sequence[Mapping[str, Any]], *, resamples: i
                 "adaptive": list(metrics.bootstrap_ci(np.mean, chosen, num_resamples=resamples)),
             },
         }
-    result["lengths"] = metrics.length_statistics([line["length"] for line in good], len(good[0]["iou"]))
+    result["lengths"] = metrics.length_statistics(np.array([line["length"] for line in good]), len(good[0]["iou"]))
     return result

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import json
+import os
 import pathlib
 import time
 from typing import Any
@@ -26,7 +27,7 @@ class Runner:
     """Runs tasks (`alto_jax.evaluate.tasks.Task`) batch by batch into result files, and keeps the times."""
 
     def __init__(
-        self, out: str | pathlib.Path, mesh: Any, *, batch_size: int, max_bad_fraction: float, threads: int = 2
+        self, out: str | os.PathLike, mesh: Any, *, batch_size: int, max_bad_fraction: float, threads: int = 2
     ):
         """ConfigError: a batch size that does not split over the devices, or devices that do not over the processes."""
         self.out, self.mesh, self.batch_size = pathlib.Path(out), mesh, batch_size
@@ -84,12 +85,15 @@ class Runner:
             print(f"[{task.name}] {len(bad)} of {total} samples left out: {bad.by_kind()}")
         return (results.read_results(path)[1], timing.summary()) if self._process == 0 else ([], {})
 
-    def _open(self, path: pathlib.Path, header: dict[str, Any], total: int) -> tuple[Any, int, list[dict]]:
+    def _open(
+        self, path: pathlib.Path, header: dict[str, Any], total: int
+    ) -> tuple[results.ResultFile | None, int, list[dict]]:
         """The result file (None but in the first process), the samples it holds, and those of them without a result.
 
         Every process comes to the same numbers, or raises the same ConfigError: only the first one sees the file.
         """
-        file, found = None, {"error": ""}
+        file: results.ResultFile | None = None
+        found: dict[str, Any] = {"error": ""}
         if self._process == 0:
             try:
                 file = results.ResultFile(path, header, batch_size=self.batch_size, total=total)

@@ -100,7 +100,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _cell(task: Mapping[str, Any] | None, metric: str) -> str:
     """A value with half its interval; "–" where there is none."""
     value = None if task is None else task.get(metric)
-    if value is None:
+    if task is None or value is None:
         return "–"
     if metric in _POINTS:
         return f"{value:.1f}"
@@ -117,7 +117,14 @@ def _row_name(task: Mapping[str, Any], title: str) -> str:
     return f"{title} ({', '.join(named)})" if named else title
 
 
-def _family_table(heading, columns, names, tasks, title, paper) -> str:
+def _family_table(
+    heading: str,
+    columns: Sequence[tuple[str, str]],
+    names: Mapping[str, str],
+    tasks: Sequence[Mapping[str, Any]],
+    title: str,
+    paper: Sequence[Mapping[str, Any]],
+) -> str:
     present = [name for name in names if any(t["benchmark"] == name for t in tasks)]
     header = ["model"] + [f"{names[n]} {c}" for n in present for c, _ in columns]
     rows = []
@@ -132,7 +139,7 @@ def _family_table(heading, columns, names, tasks, title, paper) -> str:
     return f"## {heading}\n\n{_table(header, rows)}"
 
 
-def _reconstruction_table(tasks, title, paper) -> str:
+def _reconstruction_table(tasks: Sequence[Mapping[str, Any]], title: str, paper: Sequence[Mapping[str, Any]]) -> str:
     counts = [k for k in TOKEN_COUNTS if any(str(k) in _first_part(t)["giou_by_tokens"] for t in tasks)]
     full = max(len(_first_part(t)["giou_by_tokens"]) for t in tasks)
     counts = sorted({*counts, full})

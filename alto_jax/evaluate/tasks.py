@@ -1,5 +1,6 @@
 """What `alto_jax.evaluate` runs: segmentation, questions in words, and the mask tokenizer alone."""
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any, Protocol
 
@@ -13,8 +14,10 @@ from alto_jax.config import ConfigError
 from alto_jax.data import benchmarks, transforms
 from alto_jax.data.examples import mask_example
 from alto_jax.data.sa1b import Sa1bMasks
+from alto_jax.data.source import Records
 from alto_jax.evaluate import questions, results
 from alto_jax.evaluate.options import EvaluateOptions
+from alto_jax.layers import apply_module
 from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, segment
 from alto_jax.mllm.generate import GenerateConfig, bucket_length, generate
@@ -74,9 +77,10 @@ def make_tasks(options: EvaluateOptions, cfg: ModelConfig, params: dict, text: A
         names = [each for name in names for each in (every if name == "all" else [name])]
     tasks: list[Task] = []
     reconstruct: dict[str, Any] = {}
+    make_reconstruction = lambda name, source: Reconstruction(cfg, params, name, source, reconstruct)
     for name in dict.fromkeys(names):
         try:
-            tasks += _tasks_of(name, options, answerer, lambda *a: Reconstruction(cfg, params, *a, reconstruct))
+            tasks += _tasks_of(name, options, answerer, make_reconstruction)
         except ValueError as error:
             if name not in optional:
                 raise
@@ -86,7 +90,9 @@ def make_tasks(options: EvaluateOptions, cfg: ModelConfig, params: dict, text: A
     return tasks
 
 
-def _tasks_of(name: str, options: EvaluateOptions, answerer: Any, reconstruction: Any) -> list[Any]:
+def _tasks_of(
+    name: str, options: EvaluateOptions, answerer: "Answerer | None", reconstruction: Callable[[str, Records], Task]
+) -> list[Task]:
     """The tasks of one benchmark."""
     if name.startswith("tokenizer_"):
         return [reconstruction(name, _mask_source(name.removeprefix("tokenizer_"), options))]
@@ -95,14 +101,14 @@ def _tasks_of(name: str, options: EvaluateOptions, answerer: Any, reconstruction
         raise ConfigError(f"--benchmark: {name} needs a whole model (stage 2 or 3); for a mask tokenizer alone: "
                           f"tokenizer_{name}")  # fmt: skip
     if found.family in questions.MAX_NEW_TOKENS:
-        source = questions.open_questions(found.family, found.split, options.data, options.images)
-        return [QuestionTask(answerer, found, _first(source, options.limit))]
+        asked = questions.open_questions(found.family, found.split, options.data, options.images)
+        return [QuestionTask(answerer, found, _first(asked, options.limit))]
     source = _referring_source(name, options)
     modes = ("adaptive", "fixed") if options.length == "both" else (options.length,)
     return [SegmentationTask(answerer, found, source, mode, options) for mode in modes]
 
 
-def _referring_source(name: str, options: EvaluateOptions) -> Any:
+def _referring_source(name: str, options: EvaluateOptions) -> Records:
     if name == "scenes":
         return _first(benchmarks.SceneReferring(options.scenes), options.limit)
     return _first(
@@ -110,27 +116,27 @@ def _referring_source(name: str, options: EvaluateOptions) -> Any:
     )
 
 
-def _mask_source(name: str, options: EvaluateOptions) -> Any:
+def _mask_source(name: str, options: EvaluateOptions) -> Records:
     if name == "sa1b":
         return _first(Sa1bMasks(options.data, train=False), options.limit)
     return _referring_source(name, options)
 
 
-def _first(source: Any, limit: int) -> Any:
+def _first(source: Records, limit: int) -> Records:
     return _First(source, limit) if limit else source
 
 
 class _First:
     """The first n records of a source."""
 
-    def __init__(self, source: Any, limit: int):
+    def __init__(self, source: Records, limit: int):
         self._source, self._limit = source, limit
         self.no_target = getattr(source, "no_target", False)
 
     def __len__(self) -> int:
         return min(self._limit, len(self._source))
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self._source[index]
 
 
@@ -145,7 +151,7 @@ class Answerer:
         """Images and prompt ids (a list a question) of a record; `prefix` begins the answer to the "prompt"."""
         image, size = record["image"], self.cfg
         transforms.check_size(image, f"of record {record['key']}")
-        example = {"image": transforms.squash(image, size.vision.image_size), "key": record["key"]}
+        example = {"image": transforms.squash(image, size.need_vision().image_size), "key": record["key"]}
         example["pixel_image"] = transforms.squash(record.get("pixel_image", image), size.tokenizer.image_size)
         for name, question in questions.items():
             begin = prefix if name == "prompt" else ""
@@ -175,7 +181,7 @@ class Answerer:
     def segment(self, batch: PromptBatch, config: GenerateConfig, mesh: Any) -> dict[str, np.ndarray]:
         """Probabilities [B, h, w], ids, mask, length, valid of this process's rows."""
 
-        def run(params, batch):
+        def run(params: dict, batch: PromptBatch) -> dict[str, jax.Array]:
             found = segment(self.cfg, params, batch, config, self.text.ids, jax.random.key(0))
             return {
                 "probability": jax.nn.sigmoid(found.mask_logits),
@@ -190,11 +196,11 @@ class Answerer:
     def answer(self, batch: PromptBatch, config: GenerateConfig, mesh: Any) -> dict[str, np.ndarray]:
         """Ids and mask of answers in words."""
 
-        def run(params, batch):
-            model, variables = ALToLLM(self.cfg), {"params": params}
-            tokens = model.apply(variables, batch.image, method="image_tokens")
-            inputs = model.apply(variables, batch.prompt_ids, tokens, self.text.ids.img_context, method="embed")
-            language = LanguageModel(self.cfg.language_model), params["language_model"]
+        def run(params: dict, batch: PromptBatch) -> dict[str, jax.Array]:
+            model = ALToLLM(self.cfg)
+            tokens = apply_module(model, params, batch.image, method="image_tokens")
+            inputs = apply_module(model, params, batch.prompt_ids, tokens, self.text.ids.img_context, method="embed")
+            language = LanguageModel(self.cfg.need_language_model()), params["language_model"]
             found = generate(*language, inputs, batch.prompt_mask, config, self.text.ids, jax.random.key(0))
             return {"ids": found.ids, "mask": found.mask}
 
@@ -221,7 +227,7 @@ class SegmentationTask:
     """A benchmark of referring or open-vocabulary segmentation, by adaptive or fixed length."""
 
     def __init__(
-        self, answerer: Answerer, found: benchmarks.Benchmark, source: Any, mode: str, options: EvaluateOptions
+        self, answerer: Answerer, found: benchmarks.Benchmark, source: Records, mode: str, options: EvaluateOptions
     ):
         self._answerer, self._source, self._adaptive = answerer, source, mode == "adaptive"
         self.family, self.benchmark = found.family, found.name
@@ -307,7 +313,7 @@ class SegmentationTask:
 class QuestionTask:
     """POPE, VQAv2 or MME."""
 
-    def __init__(self, answerer: Answerer, found: benchmarks.Benchmark, source: Any):
+    def __init__(self, answerer: Answerer, found: benchmarks.Benchmark, source: Records):
         self._answerer, self._source = answerer, source
         self.family = found.family
         self.name = self.benchmark = found.name
@@ -347,7 +353,7 @@ class Reconstruction:
 
     family = "tokenizer"
 
-    def __init__(self, cfg: ModelConfig, params: dict, name: str, source: Any, compiled: dict[str, Any]):
+    def __init__(self, cfg: ModelConfig, params: dict, name: str, source: Records, compiled: dict[str, Any]):
         """`compiled` is shared by the tasks of one run, so that the program is compiled once."""
         self._cfg, self._params, self._source = cfg.tokenizer, {"tokenizer": params["tokenizer"]}, source
         self.name = self.benchmark = name

@@ -7,6 +7,7 @@ python -m alto_jax.lora merge RUN OUT
 import argparse
 import pathlib
 import shutil
+from typing import Any
 
 from alto_jax import cli
 
@@ -34,7 +35,7 @@ def merge(run: str, out: str) -> pathlib.Path:
     model = loading.load_model(run, sharding.make_mesh(sharding.MeshConfig(), jax.devices()))
     flat = traverse_util.flatten_dict(model.params, sep="/")
 
-    def fill(sinks):
+    def fill(sinks: dict[str, Any]) -> None:
         for path, sink in sinks.items():
             sink[...] = np.asarray(flat[path])
 

@@ -34,7 +34,7 @@ class LoraConfig:
     alpha: float = 16.0
     targets: str = "^language_model/blocks/.*/(q|kv|out|gate|up|down)/kernel$"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.rank >= 0, "rank", self.rank, "at least 0")
         require(self.alpha > 0, "alpha", self.alpha, "more than 0")
         try:

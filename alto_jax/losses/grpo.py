@@ -30,7 +30,7 @@ class GrpoLossConfig:
     beta: float = 1e-3
     loss_cap: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         objectives = ("paper", "reference", "dr_grpo", "dapo", "gspo")
         require(self.objective in objectives, "grpo.objective", self.objective, f"one of {objectives}")
         require(0 <= self.epsilon_low < 1, "grpo.epsilon_low", self.epsilon_low, "a value in 0..1")
@@ -97,8 +97,11 @@ def grpo_loss(
         high, low = jnp.minimum(ratio, 1 + cfg.epsilon_high), jnp.maximum(ratio, 1 - cfg.epsilon_low)
         surrogate = jnp.where(advantages[..., None] >= 0, high, low)
 
-    divisor = {"dr_grpo": logps.shape[-1], "dapo": jnp.maximum(jnp.mean(valid_tokens), 1e-9)}
-    divisor = divisor.get(cfg.objective, num_tokens)
+    divisors: dict[str, int | jax.Array] = {
+        "dr_grpo": logps.shape[-1],
+        "dapo": jnp.maximum(jnp.mean(valid_tokens), 1e-9),
+    }
+    divisor = divisors.get(cfg.objective, num_tokens)
     # Note: surrogate = 1 + excess, and the advantages of a group sum to 0. That constant is taken apart, and what
     # float32 leaves of it is dropped, so that rounding at the size of the advantages does not drown the small rest.
     gain = advantages * (jnp.sum((surrogate - 1) * weights, axis=-1) / divisor)

@@ -31,7 +31,7 @@ class ReconstructionLossConfig:
     length: float = 0.01
     bce_dice_on_probabilities: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name != "bce_dice_on_probabilities":
@@ -65,6 +65,8 @@ def reconstruction_loss(
     """
     target = target.astype(jnp.float32)
     if probabilities is None:
+        if logits is None:
+            raise ValueError("logits: needed where no probabilities are given, got None")
         probabilities = jax.nn.sigmoid(logits.astype(jnp.float32))
     probabilities = probabilities.astype(jnp.float32)
     terms: dict[str, jax.Array] = {"mse": mse(probabilities, target)}

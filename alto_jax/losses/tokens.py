@@ -112,11 +112,13 @@ class MaskLossConfig:
     dice_reduction: Literal["sample", "batch"] = "sample"
     probability_clamp: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.bce >= 0, "mask_loss.bce", self.bce, "a weight >= 0")
         require(self.dice >= 0, "mask_loss.dice", self.dice, "a weight >= 0")
         reductions = ("sample", "batch")
-        require(self.dice_reduction in reductions, "mask_loss.dice_reduction", self.dice_reduction, reductions)
+        require(
+            self.dice_reduction in reductions, "mask_loss.dice_reduction", self.dice_reduction, f"one of {reductions}"
+        )
         clamp = self.probability_clamp
         require(0 <= clamp < 0.5, "mask_loss.probability_clamp", clamp, "a value in 0..0.5")
 

@@ -7,7 +7,8 @@ Source: ALTo (NeurIPS 2025), section 3.3; InternVL 2.5.
 """
 
 import dataclasses
-from typing import Any, Literal
+import functools
+from typing import Any, Literal, cast
 
 from flax import linen as nn
 from flax import struct
@@ -15,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from alto_jax.batch import PromptBatch
-from alto_jax.config import require
+from alto_jax.config import ConfigError, require
+from alto_jax.layers import apply_module
 from alto_jax.mllm.generate import Controls, GenerateConfig, Generated, generate, mask_state
 from alto_jax.mllm.intern_vit import InternViT, InternViTConfig, Projector, imagenet_normalise, pixel_shuffle
 from alto_jax.mllm.language_model import LanguageModel, LanguageModelConfig
@@ -42,7 +44,7 @@ class ModelConfig:
     pixel_input: Literal["mllm", "native"] = "mllm"
     pixel_shuffle_version: Literal["v1", "v2"] = "v2"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require((self.vision is None) == (self.language_model is None), "vision, language_model",
                 (self.vision is not None, self.language_model is not None), "both or neither")  # fmt: skip
         if self.vision is not None:
@@ -51,13 +53,27 @@ class ModelConfig:
     @property
     def num_image_tokens(self) -> int:
         """Tokens of one image in the language model: a quarter of the patches."""
-        return (self.vision.grid // 2) ** 2
+        return (self.need_vision().grid // 2) ** 2
+
+    def need_vision(self) -> InternViTConfig:
+        """The vision tower of a whole model; ConfigError if this is a mask tokenizer alone."""
+        if self.vision is None:
+            raise ConfigError("config.model.vision: expected the vision tower of a whole model, got None")
+        return self.vision
+
+    def need_language_model(self) -> LanguageModelConfig:
+        """The language model of a whole model; ConfigError if this is a mask tokenizer alone."""
+        if self.language_model is None:
+            raise ConfigError("config.model.language_model: expected that of a whole model, got None")
+        return self.language_model
 
 
 def sam_input(cfg: ModelConfig, image: Array, pixel_image: Array | None) -> Array:
     """The SAM encoder's image, in 0..255, of the MLLM's [B, V, V, 3] and the one of its own size [B, S, S, 3]."""
     if cfg.pixel_input == "mllm":
         return mllm_to_unit(imagenet_normalise(image), cfg.tokenizer.image_size) * 255.0
+    if pixel_image is None:
+        raise ValueError("pixel_image: expected images for the SAM encoder (pixel_input is 'native'), got None")
     return pixel_image
 
 
@@ -66,18 +82,18 @@ class ALToLLM(nn.Module):
 
     cfg: ModelConfig
 
-    def setup(self):
+    def setup(self) -> None:
         cfg = self.cfg
-        language = cfg.language_model
+        language = cfg.need_language_model()
         self.tokenizer = ALTo(cfg.tokenizer)
-        self.vision = InternViT(cfg.vision)
+        self.vision = InternViT(cfg.need_vision())
         self.projector = Projector(language.embed_dim, jnp.dtype(language.dtype), jnp.dtype(language.param_dtype))
         self.language_model = LanguageModel(language)
 
     def image_tokens(self, image: Array, drop_path_key: Array | None = None) -> Array:
         """image uint8[B, V, V, 3] → float[B, num_image_tokens, D]."""
-        x = self.vision(imagenet_normalise(image), drop_path_key)
-        grid = self.cfg.vision.grid
+        x = cast(Array, self.vision(imagenet_normalise(image), drop_path_key))
+        grid = self.cfg.need_vision().grid
         x = pixel_shuffle(x.reshape(x.shape[0], grid, grid, x.shape[-1]), version=self.cfg.pixel_shuffle_version)
         # Note: else the projector's split of its inputs would reach the shuffle's reshapes, which cannot keep it.
         return self.projector(constrain(x.reshape(x.shape[0], -1, x.shape[-1]), "batch", ...))
@@ -89,6 +105,8 @@ class ALToLLM(nn.Module):
         """
         if cached is not None:
             return cached
+        if self.cfg.tokenizer.sam is None:
+            return None
         return self.tokenizer.image_features(sam_input(self.cfg, image, pixel_image))
 
     def embed(self, ids: Array, image_tokens: Array, img_context: int) -> Array:
@@ -118,7 +136,7 @@ class ALToLLM(nn.Module):
         """hidden float[..., D] → float32[..., V]."""
         return self.language_model.logits(hidden)
 
-    def __call__(self, mask: Array, pixel_image: Array, image: Array, ids: Array) -> Array:
+    def __call__(self, mask: Array, pixel_image: Array, image: Array, ids: Array) -> tuple[Array, Array]:
         """Touches every parameter (for initialisation)."""
         masks = self.tokenizer(mask, pixel_image)
         inputs = self.embed(ids, self.image_tokens(image), 0)
@@ -172,10 +190,10 @@ def segment(
       batch: images and prompts (its target mask is not used).
       generate_cfg, special, rng, num_samples, controls: see `generate.generate`.
     """
-    model, variables = ALToLLM(cfg), {"params": params}
-    image_tokens = model.apply(variables, batch.image, method="image_tokens")
-    inputs = model.apply(variables, batch.prompt_ids, image_tokens, special.img_context, method="embed")
-    language_model = LanguageModel(cfg.language_model), params["language_model"]
+    apply = functools.partial(apply_module, ALToLLM(cfg), params)
+    image_tokens = apply(batch.image, method="image_tokens")
+    inputs = apply(batch.prompt_ids, image_tokens, special.img_context, method="embed")
+    language_model = LanguageModel(cfg.need_language_model()), params["language_model"]
     generated = generate(
         *language_model, inputs, batch.prompt_mask, generate_cfg, special, rng, num_samples,
         prompt_ids=batch.prompt_ids, controls=controls,
@@ -187,9 +205,10 @@ def segment(
     parsed = parse_completion(
         ids, jnp.concatenate([inside, generated.mask], axis=-1), special, cfg.tokenizer.num_latent_tokens
     )
-    features = model.apply(variables, batch.image, batch.pixel_image, batch.features, method="image_features")
+    features = apply(batch.image, batch.pixel_image, batch.features, method="image_features")
     codes, length = parsed.codes.reshape(-1, parsed.codes.shape[-1]), parsed.length.reshape(-1)
     if num_samples is not None and features is not None:
         features = jnp.repeat(features, num_samples, axis=0)
-    logits = ALTo(cfg.tokenizer).apply({"params": params["tokenizer"]}, codes, length, features, method="decode_codes")
+    tokenizer = ALTo(cfg.tokenizer), params["tokenizer"]
+    logits = apply_module(*tokenizer, codes, length, features, method="decode_codes")
     return Segmentation(generated, parsed, logits.reshape(*parsed.length.shape, *logits.shape[1:]), image_tokens)

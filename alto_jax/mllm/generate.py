@@ -74,7 +74,7 @@ class GenerateConfig:
     share_prompt: bool = True
     cache_dtype: str = "model"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         require(self.temperature >= 0, "temperature", self.temperature, "a number of at least 0")
         require(self.top_k >= 0, "top_k", self.top_k, "at least 0")
@@ -93,7 +93,7 @@ class GenerateConfig:
 
     def static(self) -> GenerateConfig:
         """Returns what is compiled in: this configuration with neutral values for all that `controls` holds."""
-        neutral = dict(min_length=1, max_length=32, forced_length=None, end_logit_bias=0.0)
+        neutral: dict[str, Any] = dict(min_length=1, max_length=32, forced_length=None, end_logit_bias=0.0)
         return dataclasses.replace(self, temperature=1.0 if self.temperature else 0.0, **neutral)
 
     def controls(self) -> Controls:
@@ -299,7 +299,7 @@ def _generate(
     keys = jax.vmap(lambda key: jax.random.split(key, num_samples))(keys).reshape(rows)
     inside, count = jax.tree.map(repeat, start)
     controls = jax.tree.map(lambda a: repeat(a)[:, None] if jnp.ndim(a) else a, controls)
-    apply = functools.partial(model.apply, {"params": params})
+    apply: Any = functools.partial(model.apply, {"params": params})
     if not cfg.share_prompt:
         inputs_embeds, prompt_mask = repeat(inputs_embeds), repeat(prompt_mask)
     prefix, first_logits = _prefill(apply, model, cfg, inputs_embeds, prompt_mask)
@@ -329,7 +329,7 @@ def _generate(
             prefix=prefix, prefix_mask=prompt_mask,
         )  # fmt: skip
         logits = apply(hidden[:, 0], method="logits")
-        return _append(state.replace(cache=cache), logits, cfg, special, controls, keys)
+        return _append(dataclasses.replace(state, cache=cache), logits, cfg, special, controls, keys)
 
     state = _append(state, first_logits, cfg, special, controls, keys)
     state = jax.lax.while_loop(lambda s: (s.step < cfg.max_new_tokens) & ~jnp.all(s.done), body, state)
@@ -370,7 +370,8 @@ def _append(
     finished = (ids == special.im_end) | (ends_mask if cfg.stop_at_mask_end else False)
     begins = ids == special.mask_start
     write = lambda buffer, column: jax.lax.dynamic_update_index_in_dim(buffer, column, state.step, axis=1)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         step=state.step + 1,
         ids=write(state.ids, ids),
         mask=write(state.mask, alive),

@@ -53,7 +53,7 @@ class InternViTConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("patch_size", "embed_dim", "num_layers", "num_heads", "mlp_dim"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.image_size >= self.patch_size and self.image_size % self.patch_size == 0, "image_size",
@@ -177,7 +177,7 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         # Compat: this norm has PyTorch's default epsilon, not the vision transformer's.
         x = layers.layer_norm(1e-5, name="norm", **types)(x)
         x = layers.gelu(constrain(nn.Dense(self.out_dim, name="fc1", **types)(x), "batch", ...))

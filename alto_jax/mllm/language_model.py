@@ -58,7 +58,7 @@ class LanguageModelConfig:
     remat: str = "none"
     unroll: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "unroll")
         for name in (*sizes, "max_position_embeddings"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -106,7 +106,7 @@ class KVCache:
     def write(self, layer: Array, index: Array, k: Array, v: Array) -> "KVCache":
         """Returns the cache with keys and values [B, T, K, Hd] of a layer at positions index .. index + T - 1."""
 
-        def update(buffer, scales, new):
+        def update(buffer: Array, scales: Array | None, new: Array) -> tuple[Array, Array | None]:
             start = (layer, 0, index, 0, 0)
             if scales is None:
                 return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start), None
@@ -146,7 +146,7 @@ def ntk_inv_freq(cfg: LanguageModelConfig, current_length: int | Array) -> Array
     Returns:
       float32[Hd / 2].
     """
-    theta = cfg.rope_theta
+    theta: float | Array = cfg.rope_theta
     if cfg.rope_scaling_factor is not None:
         factor, width = cfg.rope_scaling_factor, cfg.head_width
         length = jnp.maximum(jnp.asarray(current_length, jnp.float32), cfg.max_position_embeddings)
@@ -209,18 +209,20 @@ class DecoderAttention(nn.Module):
     ) -> tuple[Array, KVCache | None]:
         """Arguments as for `DecoderBlock`; returns (the attention's output [B, T, D], cache)."""
         cfg = self.cfg
-        kwargs = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, kernel_init=INIT)
+        kwargs: dict[str, Any] = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, kernel_init=INIT)
         q = nn.DenseGeneral((cfg.num_heads, cfg.head_width), use_bias=cfg.qkv_bias, name="q", **kwargs)(x)
         kv = nn.DenseGeneral((2, cfg.num_kv_heads, cfg.head_width), use_bias=cfg.qkv_bias, name="kv", **kwargs)(x)
         q, kv = (constrain(a, "batch", ..., "heads", None) for a in (q, kv))
         q = layers.apply_rope(q, positions, inv_freq)
         k, v = layers.apply_rope(kv[..., 0, :, :], positions, inv_freq), kv[..., 1, :, :]
         if cache is not None:
+            assert cache_index is not None  # Note: `LanguageModel` gives one with every cache.
             cache = cache.write(layer, cache_index, k, v)
             k, v = cache.layer(layer).values(q.dtype)
         if prefix is None:
             out = layers.attention(q, k, v, mask=mask)
         else:
+            assert prefix_mask is not None  # Note: `LanguageModel` gives one with every prefix.
             out = prefix_attention(q, k, v, mask, *prefix.values(q.dtype), prefix_mask)
         return nn.DenseGeneral(cfg.embed_dim, axis=(-2, -1), use_bias=False, name="out", **kwargs)(out), cache
 
@@ -231,7 +233,7 @@ class DecoderBlock(nn.Module):
     cfg: LanguageModelConfig
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, KVCache | None], *args: Any):
+    def __call__(self, carry: tuple[Array, KVCache | None], *args: Any) -> tuple[Any, None]:
         """Applies the block, in the form that `layers.Stack` wants.
 
         Args:
@@ -261,9 +263,9 @@ class LanguageModel(nn.Module):
 
     cfg: LanguageModelConfig
 
-    def setup(self):
+    def setup(self) -> None:
         cfg = self.cfg
-        types = dict(param_dtype=cfg.param_dtype)
+        types: dict[str, Any] = dict(param_dtype=cfg.param_dtype)
         # Note: the table is looked up in its own type; casting the few rows is cheaper than the table.
         self.embedder = nn.Embed(
             cfg.vocab_size, cfg.embed_dim, dtype=cfg.param_dtype, embedding_init=INIT, name="embed", **types
@@ -317,9 +319,9 @@ class LanguageModel(nn.Module):
         """
         cfg = self.cfg
         length = inputs_embeds.shape[1]
+        offset: int | Array = 0
         if cache is not None:
-            cache_index = jnp.asarray(0 if cache_index is None else cache_index, jnp.int32)
-        offset = 0 if cache is None else cache_index
+            offset = cache_index = jnp.asarray(0 if cache_index is None else cache_index, jnp.int32)
         prefix_length = 0 if prefix is None else prefix.k.shape[2]
         if inv_freq is None:
             inv_freq = ntk_inv_freq(cfg, prefix_length + offset + length)

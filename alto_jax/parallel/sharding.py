@@ -12,7 +12,8 @@ import dataclasses
 import functools
 import math
 import re
-from typing import Any
+from types import EllipsisType
+from typing import Any, cast
 
 import jax
 from jax.experimental import mesh_utils
@@ -77,7 +78,7 @@ class MeshConfig:
     tensor: int = 1
     auto: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = [self.data, self.fsdp, self.tensor]
         require(
             sizes.count(-1) <= 1 and all(s == -1 or s >= 1 for s in sizes), "mesh", sizes, "at most one -1, others >= 1"
@@ -129,7 +130,8 @@ def fill_sizes(cfg: MeshConfig, num_devices: int) -> MeshConfig:
         sizes[sizes.index(-1)] = num_devices // known
     if math.prod(sizes) != num_devices:
         raise ValueError(f"config.mesh: {dict(zip(AXES, sizes))} does not fit {num_devices} devices")
-    return MeshConfig(*sizes)
+    data, fsdp, tensor = sizes
+    return MeshConfig(data, fsdp, tensor)
 
 
 AUTO_STATE_SHARE = 0.4  # of a device's memory; the rest is for activations
@@ -266,7 +268,7 @@ def on_mesh(mesh: Mesh, function: Callable) -> Callable:
     """`function`, traced so that `constrain` inside it knows the mesh. For what is jitted."""
 
     @functools.wraps(function)
-    def wrapped(*args, **kwargs):
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*args, **kwargs)
 
@@ -285,7 +287,7 @@ def activation_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh:
     )
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+def constrain(x: jax.Array, *names: str | None | EllipsisType) -> jax.Array:
     """Says what the dimensions of an activation mean, so that the compiler splits them by ACTIVATION_RULES.
 
     Without this XLA is free to split activations like the parameters they meet, which moves far more data. Does
@@ -301,7 +303,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if ... in names:
         at = names.index(...)
         names = names[:at] + (None,) * (x.ndim - len(names) + 1) + names[at + 1 :]
-    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, names, mesh))
+    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, cast(tuple[str | None, ...], names), mesh))
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
@@ -313,7 +315,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     sharding = NamedSharding(mesh, batch_spec())
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def put(array):
+    def put(array: Any) -> jax.Array:
         array = np.asarray(array)
         if array.shape[0] * jax.process_count() % parts:
             raise ValueError(

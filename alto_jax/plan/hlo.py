@@ -147,7 +147,7 @@ def trip_count(line: str, computation: str, computations: dict[str, list[str]]) 
     root = next((text for text in defined.values() if text.startswith("ROOT ")), "")
     compared = re.search(r"\scompare\(([^)]*)\), direction=(LT|GT)", root)
     names = _NAMES.findall(compared[1]) if compared else []
-    if len(names) != 2:
+    if compared is None or len(names) != 2:
         return None
     counter, limit = (defined.get(name, "") for name in (names if compared[2] == "LT" else reversed(names)))
     end, index = _constant(limit), re.search(r"get-tuple-element\(.*\), index=(\d+)", counter)

@@ -15,7 +15,7 @@ from alto_jax.batch import PromptBatch, abstract_batch
 from alto_jax.config import ConfigError
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
-from alto_jax.mllm.alto_llm import segment
+from alto_jax.mllm.alto_llm import Segmentation, segment
 from alto_jax.mllm.generate import GenerateConfig
 from alto_jax.parallel import sharding
 from alto_jax.parallel.devices import DEVICES
@@ -52,10 +52,7 @@ def _resolve(config: ExperimentConfig, options: Options, target: Target) -> Mesh
     if options.mesh == "auto":
         cfg = dataclasses.replace(cfg, auto=True)
     elif options.mesh:
-        sizes = options.mesh.split(",")
-        if len(sizes) != 3 or not all(size.lstrip("-").isdigit() for size in sizes):
-            raise ConfigError(f"--mesh={options.mesh}: expected auto or DATA,FSDP,TENSOR")
-        cfg = MeshConfig(*map(int, sizes))
+        cfg = _given_sizes(options.mesh)
     if cfg.auto:
         memory = target.memory
         return sharding.choose_sizes(
@@ -69,6 +66,15 @@ def _resolve(config: ExperimentConfig, options: Options, target: Target) -> Mesh
             f" give --config.train.batch_size=N, a mesh with fewer of them, or --mesh=auto"
         )
     return sizes
+
+
+def _given_sizes(mesh: str) -> MeshConfig:
+    """The mesh of "DATA,FSDP,TENSOR"."""
+    sizes = mesh.split(",")
+    if len(sizes) != 3 or not all(size.lstrip("-").isdigit() for size in sizes):
+        raise ConfigError(f"--mesh={mesh}: expected auto or DATA,FSDP,TENSOR")
+    data, fsdp, tensor = map(int, sizes)
+    return MeshConfig(data, fsdp, tensor)
 
 
 def make_plan(config: ExperimentConfig, options: Options, sizes: MeshConfig | None = None) -> Plan:
@@ -161,17 +167,21 @@ def _estimated_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, 
     state, programs = state_shapes(config), []
     for name in _wanted(config, step):
         work, operations = _work(config, name, state, sizes), _flops(config, name)
-        hbm: dict[str, int | None] = _held(config, name, state, sizes)
-        hbm["temporary"] = round(work.temporary)
-        hbm["total"] = sum(hbm.values())
-        hbm["limit"] = target.memory
-        over = hbm["total"] - hbm["limit"]
+        held = _held(config, name, state, sizes) | {"temporary": round(work.temporary)}
+        total = sum(held.values())
+        hbm: dict[str, int | None] = {**held, "total": total, "limit": target.memory}
+        fits, short = _compare(total, target.memory)
         times, mfu = _time(target, work, operations, None)
         moved = [{"kind": "all", "bytes": round(work.links), "group_size": target.number, "count": 1}]
-        programs.append(
-            Program(name, over <= 0, hbm, max(over, 0) or None, operations, times, mfu, moved, "estimated", None)
-        )
+        programs.append(Program(name, fits, hbm, short, operations, times, mfu, moved, "estimated", None))
     return programs
+
+
+def _compare(total: int | None, limit: int | None) -> tuple[bool | None, int | None]:
+    """Whether `total` bytes fit, and how many are too many; None where that is not known (or none are)."""
+    if total is None or limit is None:
+        return None, None
+    return total <= limit, max(total - limit, 0) or None
 
 
 def lower_programs(config: ExperimentConfig, step: str, mesh: Any) -> tuple[Any, Any, list[tuple[str, Any, tuple]]]:
@@ -180,7 +190,8 @@ def lower_programs(config: ExperimentConfig, step: str, mesh: Any) -> tuple[Any,
     state = loop.abstract_state(config, stage, optimizer, mesh)
     split = jax.sharding.NamedSharding(mesh, sharding.batch_spec())
     place = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split), tree)
-    batch, programs = place(abstract_batch(config)), []
+    batch = place(abstract_batch(config))
+    programs: list[tuple[str, Any, tuple]] = []
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     update = loop.make_step(config, stage, optimizer, shardings)
     for name in _wanted(config, step):
@@ -210,7 +221,7 @@ def _predict(config: ExperimentConfig, mesh: Any) -> Any:
     special = sources.text_tokenizer(config).ids
     generate = GenerateConfig(max_new_tokens=config.eval.max_new_tokens)
 
-    def predict(params, batch):
+    def predict(params: dict, batch: PromptBatch) -> Segmentation:
         policy = {name: tree for name, tree in params.items() if name != "reference"}
         return segment(config.model, policy, batch, generate, special, jax.random.key(0))
 
@@ -224,7 +235,7 @@ def _compiled_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, t
     programs = []
     for name, function, arguments in wanted:
         work, operations = _work(config, name, state, sizes), _flops(config, name)
-        held: dict[str, int | None] = _held(config, name, state, sizes)
+        held = _held(config, name, state, sizes)
         lowered = function.lower(*arguments)
         began = time.monotonic()
         try:
@@ -235,17 +246,31 @@ def _compiled_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, t
             if error.temporaries is not None:
                 held["activations and temporary"] = error.temporaries
                 total = sum(held.values())
-            held |= {"total": total, "limit": limit}
             short = None if total is None or limit is None else total - limit
             times, mfu = _time(target, work, operations, None)
-            programs.append(Program(name, False, held, short, operations, times, mfu, [], "not compiled", taken))
+            programs.append(
+                Program(
+                    name,
+                    False,
+                    {**held, "total": total, "limit": limit},
+                    short,
+                    operations,
+                    times,
+                    mfu,
+                    [],
+                    "not compiled",
+                    taken,
+                )
+            )
             continue
         taken = time.monotonic() - began
-        hbm = held | _memory(executable, sum(held.values()), target)
+        account = _memory(executable, sum(held.values()))
+        total = sum(held.values()) + sum(account.values())
+        hbm: dict[str, int | None] = {**held, **account, "total": total, "limit": target.memory}
         text = hlo.program_text(executable)
         moved = None if text is None else hlo.collectives(text, target.number)
-        links = None if moved is None else sum(c.bytes for c in moved)
-        if links is not None and any(c.in_unknown_loop for c in moved):
+        links: float | None = None if moved is None else sum(c.bytes for c in moved)
+        if moved is not None and links is not None and any(c.in_unknown_loop for c in moved):
             links = max(links, work.links)  # Of a loop that ends by itself one turn was counted.
         times, mfu = _time(target, work, operations, links)
         if moved is None:
@@ -253,26 +278,22 @@ def _compiled_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, t
         else:
             found = [dataclasses.asdict(c) for c in moved]
         source = "estimated; the compiler cannot print this program" if moved is None else "from the compiled program"
-        over = None if hbm["limit"] is None else hbm["total"] - hbm["limit"]
-        fits = None if over is None else over <= 0
-        programs.append(
-            Program(name, fits, hbm, over if over and over > 0 else None, operations, times, mfu, found, source, taken)
-        )
+        fits, short = _compare(total, target.memory)
+        programs.append(Program(name, fits, hbm, short, operations, times, mfu, found, source, taken))
     return programs
 
 
-def _memory(executable: Any, held: int, target: Target) -> dict[str, int | None]:
-    """The compiler's account of memory, with the exact bytes of the state inside."""
+def _memory(executable: Any, held: int) -> dict[str, int]:
+    """The compiler's account of memory beside the `held` exact bytes of the state."""
     analysis = executable.memory_analysis()
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
     new = outputs - analysis.alias_size_in_bytes
-    parts = {
+    return {
         "batch and padding": arguments - held,
         "output": new,
         "activations and temporary": analysis.temp_size_in_bytes,
         "program": analysis.generated_code_size_in_bytes,
     }
-    return {**parts, "total": held + sum(parts.values()), "limit": target.memory}
 
 
 def sweep(config: ExperimentConfig, options: Options) -> list[Plan]:
@@ -302,7 +323,7 @@ def sweep(config: ExperimentConfig, options: Options) -> list[Plan]:
         raise ConfigError(f"--sweep: no mesh of {target.number} devices divides: {(reasons or ['the batch'])[0]}")
     rank = lambda plan: (plan.fits is not True, plan.estimated, -(plan.rows_per_second or 0))
     # Note: the estimate of memory is rough, so what misses by less than a quarter is still worth compiling.
-    near = lambda plan: max(p.hbm["total"] / p.hbm["limit"] for p in plan.programs) < 1.25
+    near = lambda plan: all((p.shortfall or 0) < 0.25 * (p.hbm["limit"] or 0) for p in plan.programs)
     order = sorted(estimates, key=lambda item: (not near(item[2]), -(item[2].rows_per_second or 0)))
     plans = []
     for index, (run, mesh, plan) in enumerate(order):
@@ -315,14 +336,14 @@ def sweep(config: ExperimentConfig, options: Options) -> list[Plan]:
 def describe_rules(config: ExperimentConfig, options: Options) -> str:
     """The rules as applied to a configuration: every parameter's shape, split, rule and bytes of one device."""
     if options.mesh and options.mesh != "auto" and not options.topology:
-        sizes = MeshConfig(*(int(size) for size in options.mesh.split(",")))
+        sizes = _given_sizes(options.mesh)
     elif options.topology:
         sizes = _resolve(config, options, find_target(options.topology, estimate=options.estimate))
     else:
         raise ConfigError("--rules: give --mesh=DATA,FSDP,TENSOR or --topology")
     state = state_shapes(config)
     lines = [f"{'parameter':<72}{'shape':<26}{'split':<44}{'rule':>6}{'MiB a device':>14}"]
-    total = {}
+    total: dict[str, int] = {}
     for part, tree in (("trained", state.params), ("frozen", state.frozen)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             name = sharding.param_path(path)

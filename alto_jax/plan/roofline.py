@@ -112,7 +112,7 @@ def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> floa
             side *= 2
     if model.language_model is None or config.stage in ("stage1", "stage1_5"):
         return total
-    vision, language = model.vision, model.language_model
+    vision, language = model.need_vision(), model.language_model
     if config.stage == "stage2":
         inner = (3 * vision.embed_dim + vision.mlp_dim) / tensor
         heads = vision.num_heads / tensor
@@ -154,7 +154,7 @@ def training_work(config: ExperimentConfig, params: Any, frozen: Any, opt_state:
     shrink = min(1.0, jnp.dtype(main.dtype).itemsize / 4)
     gathered = shrink * (sharding.bytes_per_device(params, whole) + sharding.bytes_per_device(frozen, whole))
     trained = shrink * sharding.bytes_per_device(params, whole)
-    layers = main.num_layers if config.model.language_model else config.model.tokenizer.encoder.num_layers
+    layers = (config.model.language_model or config.model.tokenizer.encoder).num_layers
     working = 2 * gathered / layers if sizes.fsdp > 1 else 0.0
     activations = activation_bytes(config, rows, sizes.tensor)
     temporary = held(params) + working + activations
@@ -175,7 +175,7 @@ def training_work(config: ExperimentConfig, params: Any, frozen: Any, opt_state:
 
 def answering_work(config: ExperimentConfig, params: Any, sizes: MeshConfig, samples: int, new_tokens: int) -> Work:
     """What one device holds and moves while it answers its prompts: a pass over the prompt, then token by token."""
-    language = config.model.language_model
+    language = config.model.need_language_model()
     rows = config.train.batch_size / (sizes.data * sizes.fsdp)
     whole = MeshConfig(1, 1, sizes.tensor)
     shrink = min(1.0, jnp.dtype(language.dtype).itemsize / 4)

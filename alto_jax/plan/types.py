@@ -79,7 +79,7 @@ class Plan:
     def seconds(self) -> float | None:
         """Estimated time of a step, of all programs."""
         times = [program.seconds.get("estimate") for program in self.programs]
-        return None if None in times else sum(times)
+        return None if None in times else sum(time for time in times if time is not None)
 
     @property
     def rows_per_second(self) -> float | None:
@@ -134,14 +134,14 @@ def table(plans: list[Plan]) -> str:
     names = ("mesh (data, fsdp, tensor)", "batch", "fits", "GiB a device", "ms a step", "MFU", "rows/s", "from")
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for plan in plans:
-        totals = [p.hbm.get("total") for p in plan.programs]
-        total = "?" if None in totals else f"{max(totals) / GIB:.1f}"
+        totals = [total for p in plan.programs if (total := p.hbm.get("total")) is not None]
+        most = f"{max(totals) / GIB:.1f}" if len(totals) == len(plan.programs) else "?"
         flops = sum(p.flops for p in plan.programs)
         peaks = [p.mfu * p.seconds["estimate"] / p.flops for p in plan.programs if p.mfu]
         mfu = f"{flops / plan.seconds * peaks[0]:.0%}" if peaks and plan.seconds else ""
         cells = (
             ", ".join(map(str, plan.mesh.values())), plan.batch_size, {True: "yes", False: "no", None: "?"}[plan.fits],
-            total, f"{plan.seconds * 1e3:.0f}" if plan.seconds else "",
+            most, f"{plan.seconds * 1e3:.0f}" if plan.seconds else "",
             mfu, f"{plan.rows_per_second:.1f}" if plan.rows_per_second else "",
             "estimate" if plan.estimated else "compiler",
         )  # fmt: skip

@@ -16,6 +16,7 @@ from alto_jax import rewards
 from alto_jax.batch import PromptBatch, Rollout
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
+from alto_jax.layers import apply_module
 from alto_jax.lora import adapters
 from alto_jax.losses import grpo as grpo_losses
 from alto_jax.losses import tokens as token_losses
@@ -24,6 +25,7 @@ from alto_jax.mllm.language_model import KVCache
 from alto_jax.stages import rollout_log
 from alto_jax.stages.sft import make_evaluate
 from alto_jax.stages.stage import Stage
+from alto_jax.stages.tokenizer import tokenizer_apply
 from alto_jax.tokenizer.alto import ALTo
 
 
@@ -32,7 +34,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
     text = sources.text_tokenizer(config, directory)
     names = ("tokenizer", "vision", "projector", "language_model")
 
-    def finish_init(params):
+    def finish_init(params: dict) -> dict:
         # Note: with adapters the reference is their base, which is there already.
         needs_copy = config.grpo.loss.beta > 0 and not config.lora.rank
         return {**params, "reference": params["language_model"]} if needs_copy else params
@@ -72,8 +74,7 @@ def rollout(config: ExperimentConfig, special: Any, params: dict, batch: PromptB
     if cfg.reward.boundary_weight > 0:
         extra["boundary"] = rewards.iou_reward(masks, batch.mask, valid, boundary=True)
     if cfg.reward.token_weight > 0:
-        tokenizer = ALTo(config.model.tokenizer)
-        codes, _ = tokenizer.apply({"params": params["tokenizer"]}, batch.mask, method="tokenize")
+        codes, _ = tokenizer_apply(ALTo(config.model.tokenizer), params)(batch.mask, method="tokenize")
         extra["tokens"] = rewards.token_match(found.parsed, codes)
     iou = rewards.iou_reward(masks, batch.mask, valid)
     reward, components = rewards.compute_rewards(found.parsed, iou, cfg.reward, **extra)
@@ -135,7 +136,7 @@ def completion_logps(
       entropy without gradient.
     """
     model = ALToLLM(cfg)
-    apply = lambda *args, method, **kwargs: model.apply({"params": params}, *args, method=method, **kwargs)
+    apply = functools.partial(apply_module, model, params)
     if not share_prompt:
         batch, image_tokens = jax.tree.map(
             lambda a: jnp.repeat(a, completion_ids.shape[1], axis=0), (batch, image_tokens)
@@ -149,7 +150,7 @@ def completion_logps(
     inputs = apply(batch.prompt_ids, image_tokens, special.img_context, method="embed")
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
     causal = jnp.tril(jnp.ones((prompt_length, prompt_length), bool))
-    cache = KVCache.create(cfg.language_model, batch_size, prompt_length)
+    cache = KVCache.create(cfg.need_language_model(), batch_size, prompt_length)
     hidden, prefix = apply(inputs, positions, causal & prompt_mask[:, None], cache=cache, method="hidden")
     first = jnp.broadcast_to(hidden[:, None, -1:], (batch_size, group, 1, hidden.shape[-1]))
 
@@ -169,7 +170,7 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
     """`loss_fn(params, rollout, rng, step)` of stage 3."""
     cfg = config.grpo
 
-    def loss_fn(params, batch: Rollout, rng, step):
+    def loss_fn(params: dict, batch: Rollout, rng: Any, step: jax.Array) -> tuple[jax.Array, tuple]:
         del rng, step
         logps, entropy = completion_logps(
             config.model, params, special, batch.prompt, batch.image_tokens, batch.completion_ids,

@@ -4,7 +4,7 @@ Written to `samples/STEP.html` and `samples/STEP.jsonl` of the run's directory, 
 run that resumes writes the same files again.
 """
 
-from collections.abc import Callable
+import dataclasses
 import functools
 import json
 import os
@@ -15,16 +15,20 @@ import jax
 import numpy as np
 
 from alto_jax import metrics, report
+from alto_jax.batch import Rollout
 from alto_jax.config import write_whole
 from alto_jax.experiment import ExperimentConfig
+from alto_jax.layers import apply_module
 from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM
-from alto_jax.mllm.mask_tokens import parse_completion
+from alto_jax.mllm.mask_tokens import ParsedMask, parse_completion
 from alto_jax.parallel import sharding
+from alto_jax.stages.stage import SampleWriter
+from alto_jax.stages.tokenizer import tokenizer_apply
 from alto_jax.tokenizer.alto import ALTo
 
 
-def make_writer(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) -> Callable:
+def make_writer(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) -> SampleWriter:
     """`log_samples(params, rollout, step, directory)`: writes the first `grpo.log_samples` prompts of a rollout.
 
     Args:
@@ -34,24 +38,24 @@ def make_writer(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) ->
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     @functools.partial(sharding.on_mesh, mesh)
-    def describe(params, rollout):
+    def describe(params: dict, rollout: Rollout) -> tuple[Rollout, ParsedMask, jax.Array]:
         """The first prompts' part of the rollout, and its masks (decoded anew: a rollout does not keep them)."""
-        first = jax.tree.map(lambda a: a[:count], rollout.replace(image_tokens=None))
+        first = jax.tree.map(lambda a: a[:count], dataclasses.replace(rollout, image_tokens=None))
         parsed = parse_completion(first.completion_ids, first.completion_mask, text.ids, tokenizer.num_latent_tokens)
         prompt, group = first.prompt, first.rewards.shape[1]
-        features = ALToLLM(config.model).apply(
-            {"params": params}, prompt.image, prompt.pixel_image, method="image_features"
+        features = apply_module(
+            ALToLLM(config.model), params, prompt.image, prompt.pixel_image, method="image_features"
         )
         if features is not None:
             features = features.repeat(group, axis=0)
         flat = lambda a: a.reshape(-1, *a.shape[2:])
-        logits = ALTo(tokenizer).apply(
-            {"params": params["tokenizer"]}, flat(parsed.codes), flat(parsed.length), features, method="decode_codes"
+        logits = tokenizer_apply(ALTo(tokenizer), params)(
+            flat(parsed.codes), flat(parsed.length), features, method="decode_codes"
         )
         masks = (logits > 0).reshape(*parsed.length.shape, *logits.shape[1:]) & parsed.valid[..., None, None]
         return first, parsed, masks
 
-    def log_samples(params: dict, rollout: Any, step: int, directory: str | os.PathLike) -> None:
+    def log_samples(params: dict, rollout: Rollout, step: int, directory: str | os.PathLike) -> None:
         policy = {name: value for name, value in params.items() if name != "reference"}
         first, parsed, masks = jax.device_get(describe(policy, rollout))
         if jax.process_index() == 0:

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alto_jax.batch import ChatBatch
+from alto_jax.batch import ChatBatch, PromptBatch
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
+from alto_jax.layers import apply_module
 from alto_jax.losses import tokens as token_losses
 from alto_jax.mllm import mask_tokens
 from alto_jax.mllm.alto_llm import ALToLLM, init_params, segment
@@ -29,7 +30,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
         init=lambda key: init_params(config.model, key),
         data=lambda process, count: sources.chat_iterator(config, text, process, count, directory),
         loss_fn=make_loss(config, text.ids),
-        draw=jax.random.split if config.model.vision.drop_path_rate > 0 else None,
+        draw=jax.random.split if config.model.need_vision().drop_path_rate > 0 else None,
         totals=make_totals(config, text.ids),
         inherits=("tokenizer", "vision", "projector", "language_model"),
         requires=("tokenizer",),
@@ -54,9 +55,15 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
     """`loss_fn(params, batch, drawn, step, totals=None)` of stage 2: token cross-entropy and the mask loss."""
     cfg, size, model = config.sft, config.model.tokenizer, ALToLLM(config.model)
 
-    def loss_fn(params, batch: ChatBatch, drawn, step, totals=None):
+    def loss_fn(
+        params: dict,
+        batch: ChatBatch,
+        drawn: jax.Array | None,
+        step: jax.Array,
+        totals: dict[str, jax.Array] | None = None,
+    ) -> tuple[jax.Array, tuple]:
         del step
-        apply = lambda *args, method: model.apply({"params": params}, *args, method=method)
+        apply = functools.partial(apply_module, model, params)
         batch_size, num_masks = batch.mask_valid.shape
         is_packed = batch.segment_ids is not None
         masks = batch.masks.reshape(-1, size.mask_size, size.mask_size)
@@ -111,6 +118,7 @@ def written_tokens(config: ExperimentConfig, special: Any, params: dict, batch: 
         masks = batch.masks.reshape(-1, size.mask_size, size.mask_size)
         codes, length = jax.lax.stop_gradient(tokenizer_apply(ALTo(size), params)(masks, method="tokenize"))
     else:
+        assert batch.code_lengths is not None  # Note: cached together with the codes.
         codes, length = batch.codes, batch.code_lengths.reshape(-1)
     ids, labels, segment_ids = mask_tokens.replace_mask_tokens(
         batch.ids, batch.labels, codes.reshape(batch_size, num_masks, -1), length.reshape(batch_size, num_masks),
@@ -123,7 +131,7 @@ def make_totals(config: ExperimentConfig, special: Any) -> Any:
     """`totals(params, batch)` of stage 2: the numbers of supervised tokens and of masks with a loss."""
     size = config.model.tokenizer
 
-    def totals(params, batch: ChatBatch):
+    def totals(params: dict, batch: ChatBatch) -> dict[str, jax.Array]:
         ids, labels, _, _ = written_tokens(config, special, params, batch)
         num_masks = batch.mask_valid.shape[1]
         found = mask_tokens.find_supervised_masks(ids, labels, special, size.num_latent_tokens, num_masks)
@@ -168,17 +176,16 @@ def make_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) 
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     @functools.partial(sharding.on_mesh, mesh)
-    def answer(params, batch):
+    def answer(params: dict, batch: PromptBatch) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         found = segment(config.model, params, batch, generate_cfg, text.ids, jax.random.key(0))
-        features = ALToLLM(config.model).apply(
-            {"params": params}, batch.image, batch.pixel_image, batch.features, method="image_features"
-        )
+        images = batch.image, batch.pixel_image, batch.features
+        features = apply_module(ALToLLM(config.model), params, *images, method="image_features")
         empty = jnp.zeros((batch.mask.shape[0], size.num_latent_tokens, size.token_size))
         baseline = tokenizer_apply(ALTo(size), params)(empty, features, method="decode")
         iou = jnp.where(found.parsed.valid, mask_iou(found.mask_logits, batch.mask), 0.0)
         return iou, found.parsed.valid, found.parsed.length, mask_iou(baseline, batch.mask)
 
-    def evaluate(params):
+    def evaluate(params: dict) -> dict[str, Any]:
         params = {k: v for k, v in params.items() if k != "reference"}
         parts = [jax.device_get(answer(params, batch)) for batch in sources.held_out_prompts(config, text)]
         iou, valid, length, baseline = (np.concatenate(p) for p in zip(*parts))

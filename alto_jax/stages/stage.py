@@ -6,6 +6,17 @@ A stage says how parameters begin, which batches come, what the loss is and how 
 
 from collections.abc import Callable
 import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+
+from alto_jax.batch import Rollout
+from alto_jax.data.source import Batches
+
+# `Stage` says what the arguments are. Metrics are float32 scalars by name.
+LossFn = Callable[..., tuple[jax.Array, tuple[dict[str, jax.Array], Any]]]
+SampleWriter = Callable[[dict, Rollout, int, pathlib.Path], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,24 +52,24 @@ class Stage:
       save_files: `save_files(workdir)` writes what the checkpoint needs beside arrays.
     """
 
-    init: Callable
-    data: Callable
-    loss_fn: Callable
-    draw: Callable | None = None
-    totals: Callable | None = None
+    init: Callable[[jax.Array], dict]
+    data: Callable[[int, int], Batches[Any]]
+    loss_fn: LossFn
+    draw: Callable[[jax.Array, int], Any] | None = None
+    totals: Callable[[dict, Any], dict[str, jax.Array]] | None = None
     inherits: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     reset: str | None = None
-    finish_init: Callable | None = None
-    rollout: Callable | None = None
-    refill: Callable | None = None
-    num_missing: Callable | None = None
-    histograms: Callable | None = None
-    log_samples: Callable | None = None
+    finish_init: Callable[[dict], dict] | None = None
+    rollout: Callable[[dict, Any, jax.Array], Rollout] | None = None
+    refill: Callable[[Rollout, Rollout], Rollout] | None = None
+    num_missing: Callable[[Rollout], jax.Array] | None = None
+    histograms: Callable[[Rollout], dict[str, jax.Array]] | None = None
+    log_samples: SampleWriter | None = None
     init_stats: Callable[[], dict] = dict
-    after_update: Callable | None = None
-    evaluate: Callable | None = None
+    after_update: Callable[[Any, Any, jax.Array], Any] | None = None
+    evaluate: Callable[[dict], dict[str, Any]] | None = None
     previous: str = ""
     headline: tuple[str, ...] = ("loss",)
-    check: Callable | None = None
-    save_files: Callable | None = None
+    check: Callable[[dict[str, float]], None] | None = None
+    save_files: Callable[[pathlib.Path], Any] | None = None

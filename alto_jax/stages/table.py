@@ -22,5 +22,6 @@ STAGES: dict[str, Callable[..., Stage]] = {
 def make_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLike | None = None) -> Stage:
     """The stage that `config.stage` names, for a run in `directory` (None: for no run)."""
     stage = STAGES[config.stage](config, mesh, directory)
-    rollout = stage.rollout and (lambda *args: constrain_batch(stage.rollout(*args)))
-    return dataclasses.replace(stage, loss_fn=on_mesh(mesh, stage.loss_fn), rollout=rollout and on_mesh(mesh, rollout))
+    roll = stage.rollout
+    rollout = None if roll is None else on_mesh(mesh, lambda *args: constrain_batch(roll(*args)))
+    return dataclasses.replace(stage, loss_fn=on_mesh(mesh, stage.loss_fn), rollout=rollout)

@@ -1,5 +1,6 @@
 """Stages 1 and 1.5: the mask tokenizer on a random number of leading tokens, then the length predictor."""
 
+from collections.abc import Callable
 import os
 from typing import Any
 
@@ -27,20 +28,21 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
     size = config.model.tokenizer
     is_first = config.stage == "stage1"
 
-    def init(key):
+    def init(key: jax.Array) -> dict:
         mask = jnp.zeros((1, size.mask_size, size.mask_size))
         image = jnp.zeros((1, size.image_size, size.image_size, 3), jnp.uint8)
         return {"tokenizer": model.init(key, mask, image)["params"]}
 
-    def draw(rng, batch_size):
+    def draw(rng: jax.Array, batch_size: int) -> jax.Array:
         return jax.random.randint(rng, (batch_size,), 1, size.num_latent_tokens + 1)
 
-    def loss_fn(params, batch: MaskBatch, drawn, step):
+    def loss_fn(params: dict, batch: MaskBatch, drawn: jax.Array | None, step: jax.Array) -> tuple[jax.Array, tuple]:
         apply = tokenizer_apply(model, params)
         encoded = apply(batch.mask, method="encode")
         quantized = apply(encoded.z, method="quantize")
         prediction = apply(encoded, method="predict_length")
         if cfg.keep_tokens == "random":
+            assert drawn is not None  # Note: see `draw` of the stage.
             count = drawn
             keep = leading_tokens(count, size.num_latent_tokens)
         elif cfg.keep_tokens == "adaptive":
@@ -62,7 +64,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
             logged["length_std"] = jnp.std(prediction.num_kept.astype(jnp.float32))
         return loss, (logged, (quantized.codes, quantized.z))
 
-    def after_update(state, aux, rng):
+    def after_update(state: Any, aux: Any, rng: jax.Array) -> Any:
         codes, z = jax.lax.stop_gradient(aux)
         used = jnp.zeros_like(state.stats["code_usage"]).at[codes.reshape(-1)].add(1.0 / codes.size)
         usage = USAGE_DECAY * state.stats["code_usage"] + (1 - USAGE_DECAY) * used
@@ -123,17 +125,17 @@ def make_evaluate(config: ExperimentConfig, model: ALTo, mesh: jax.sharding.Mesh
     jit = lambda function: jax.jit(sharding.on_mesh(mesh, function), out_shardings=sharding.replicated(mesh))
 
     @jit
-    def encode(params, batch):
+    def encode(params: dict, batch: MaskBatch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         apply = tokenizer_apply(model, params)
         encoded = apply(batch.mask, method="encode")
         length = apply(encoded, method="predict_length").num_kept
         return apply(encoded.z, method="quantize").codes, length, image_features(apply, batch)
 
     @jit
-    def reconstruct(params, codes, length, features, target):
+    def reconstruct(params: dict, codes: Any, length: Any, features: Any, target: Any) -> jax.Array:
         return mask_iou(tokenizer_apply(model, params)(codes, length, features, method="decode_codes"), target)
 
-    def evaluate(params):
+    def evaluate(params: dict) -> dict[str, Any]:
         counts = {k for k in config.eval.token_counts if k <= num_tokens} | {num_tokens}
         parts = []
         for batch in sources.held_out_masks(config):
@@ -141,11 +143,11 @@ def make_evaluate(config: ExperimentConfig, model: ALTo, mesh: jax.sharding.Mesh
             parts.append((codes, np.asarray(length), features, batch.mask))
         lengths = np.concatenate([p[1] for p in parts])
 
-        def giou(length_of):
+        def giou(length_of: Callable[[np.ndarray], np.ndarray]) -> float:
             ious = [reconstruct(params, p[0], length_of(p[1]), p[2], p[3]) for p in parts]
             return float(np.mean(np.concatenate([np.asarray(i) for i in ious])))
 
-        def fixed(k):
+        def fixed(k: int) -> float:
             return giou(lambda length: np.full_like(length, k))
 
         codes = np.concatenate([np.asarray(p[0]) for p in parts])

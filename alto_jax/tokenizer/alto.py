@@ -6,7 +6,7 @@ image ─ image_features ──────────────────�
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from flax import linen as nn
 import jax
@@ -49,7 +49,7 @@ class TokenizerConfig:
     param_dtype: str = "float32"
     remat: Literal["none", "full", "dots"] = "none"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(
             self.mask_size % self.patch_size == 0,
             "mask_size",
@@ -86,7 +86,7 @@ class ALTo(nn.Module):
 
     cfg: TokenizerConfig
 
-    def setup(self):
+    def setup(self) -> None:
         cfg = self.cfg
         types: dict[str, Any] = {"dtype": jnp.dtype(cfg.dtype), "param_dtype": jnp.dtype(cfg.param_dtype)}
         width = cfg.encoder.embed_dim
@@ -130,11 +130,11 @@ class ALTo(nn.Module):
         """image uint8 or float[B, S, S, 3], RGB in 0..255 → float[B, s*g, s*g, F]; None without a SAM encoder."""
         if self.cfg.sam is None:
             return None
-        return self.sam_encoder(sam_preprocess(image.astype(jnp.float32), self.cfg.sam.image_size))
+        return cast(Array, self.sam_encoder(sam_preprocess(image.astype(jnp.float32), self.cfg.sam.image_size)))
 
     def decode(self, embeddings: Array, features: Array | None) -> Array:
         """Token embeddings [B, w, D] (zero rows: not kept) and image features → mask logits float32[B, H, W]."""
-        pixels = self.pixel_decoder(self.decoder(embeddings, features))
+        pixels = cast(Array, self.pixel_decoder(self.decoder(embeddings, features)))
         return (jnp.mean(pixels.astype(jnp.float32), axis=-1) * 2.0 - 1.0) * 6.0
 
     def decode_codes(self, codes: Array, length: Array, features: Array | None) -> Array:

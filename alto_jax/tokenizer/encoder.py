@@ -30,7 +30,7 @@ class ViTConfig:
     num_heads: int = 16
     mlp_ratio: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("embed_dim", "num_layers", "num_heads", "mlp_ratio"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(

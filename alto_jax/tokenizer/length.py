@@ -87,7 +87,7 @@ class LengthPredictor(nn.Module):
         """Predicts from latents [B, L, W] and cls [B, 1, W], in float32."""
         latents, cls = latents.astype(jnp.float32), cls.astype(jnp.float32)
 
-        def dense(name):
+        def dense(name: str) -> nn.Dense:
             init = nn.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
             return nn.Dense(self.width, param_dtype=self.param_dtype, kernel_init=init, name=name)
 

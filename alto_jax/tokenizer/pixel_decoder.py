@@ -48,7 +48,7 @@ class PixelDecoderConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("z_channels", "hidden_channels", "num_res_blocks", "num_groups", "out_channels", "out_patch"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(len(self.channel_mult) >= 1 and min(self.channel_mult) >= 1, "channel_mult", self.channel_mult,

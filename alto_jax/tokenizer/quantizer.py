@@ -45,14 +45,14 @@ class VectorQuantizer(nn.Module):
     use_l2_norm: bool = True
     param_dtype: Any = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         shape = (self.codebook_size, self.token_size)
         self.embedding = self.param("embedding", uniform_codebook_init, shape, self.param_dtype)
         self.embedding_proj = nn.Dense(
             self.token_size,
             use_bias=False,
             param_dtype=self.param_dtype,
-            kernel_init=lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype),
+            kernel_init=lambda key, shape, dtype: jnp.eye(shape[0], shape[1], dtype=dtype),
         )
 
     def codebook(self) -> Array:

@@ -39,10 +39,10 @@ def torch_bicubic_matrix(in_size: int, out_size: int) -> np.ndarray:
     first = np.floor(position)
     t = (position - first)[:, None]
 
-    def near(x):
+    def near(x: np.ndarray) -> np.ndarray:
         return ((a + 2) * x - (a + 3)) * x * x + 1
 
-    def far(x):
+    def far(x: np.ndarray) -> np.ndarray:
         return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
 
     weights = np.concatenate([far(t + 1), near(t), near(1 - t), far(2 - t)], axis=1)

@@ -5,6 +5,7 @@ ways into it: `sam_preprocess` for images in 0..255 and `mllm_to_sam` for the ti
 Source: Segment Anything (ICCV 2023), appendix A; reference/NUMERICS.md §4.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import itertools
@@ -56,7 +57,7 @@ class SamEncoderConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "window_size", "out_channels"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.image_size >= self.patch_size and self.image_size % self.patch_size == 0, "image_size",
@@ -177,7 +178,7 @@ class SamBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, None]:
         cfg = self.cfg
-        types = {"dtype": jnp.dtype(cfg.dtype), "param_dtype": jnp.dtype(cfg.param_dtype)}
+        types: dict[str, Any] = {"dtype": jnp.dtype(cfg.dtype), "param_dtype": jnp.dtype(cfg.param_dtype)}
         attn = SamAttention(cfg, self.window or cfg.grid, name="attn")
         y = layers.layer_norm(1e-6, name="norm1", **types)(x)
         if self.window:
@@ -223,7 +224,7 @@ class SamEncoder(nn.Module):
             position = resize(position, x.shape[1], x.shape[2], "bicubic")
         x = constrain(x + position.astype(x.dtype), "batch", ...)
 
-        def stack(window, num_layers, name):
+        def stack(window: int, num_layers: int, name: str) -> layers.Stack:
             return layers.Stack(functools.partial(SamBlock, cfg, window), num_layers, remat=cfg.remat, name=name)
 
         stacks = (
@@ -241,7 +242,7 @@ class SamEncoder(nn.Module):
                     done[is_global] = start + step
                     hidden.append(x)
 
-        conv = functools.partial(nn.Conv, cfg.out_channels, use_bias=False, **types)
+        conv: Callable[..., nn.Conv] = functools.partial(nn.Conv, cfg.out_channels, use_bias=False, **types)
         x = constrain(conv((1, 1), name="neck_conv1")(x), "batch", ...)
         x = layers.layer_norm(1e-6, name="neck_norm1", **types)(x)
         x = constrain(conv((3, 3), name="neck_conv2")(x), "batch", ...)

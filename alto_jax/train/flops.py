@@ -179,7 +179,7 @@ def _square(width: int, layers: int, pairs: float) -> float:
 
 
 def _language(model: ModelConfig, tokens: float, pairs: float) -> _Part:
-    cfg = model.language_model
+    cfg = model.need_language_model()
     attention = _square(cfg.num_heads * cfg.head_width, cfg.num_layers, pairs)
     return _Part("^language_model/blocks/", tokens, attention, is_stack=True)
 
@@ -190,7 +190,7 @@ def _head(positions: float) -> _Part:
 
 def _vision(model: ModelConfig) -> list[_Part]:
     """Vision tower and projector, one image."""
-    cfg = model.vision
+    cfg = model.need_vision()
     patches, used = cfg.grid**2, cfg.select_layer % (cfg.num_layers + 1)
     blocks = _Part(
         "^vision/blocks/",
@@ -253,7 +253,7 @@ def _sam(cfg: TokenizerConfig) -> list[_Part]:
     windows = -(-grid // sam.window_size)
     padded = (windows * sam.window_size) ** 2
 
-    def blocks(name, positions, side, number):
+    def blocks(name: str, positions: int, side: int, number: int) -> list[_Part]:
         # Both products of attention, and the two of the query with the relative positions along an axis.
         attention = _square(sam.embed_dim, number, positions * side * side)
         attention += 4.0 * sam.embed_dim * number * positions * side

@@ -6,6 +6,7 @@ numbers as if it had never stopped.
 """
 
 import collections
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,10 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from alto_jax.checkpoint import loading, runs
 from alto_jax.cli import Progress, Stopped, duration
-from alto_jax.config import to_dict, write_whole
+from alto_jax.config import ConfigError, to_dict, write_whole
 from alto_jax.data import prefetch
 from alto_jax.experiment import ExperimentConfig, claim_workdir
 from alto_jax.lora import adapters
@@ -77,7 +79,8 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
     began = time.monotonic()
     try:
         with StopSignals() as signals:
-            state, logs = _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path, signals)
+            run = _Run(config, stage, optimizer, checkpointer, iterator, mesh, path, signals)
+            state, logs = _steps(run, state)
     finally:
         iterator.close()
         checkpointer.close()
@@ -91,7 +94,7 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
 def run_mesh(config: ExperimentConfig, devices: Any = None) -> jax.sharding.Mesh:
     """The mesh of a run over `devices` (None: all); `config.mesh.auto` chooses it by its state and batch."""
 
-    def inputs():
+    def inputs() -> sharding.AutoInputs:
         alone = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), (devices or jax.devices())[:1])
         optimizer = make_optimizer(config.optim, config.train.steps)
         state = abstract_state(config, make_stage(config, alone), optimizer, alone)
@@ -131,23 +134,41 @@ class _Logs:
             self.writer.close()
 
 
-def _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path, signals) -> tuple[TrainState, _Logs]:
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What the steps of a run work with, beside its state.
+
+    iterator: of batches on the devices of `mesh`. path: the run's directory. signals: taken while the steps run.
+    """
+
+    config: ExperimentConfig
+    stage: Stage
+    optimizer: optax.GradientTransformation
+    checkpointer: runs.Checkpointer
+    iterator: prefetch.Ahead
+    mesh: jax.sharding.Mesh
+    path: pathlib.Path
+    signals: StopSignals
+
+
+def _steps(run: _Run, state: TrainState) -> tuple[TrainState, _Logs]:
     """Steps until config.train.steps, or until a signal; returns the state, which is saved, and the open logs."""
+    config, stage, path = run.config, run.stage, run.path
     total, start, name = config.train.steps, int(state.step), f"[{config.stage}]"
-    step_fn = make_step(config, stage, optimizer, jax.tree.map(lambda a: a.sharding, state))
+    step_fn = make_step(config, stage, run.optimizer, jax.tree.map(lambda a: a.sharding, state))
     rollouts, repeats = None, 1
-    saver = _Saver(config, checkpointer, iterator)
+    saver = _Saver(config, run.checkpointer, run.iterator)
     logs, meter = _Logs(config, path, start), Meter(config)
     profiler = Profiler(path / "profile", start + 3, config.train.profile_steps if jax.process_index() == 0 else 0)
     pending: list[dict] = []
     counters: collections.deque = collections.deque(maxlen=2)
 
-    def next_batch():
+    def next_batch() -> Any:
         with meter.waiting():
-            return next(iterator)
+            return next(run.iterator)
 
     if stage.rollout is not None:
-        rollouts = Rollouts(config.grpo, stage, make_rollout(config, stage), next_batch, mesh)
+        rollouts = Rollouts(config.grpo, stage, make_rollout(config, stage), next_batch, run.mesh)
         repeats = config.grpo.updates_per_rollout
     for step in range(start + 1, total + 1):
         profiler.before(step)
@@ -157,7 +178,7 @@ def _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path, si
         profiler.after(step, metrics)
         # Note: of the step before the last, so that the device never waits for this.
         counters.append(metrics["in_a_row"])
-        _check_bad(config, checkpointer, step - 1, counters[0])
+        _check_bad(config, run.checkpointer, step - 1, counters[0])
         if step == start + 1:
             jax.block_until_ready(metrics)
             logs.progress.restart_clock(step)
@@ -182,7 +203,7 @@ def _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path, si
             logs.write(step, scalars, tuple(scalars))
         # Note: a rollout in progress is not part of the checkpoint, so saves (and stops) fall between rollouts.
         if step % repeats == 0 or step == total:
-            why = signals.stop_after(step)
+            why = run.signals.stop_after(step)
             is_due = config.train.checkpoint_every and step % config.train.checkpoint_every == 0
             is_last = why is not None or step == total
             if is_last or is_due:
@@ -198,7 +219,7 @@ def _run(config, stage, optimizer, checkpointer, iterator, state, mesh, path, si
 class _Saver:
     """Saves; what fails on a full disk is tried again at the next save, but for the last one of a run."""
 
-    def __init__(self, config: ExperimentConfig, checkpointer: runs.Checkpointer, iterator: Any):
+    def __init__(self, config: ExperimentConfig, checkpointer: runs.Checkpointer, iterator: prefetch.Ahead):
         self._config, self._checkpointer, self._iterator = config, checkpointer, iterator
         data = {"system": config.data.system}
         self._meta = {"stage": config.stage, "model": to_dict(config.model), "data": data}
@@ -216,7 +237,7 @@ class _Saver:
             return
         metric = logs.latest.get(self._config.train.best_metric)
         if self._config.lora.rank:
-            state = state.replace(frozen={})
+            state = dataclasses.replace(state, frozen={})
         try:
             self._checkpointer.save(step, state, self._iterator, {**self._meta, "step": step}, metric=metric)
             if is_last:
@@ -259,6 +280,7 @@ def mean_metrics(pending: list[dict]) -> dict[str, float]:
 
 
 def _evaluate(config: ExperimentConfig, stage: Stage, state: TrainState) -> dict:
+    assert stage.evaluate is not None  # Note: the callers ask.
     with adapters.applied(config.lora):
         return stage.evaluate(state.eval_params())
 
@@ -282,7 +304,7 @@ def _result(config: ExperimentConfig, path: pathlib.Path, evaluation: dict, seco
     records = [r for r in read_metrics(path) if "loss" in r]
     quarter = max(len(records) // 4, 1)
 
-    def mean(part):
+    def mean(part: list[dict]) -> dict[str, float]:
         names = [k for k in part[0] if k != "step" and all(k in r for r in part)]
         return {k: float(np.mean([r[k] for r in part])) for k in names}
 
@@ -306,6 +328,8 @@ def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
     path = claim_workdir(workdir, config)
     mesh = run_mesh(config)
     stage = make_stage(config, mesh, path)
+    if stage.evaluate is None:
+        raise ConfigError(f"config.eval.num_samples: expected at least 1 to evaluate, got {config.eval.num_samples}")
     abstract = abstract_state(config, stage, make_optimizer(config.optim, config.train.steps), mesh)
     wanted = merge_params(abstract.params, abstract.frozen)
     params = runs.load_params(path, wanted)

@@ -14,7 +14,7 @@ import jax
 class StopSignals:
     """Takes SIGTERM and SIGINT while a `with` block runs; a second SIGINT interrupts at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._name: str | None = None
         self._before: dict = {}
         self._is_joined = False

@@ -5,7 +5,7 @@ Comes in: prompt batches on the devices and the training state. Goes out: the ba
 
 from collections.abc import Callable
 import functools
-import os
+import pathlib
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 
 from alto_jax.experiment import GrpoStageConfig
 from alto_jax.parallel import sharding
+from alto_jax.stages.stage import Stage
 
 
 class Rollouts:
@@ -23,9 +24,11 @@ class Rollouts:
     reached (DAPO's dynamic sampling); only then a number of the rollout is read by the host.
     """
 
-    def __init__(self, cfg: GrpoStageConfig, stage: Any, rollout: Callable, next_batch: Callable, mesh: Any):
+    def __init__(self, cfg: GrpoStageConfig, stage: Stage, rollout: Callable, next_batch: Callable[[], Any], mesh: Any):
         """Args: cfg; stage (see `stages.Stage`); rollout: jitted `rollout(state, batch, attempt)`; next_batch: gives a
         prompt batch on the devices; mesh."""
+        if stage.histograms is None or stage.num_missing is None or stage.refill is None:
+            raise ValueError("stage: one with rollouts needs histograms, num_missing and refill")
         self._cfg, self._stage, self._rollout, self._next_batch = cfg, stage, rollout, next_batch
         self._whole = whole = sharding.replicated(mesh)
         self._histograms = jax.jit(stage.histograms, out_shardings=whole)
@@ -62,10 +65,11 @@ class Rollouts:
         if writer is not None:
             writer.write_histograms(step, {f"rollout/{name}": value for name, value in values.items()})
 
-    def log_samples(self, state: Any, step: int, directory: str | os.PathLike) -> None:
+    def log_samples(self, state: Any, step: int, directory: pathlib.Path) -> None:
         """Writes samples of the current rollout, every `log_samples_every` updates."""
-        if self._cfg.log_samples_every and step % self._cfg.log_samples_every == 0:
-            self._stage.log_samples(state.all_params(), self._current, step, directory)
+        write = self._stage.log_samples
+        if write is not None and self._cfg.log_samples_every and step % self._cfg.log_samples_every == 0:
+            write(state.all_params(), self._current, step, directory)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -35,7 +35,7 @@ def cosine_with_warmup(peak_lr: float, warmup_steps: int, total_steps: int, end_
     """
     _check(warmup_steps, total_steps, end_factor)
 
-    def schedule(step):
+    def schedule(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         warm = step / max(warmup_steps, 1)
         progress = jnp.clip((step - warmup_steps) / max(total_steps - warmup_steps, 1), 0.0, 1.0)
@@ -55,7 +55,7 @@ def reference_stage1_schedule(peak_lr: float, warmup_steps: int, total_steps: in
     """
     _check(warmup_steps, total_steps, end_factor)
 
-    def schedule(step):
+    def schedule(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         late = jnp.where(step < warmup_steps, step, step - max(warmup_steps, 1) + 1)
         progress = jnp.clip((late - warmup_steps) / max(total_steps - warmup_steps, 1), 0.0, 1.0)

@@ -1,5 +1,6 @@
 """The state at the start of a run: its shapes and shardings, then fresh parameters or those of a checkpoint."""
 
+import dataclasses
 import pathlib
 import re
 from typing import Any
@@ -78,7 +79,7 @@ def initial_state(
                     f" such as {missing[0]}; expected {expected}"
                 )
 
-    def fresh(key):
+    def fresh(key: jax.Array) -> dict[str, jax.Array]:
         flat = traverse_util.flatten_dict(stage.init(key), sep="/")
         return {p: v for p, v in flat.items() if p not in inherited}
 
@@ -120,7 +121,8 @@ def restored_state(
             f" now it is {now['base']} at {now['base_identity']}"
         )
     base = initial_state(config, stage, optimizer, abstract, mesh)
-    return checkpointer.restore(abstract.replace(frozen={}), iterator).replace(frozen=base.frozen)
+    saved = checkpointer.restore(dataclasses.replace(abstract, frozen={}), iterator)
+    return dataclasses.replace(saved, frozen=base.frozen)
 
 
 def write_overview(file: pathlib.Path, state: TrainState) -> None:

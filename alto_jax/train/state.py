@@ -54,7 +54,7 @@ def make_schedule(cfg: OptimConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(cfg: OptimConfig, total_steps: int) -> optax.GradientTransformation:
     """Global-norm clipping, AdamW, schedule; weight decay everywhere but on paths that match `no_decay`."""
 
-    def decay_mask(params):
+    def decay_mask(params: dict) -> dict:
         flat = traverse_util.flatten_dict(params, sep="/")
         return traverse_util.unflatten_dict({p: not re.search(cfg.no_decay, p) for p in flat}, sep="/")
 

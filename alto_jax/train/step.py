@@ -9,6 +9,7 @@ losses of the good updates (exponentially weighted, SPIKE_DECAY). A bad update c
 its counters: `step` goes on (the data is consumed), `guard["skipped"]` counts all, `guard["in_a_row"]` the last ones.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -49,8 +50,8 @@ def make_step(config: ExperimentConfig, stage: Stage, optimizer: optax.GradientT
         grad_norm = optax.global_norm(grads)
         grads, params = cast(grads, "float32"), cast(state.params, "float32")
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        updated = state.replace(
-            step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
+        updated = dataclasses.replace(
+            state, step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
         )
         if stage.after_update is not None:
             updated = stage.after_update(updated, aux, jax.random.fold_in(rng, 1))
@@ -58,10 +59,11 @@ def make_step(config: ExperimentConfig, stage: Stage, optimizer: optax.GradientT
         if state.ema:
             decay = jnp.minimum(config.optim.ema_decay, (1.0 + done) / (10.0 + done))
             average = lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32)
-            updated = updated.replace(ema=jax.tree.map(average, state.ema, updated.params))
+            updated = dataclasses.replace(updated, ema=jax.tree.map(average, state.ema, updated.params))
         bad, guard = _guard(state, loss, grad_norm, done, config.train.spike_sigmas)
         keep = lambda old, new: jax.tree.map(lambda o, n: jnp.where(bad, o, n), old, new)
-        updated = updated.replace(
+        updated = dataclasses.replace(
+            updated,
             params=keep(state.params, updated.params),
             opt_state=keep(state.opt_state, updated.opt_state),
             stats=keep(state.stats, updated.stats),
@@ -85,11 +87,14 @@ def make_step(config: ExperimentConfig, stage: Stage, optimizer: optax.GradientT
 
 def make_rollout(config: ExperimentConfig, stage: Stage) -> Any:
     """The jitted rollout `(state, batch, attempt) -> batch for the loss`; attempts of one step differ in their keys."""
+    roll = stage.rollout
+    if roll is None:
+        raise ValueError(f"config.stage: expected a stage with rollouts, got {config.stage!r}")
 
     def rollout(state: TrainState, batch: Any, attempt: Any = 0) -> Any:
         rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), 2 + attempt)
         with adapters.applied(config.lora):
-            return stage.rollout(state.all_params(), batch, rng)
+            return roll(state.all_params(), batch, rng)
 
     return jax.jit(rollout)
 
@@ -101,7 +106,7 @@ def _gradients(
     parts, rows = config.train.accumulate, jax.tree.leaves(batch)[0].shape[0]
     drawn = None if stage.draw is None else stage.draw(rng, rows)
 
-    def loss_fn(params, batch, drawn, *totals):
+    def loss_fn(params: dict, batch: Any, drawn: Any, *totals: dict[str, jax.Array]) -> tuple[jax.Array, tuple]:
         with adapters.applied(config.lora):
             return stage.loss_fn(merge_params(params, state.frozen), batch, drawn, state.step, *totals)
 
@@ -117,22 +122,22 @@ def _gradients(
         )
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *sharding.batch_spec()))
 
-    def split(array):
+    def split(array: jax.Array) -> jax.Array:
         # Note: every micro-batch takes rows of every device, so that no row moves.
         array = array.reshape(rows // parts, parts, *array.shape[1:]).swapaxes(0, 1)
         is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
         return array if is_key else jax.lax.with_sharding_constraint(array, spec)
 
-    def join(array):
+    def join(array: jax.Array) -> jax.Array:
         return array.swapaxes(0, 1).reshape(rows, *array.shape[2:])
 
     micro = jax.tree.map(split, (batch, drawn))
-    totals = ()
-    if stage.totals is not None:
-        counts = jax.lax.map(lambda m: stage.totals(state.all_params(), m), micro[0])
+    totals: tuple[dict[str, jax.Array], ...] = ()
+    if (count_totals := stage.totals) is not None:
+        counts = jax.lax.map(lambda m: count_totals(state.all_params(), m), micro[0])
         totals = (jax.tree.map(lambda count: jnp.sum(count, axis=0) / parts, counts),)
 
-    def accumulate(sums, part):
+    def accumulate(sums: Any, part: Any) -> tuple[Any, Any]:
         (loss, (metrics, aux)), grads = grad_fn(state.params, *part, *totals)
         return jax.tree.map(lambda s, value: s + value.astype(s.dtype), sums, (loss, metrics, grads)), aux
 
@@ -167,7 +172,7 @@ def _guard(
 
 def _norms(name: str, tree: Any) -> dict[str, jax.Array]:
     """L2 norms of the groups of a tree of parameters: its top-level modules, and those of the mask tokenizer."""
-    groups = {}
+    groups: dict[str, Any] = {}
     for top, inner in tree.items():
         is_split = top == "tokenizer" and isinstance(inner, dict)
         groups |= {f"{top}/{part}": leaf for part, leaf in inner.items()} if is_split else {top: inner}

@@ -1,0 +1,47 @@
+"""What everything that gives records or batches has in common; what else it can do, it says by these protocols."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Source(Protocol[T_co]):
+    """Random access to records (or examples); a record is a function of its index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> T_co: ...
+
+
+Records = Source[dict[str, Any]]  # MaskRecords, ChatRecords, ReferringRecords, …: see the classes that give them
+
+
+@runtime_checkable
+class HasTexts(Protocol):
+    """A source of ChatRecords whose texts can be read without its images, for training a text tokenizer."""
+
+    def texts(self) -> Iterator[list[str]]:
+        """The turns of every record."""
+
+
+@runtime_checkable
+class HasConversations(Protocol):
+    """A source of ChatRecords that gives a record without reading its images."""
+
+    def conversation(self, index: int, /) -> dict[str, Any]:
+        """Record `index` with "key" and "conversations" alone."""
+
+
+class Batches(Protocol[T_co]):
+    """An iterator of batches that can be saved and moved: after `set_state` the same follow as after `get_state`."""
+
+    def __iter__(self) -> Iterator[T_co]: ...
+
+    def __next__(self) -> T_co: ...
+
+    def get_state(self) -> Any:
+        """The position in the data; plain values."""
+
+    def set_state(self, state: Any) -> None:
+        """Moves to the position."""
