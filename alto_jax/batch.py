@@ -76,8 +76,8 @@ class Rollout:
 
     completion_ids int32[B, G, T]; completion_mask bool[B, G, T], True up to and including the end of
     turn; old_per_token_logps and ref_per_token_logps float32[B, G, T]; advantages float32[B, G];
-    rewards float32[B, G]; components: dict of float32[B, G], the parts of the reward. image_tokens
-    float[B, I, D]: the frozen vision tower's output, computed once.
+    rewards float32[B, G]; components: dict of float32[B, G], the parts of the reward and what else is logged.
+    image_tokens float[B, I, D]: the frozen vision tower's output, computed once.
     """
 
     prompt: PromptBatch

@@ -20,6 +20,7 @@ from alto_jax.parallel.sharding import MeshConfig
 from alto_jax.rewards import RewardConfig
 
 STAGE_NAMES = ("stage1", "stage1_5", "stage2", "stage3")
+SUPERVISED_AT_ONCE = 64  # A mask of 32 tokens and a sentence around it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +140,8 @@ class TokenizerStageConfig:
     the length predictor's, "full" keeps all. unquantized_steps: updates at the start without
     quantisation. reseed_every: updates between re-seedings of dead codes (0: never), until
     reseed_until updates; reseed_threshold: a code is dead below this share of its fair use.
+    length_loss_reaches_encoder: Compat: the reference lets gradients through what the length predictor reads, so that
+    its loss moves the encoder (the golden gradients hold that part); False, in every configuration here: none do.
     """
 
     keep_tokens: Literal["random", "adaptive", "full"] = "random"
@@ -148,21 +151,28 @@ class TokenizerStageConfig:
     reseed_every: int = 0
     reseed_until: int = 0
     reseed_threshold: float = 0.1
+    length_loss_reaches_encoder: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class SftStageConfig:
-    """Stage 2. max_supervised: supervised tokens of a conversation (in packed rows: on average) that reach the LM
-    head. mask_loss_weight: weight of
-    the loss of the mask decoded from the soft tokens (0: not computed)."""
+    """Stage 2. max_supervised: 0 scores every supervised token, however long an answer is: SUPERVISED_AT_ONCE of a
+    conversation at a time, in as many turns as the longest answer of a batch needs. A number is a bound (in packed
+    rows: on average), and a longer answer ends the run. mask_loss_weight: weight of the loss of the mask decoded from
+    the soft tokens (0: not computed)."""
 
-    max_supervised: int = 64
+    max_supervised: int = 0
     mask_loss_weight: float = 1.0
     mask_loss: MaskLossConfig = MaskLossConfig()
 
     def __post_init__(self) -> None:
-        require(self.max_supervised >= 1, "max_supervised", self.max_supervised, "at least 1")
+        require(self.max_supervised >= 0, "max_supervised", self.max_supervised, "at least 0")
         require(self.mask_loss_weight >= 0, "mask_loss_weight", self.mask_loss_weight, "at least 0")
+
+    @property
+    def at_once(self) -> int:
+        """Supervised tokens of a conversation whose logits exist at the same time."""
+        return self.max_supervised or SUPERVISED_AT_ONCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +307,7 @@ _FREE_FIELDS = (
     "train.profile_steps",
     "eval.",
     "grpo.log_samples",
+    "sft.max_supervised",
     "mesh.",
     "data.num_threads",
     "data.max_bad_fraction",
@@ -326,7 +337,7 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig) -> pathl
     # Note: a run that failed before its first checkpoint leaves nothing to protect.
     if file.exists() and any(p.name.isdigit() for p in path.glob("checkpoints/*")):
         try:
-            old = json.loads(file.read_text())
+            old = _completed(json.loads(file.read_text()))
         except ValueError as error:
             raise ConfigError(f"{file}: not readable as JSON: {error}") from error
         differences = [
@@ -343,6 +354,14 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig) -> pathl
     # Note: every process of a run writes the same.
     write_whole(file, json.dumps(plain, indent=2) + "\n")
     return path
+
+
+def _completed(plain: dict) -> dict:
+    """A saved configuration with the defaults of fields that its version did not have; as it is, if it has others."""
+    try:
+        return json.loads(json.dumps(to_dict(make_experiment(plain))))
+    except ConfigError:
+        return plain
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:

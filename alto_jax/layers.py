@@ -6,6 +6,7 @@ norms and softmax are computed in float32. Dimension letters: see `alto_jax.batc
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -16,6 +17,39 @@ from alto_jax.parallel.sharding import constrain
 
 Array = jax.Array
 REMAT_POLICIES = ("none", "full", "dots")
+PRECISIONS = ("", "default", "high", "highest")
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def told_precision(precision: str) -> contextlib.AbstractContextManager:
+    """While a function is traced in this `with` block, matrix products have the precision told, whatever their type.
+
+    Args:
+      precision: `model.matmul_precision`; "" tells nothing, so that each part of the model goes by its own type.
+
+    Raises:
+      ValueError: another word than those of PRECISIONS.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"matmul_precision: expected one of {PRECISIONS}, got {precision!r}")
+    return jax.default_matmul_precision(precision) if precision else contextlib.nullcontext()
+
+
+def exact_in_float32(method: Callable) -> Callable:
+    """A module's method whose matrix products are float32 throughout if the module computes in float32.
+
+    GPUs and TPUs by default round the operands of float32 products to 10 or 7 bits. `told_precision` (and JAX's own
+    setting, jax_default_matmul_precision) has the last word. The type is the module's `dtype`, or its `cfg.dtype`.
+    """
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        dtype = self.cfg.dtype if hasattr(self, "cfg") else self.dtype
+        told = jax.config.jax_default_matmul_precision is not None  # type: ignore[attr-defined]
+        with told_precision("highest" if jnp.dtype(dtype) == jnp.float32 and not told else ""):
+            return method(self, *args, **kwargs)
+
+    return wrapped
 
 
 class RMSNorm(nn.Module):
@@ -297,8 +331,8 @@ def adapted(scale: float) -> Iterator[None]:
         x, dtype = args[0], module.dtype or args[0].dtype
         factor: Callable[[str], Array] = lambda name: module.get_variable("params", name).astype(dtype)
         a, b = factor("lora_a"), factor("lora_b")
-        low = jnp.tensordot(x.astype(dtype), a, a.ndim - 1)
-        return out + scale * jnp.tensordot(low, b, 1).astype(out.dtype)
+        low = jnp.tensordot(x.astype(dtype), a, a.ndim - 1, precision=module.precision)
+        return out + scale * jnp.tensordot(low, b, 1, precision=module.precision).astype(out.dtype)
 
     with nn.intercept_methods(intercept):
         yield

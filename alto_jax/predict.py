@@ -26,7 +26,8 @@ class Prediction:
 
     mask: bool[H, W] at the image's size (all False if the answer holds no mask). probability: float32[H, W].
     text: the answer, special tokens written out. token_ids: its ids. codes: the mask's codes. length: their
-    number, 0 if the answer holds no well-formed mask. seconds: wall time. iou: with the target, if given.
+    number, 0 if the answer holds no well-formed mask. num_masks: how many the answer holds; mask, codes and length are
+    those of the first. seconds: wall time. iou: with the target, if given.
     """
 
     mask: np.ndarray
@@ -37,10 +38,11 @@ class Prediction:
     length: int
     seconds: float
     iou: float | None = None
+    num_masks: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All but the arrays, JSON-compatible."""
-        names = ("text", "token_ids", "codes", "length", "seconds", "iou")
+        names = ("text", "token_ids", "codes", "length", "num_masks", "seconds", "iou")
         return {name: getattr(self, name) for name in names}
 
 
@@ -55,11 +57,18 @@ class TokenizerModel:
         """A method of the tokenizer as a function of (parameters, *arguments), compiled once per shape."""
         import jax  # late: keeps the start fast
 
+        from alto_jax import layers
         from alto_jax.tokenizer.alto import ALTo
 
         if name not in self._functions:
-            model = ALTo(self.cfg.tokenizer)
-            self._functions[name] = jax.jit(lambda p, *args: model.apply({"params": p}, *args, method=name))
+            model, precision = ALTo(self.cfg.tokenizer), self.cfg.matmul_precision
+
+            @jax.jit
+            def run(params: dict, *args: Any) -> Any:
+                with layers.told_precision(precision):
+                    return model.apply({"params": params}, *args, method=name)
+
+            self._functions[name] = run
         return self._functions[name]
 
     def encode(self, mask: np.ndarray, length: str | int = "adaptive") -> list[int]:
@@ -197,7 +206,7 @@ class Segmenter(TokenizerModel):
         )
         found = self._compiled(config.static())(self.params, batch, jax.random.key(0), config.controls())
         tokens = np.asarray(found.generated.ids)[0][np.asarray(found.generated.mask)[0]].tolist()
-        kept = int(found.parsed.length[0])
+        kept = int(found.length[0])
         probability = np.asarray(jax.nn.sigmoid(found.mask_logits))[0]
         probability = metrics.resize_probability(probability, *image.shape[:2])
         mask = (probability > 0.5) & (kept > 0)
@@ -211,8 +220,9 @@ class Segmenter(TokenizerModel):
             probability=probability,
             text=words.answer_text(self.text, tokens),
             token_ids=tokens,
-            codes=np.asarray(found.parsed.codes)[0, :kept].tolist(),
+            codes=np.asarray(found.codes)[0, :kept].tolist(),
             length=kept,
+            num_masks=int(found.masks.num_masks[0]),
             seconds=round(time.monotonic() - began, 4),
             iou=iou,
         )
@@ -273,7 +283,7 @@ def main() -> int:
     parser.add_argument("--target", metavar="FILE", help="the true mask, to report the IoU")
     parser.add_argument("--out", metavar="FILE", help="the mask as a PNG, 0 and 255, at the image's size")
     parser.add_argument("--overlay", metavar="FILE", help="the image with the mask drawn on it")
-    parser.add_argument("--json", metavar="FILE", help="text, token_ids, codes, length, iou, seconds")
+    parser.add_argument("--json", metavar="FILE", help="text, token_ids, codes, length, num_masks, iou, seconds")
     options = parser.parse_args()
     from PIL import Image  # late: keeps the start fast
 
@@ -298,6 +308,7 @@ def main() -> int:
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(result.to_json(), indent=2) + "\n")
     note = "" if result.length else "  (the answer holds no mask)"
+    note = f"  (the first of {result.num_masks} masks)" if result.num_masks > 1 else note
     print(f"{result.text}\nmask tokens: {result.length}{note}  pixels: {int(result.mask.sum())}  {result.seconds:.2f} s"
           + (f"  IoU {result.iou:.3f}" if result.iou is not None else ""))  # fmt: skip
     return 0

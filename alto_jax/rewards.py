@@ -22,7 +22,8 @@ class RewardConfig:
     """Form and weights of `compute_rewards`.
 
     kind: "paper": `format_weight * format + iou_weight * IoU - length_weight * n`, where format is 1 for a
-        well-formed completion and else 0; a malformed one gets 0 in all.
+        well-formed completion and else 0; a malformed one gets 0 in all. Several masks are malformed, for both
+        kinds: the request names one target.
       "reference": Compat: `0.1 * (number of the four format checks passed) + (L - n) * length_weight + IoU`;
         a malformed completion keeps its length bonus.
     length_weight: lambda of the paper, reward per mask token; the reference's script uses 1e-3.
@@ -143,10 +144,10 @@ def group_advantages(
       normalization: "paper" divides by `std + eps`, "reference" by `std + 0.1 + eps` (Compat: damps the
         advantages of groups whose rewards hardly differ), "none" does not divide (dr_grpo). The standard
         deviation is the unbiased one.
-      eps: keeps a group of equal rewards at 0.
+      eps: bounds the advantages of groups whose rewards hardly differ.
 
     Returns:
-      float32[B, G].
+      float32[B, G]; exactly 0 in a group of equal rewards, whatever their size.
 
     Raises:
       ValueError: unknown `normalization`, or fewer than two samples in a group.
@@ -154,11 +155,15 @@ def group_advantages(
     offsets = {"paper": eps, "reference": 0.1 + eps, "none": 0.0}
     require(normalization in offsets, "grpo.advantage_normalization", normalization, f"one of {tuple(offsets)}")
     require(rewards.shape[-1] >= 2, "grpo.num_generations", rewards.shape[-1], "at least 2")
-    rewards = rewards.astype(jnp.float32)
-    centred = rewards - jnp.mean(rewards, axis=-1, keepdims=True)
+    # Note: differences from the first reward are exactly 0 where all are equal; those from a rounded mean are not. The
+    # barrier keeps a compiler from computing a reward twice, with other roundings.
+    rewards = jax.lax.optimization_barrier(rewards.astype(jnp.float32))
+    above_first = rewards - rewards[..., :1]
+    centred = above_first - jnp.mean(above_first, axis=-1, keepdims=True)
     if normalization == "none":
         return centred
-    return centred / (jnp.std(rewards, axis=-1, keepdims=True, ddof=1) + offsets[normalization])
+    deviation = jnp.sqrt(jnp.sum(jnp.square(centred), axis=-1, keepdims=True) / (rewards.shape[-1] - 1))
+    return centred / (deviation + offsets[normalization])
 
 
 def informative_groups(rewards: jax.Array, tolerance: float = 1e-6) -> jax.Array:

@@ -52,8 +52,8 @@ def main() -> None:
     @jax.jit
     def answer(params, batch, controls):
         found = segment(config.model, params, batch, base.static(), loaded.text.ids, jax.random.key(0), None, controls)
-        iou = mask_iou(found.mask_logits, batch.mask) * found.parsed.valid
-        return iou, found.parsed.length, found.parsed.valid
+        iou = mask_iou(found.mask_logits, batch.mask) * found.valid
+        return iou, found.length, found.valid
 
     batches = list(sources.held_out_prompts(config, loaded.text))
 

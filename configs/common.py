@@ -107,12 +107,14 @@ def mllm(size: str) -> dict:
 
 
 def large_model_types(model: dict) -> dict:
-    """bfloat16 compute and rematerialisation for the paper's sizes."""
+    """bfloat16 compute and rematerialisation for the paper's sizes; what is left in float32 (the pixel decoder) takes
+    the device's fast products, but for what decides codes and lengths."""
     for name in ("vision", "language_model"):
         if name in model:
             model[name] |= {"dtype": "bfloat16", "remat": "full"}
     model["tokenizer"] |= {"dtype": "bfloat16", "remat": "full"}
     model["tokenizer"]["sam"] = {"dtype": "bfloat16", "remat": "full"}
+    model["matmul_precision"] = "default"
     return model
 
 

@@ -28,6 +28,8 @@ def get_config(size=None):
     }
     if size not in common.DEMO_SIZES:
         config.data.max_length = 512
+        # Note: the paper's "few hundred" steps.
+        config.train.update({"steps": 300, "log_every": 1, "checkpoint_every": 50})
         return config
     config.optim.update({"schedule": "cosine", "lr": 2e-4, "warmup_steps": 5})
     config.train.update({"steps": 100, "batch_size": 4, "log_every": 4, "checkpoint_every": 50})

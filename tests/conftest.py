@@ -18,11 +18,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+def pytest_collection_modifyitems(items):
+    """Marks the tests of files that read recorded arrays: `pytest -m golden`, see docs/numerics.md."""
+    for item in items:
+        if getattr(item, "module", None) is not None and hasattr(item.module, "golden"):
+            item.add_marker(pytest.mark.golden)
+
+
 def pytest_configure(config):
     """Compiled programs are kept for the session, also for the processes that tests start.
 
     LLVM's optimisations are left out: compiling takes most of the time, and all processes give the same numbers.
     """
+    config.addinivalue_line("markers", "golden: compares with arrays recorded from the reference")
     flags_given = os.environ.get("XLA_FLAGS", "")
     if "xla_backend_optimization_level" not in flags_given:
         os.environ["XLA_FLAGS"] = f"{flags_given} --xla_backend_optimization_level=0".strip()

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
@@ -14,6 +15,11 @@ from alto_jax import report
 from alto_jax.checkpoint import runs
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import SceneMasks
+from alto_jax.evaluate import tasks
+from alto_jax.evaluate.options import EvaluateOptions
+from alto_jax.mllm import alto_llm
+from alto_jax.mllm.generate import Generated
+from alto_jax.parallel import sharding
 from alto_jax.predict import Segmenter
 from alto_jax.tokenizer.alto import ALTo
 from alto_jax.train.state import TrainState
@@ -78,7 +84,7 @@ def test_predict_writes_what_the_python_call_gives(run, scene, tmp_path):
     )  # fmt: skip
     mask, result = np.asarray(Image.open(out)), json.loads(file.read_text())
     assert mask.shape == (HEIGHT, WIDTH) and mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 255}
-    assert set(result) == {"text", "token_ids", "codes", "length", "seconds", "iou"}
+    assert set(result) == {"text", "token_ids", "codes", "length", "num_masks", "seconds", "iou"}
     assert result["length"] == len(result["codes"]) == 5 and all(0 <= code < CODES for code in result["codes"])
     assert result["text"].startswith(f"<ALTo_Start><TOK_{result['codes'][0]}>")
     assert "mask tokens: 5" in printed and f"IoU {result['iou']:.3f}" in printed and result["text"] in printed
@@ -112,6 +118,31 @@ def test_an_answer_without_a_mask_gives_an_empty_one(quickstart, scene):
     """The quickstart's own checkpoint has not learned to begin a mask in four steps."""
     result = alto_jax.load(quickstart.path / "stage3").segment(scene[1]["image"], "apple", target=scene[1]["mask"])
     assert result.length == 0 and result.codes == [] and not result.mask.any() and result.iou == 0
+
+
+def test_an_answer_with_two_masks_gives_the_first_and_says_so(debug_model, scene, monkeypatch):
+    """In prediction and in evaluation alike."""
+    model, image = alto_jax.load(debug_model.path), scene[1]["image"]
+    ids = model.text.ids
+    code = lambda c: ids.code_0 + c
+    answer = [ids.mask_start, code(5), code(7), ids.mask_end, ids.mask_start, code(9), ids.mask_end, ids.im_end]
+
+    def generate(language_model, params, inputs, prompt_mask, cfg, special, rng, num_samples=None, **kwargs):
+        row = jnp.tile(jnp.array(answer, jnp.int32), (len(inputs), 1))
+        return Generated(row, row >= 0, jnp.zeros(row.shape), jnp.zeros(row.shape), jnp.int32(len(answer)))
+
+    monkeypatch.setattr(alto_llm, "generate", generate)
+    found = model.segment(image, "apple")
+    assert found.num_masks == 2 and found.codes == [5, 7] and found.length == 2
+    assert found.to_json()["num_masks"] == 2
+    # The probability of the first mask alone, not that of no codes.
+    np.testing.assert_array_equal(found.mask, model.decode([5, 7], image.shape[:2], image))
+    assert found.mask.any() and (found.mask != model.decode([9], image.shape[:2], image)).any()
+
+    options = EvaluateOptions(debug_model.path, ["scenes"], "", "", scenes=1)
+    [task] = tasks.make_tasks(options, model.cfg, model.params, model.text, model.system)[:1]
+    [line], _ = task.run([task.example(0)], sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1]))
+    assert line["valid"] and line["length"] == 2 and line["num_masks"] == 2 and line["predicted_pixels"] > 0
 
 
 def test_tokenize_there_and_back(run, scene, tmp_path):

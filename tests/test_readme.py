@@ -86,7 +86,7 @@ def test_fields_of_the_tables_exist():
     config = build(ExperimentConfig, load_config(str(ROOT / "configs/stage3.py:8b")).to_dict())
     tables = DOCS["differences.md"].split("Fixed, without a switch")[0]
     fields = re.findall(r"^\| `([\w.]+)`", tables, re.MULTILINE)
-    assert len(fields) == 15
+    assert len(fields) == 16
     for name in fields:
         value = config
         for part in name.split("."):

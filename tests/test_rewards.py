@@ -98,14 +98,40 @@ def test_group_advantages():
     centred = values - values.mean(1, keepdims=True)
     std = values.std(1, ddof=1, keepdims=True)
     given = jnp.asarray(values)
-    np.testing.assert_allclose(rewards.group_advantages(given), centred / (std + 1e-4), rtol=1e-4, atol=2e-3)
-    np.testing.assert_allclose(rewards.group_advantages(given[:2]), (centred / (std + 1e-4))[:2], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rewards.group_advantages(given), centred / (std + 1e-4), rtol=1e-5, atol=1e-6)
+    assert not np.any(rewards.group_advantages(given)[2])
     np.testing.assert_allclose(rewards.group_advantages(given, "none"), centred, atol=1e-6)
     np.testing.assert_array_equal(rewards.informative_groups(given), [True, True, False])
     with pytest.raises(ValueError, match="at least 2"):
         rewards.group_advantages(jnp.ones((2, 1)))
     with pytest.raises(ValueError, match="robust"):
         rewards.group_advantages(given, "robust")
+
+
+@pytest.mark.parametrize("normalization", ["paper", "reference", "none"])
+def test_groups_of_equal_rewards_get_no_advantage(normalization):
+    """Exactly 0 for groups of 2..32 and rewards of 1e-3..1e6; groups that differ keep their formula."""
+    rng = np.random.default_rng(0)
+    size = np.repeat(10.0 ** np.arange(-3, 7), 200)[:, None]
+    offset = {"paper": 1e-4, "reference": 0.1 + 1e-4, "none": None}[normalization]
+    for group in range(2, 33):
+        values = size * (1 + rng.random(size.shape)) * rng.choice([-1, 1], size.shape)
+        equal = np.repeat(values.astype(np.float32), group, axis=1)
+        assert not np.any(rewards.group_advantages(jnp.asarray(equal), normalization)), group
+        equal[:, 0] += (3 * size[:, 0]).astype(np.float32)
+        wide = equal.astype(np.float64)
+        expected = wide - wide.mean(1, keepdims=True)
+        expected = expected if offset is None else expected / (wide.std(1, ddof=1, keepdims=True) + offset)
+        ours = rewards.group_advantages(jnp.asarray(equal), normalization)
+        np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-7)
+
+
+def test_rewards_that_are_equal_before_the_sum_stay_equal():
+    """The parts of a reward are added inside the same program, so that no fusion may round them apart."""
+    rng = np.random.default_rng(1)
+    parts = [jnp.asarray(np.repeat(rng.random((500, 1)), 12, 1), jnp.float32) for _ in range(3)]
+    run = jax.jit(lambda a, b, c: rewards.group_advantages(1.7 * a + 0.3 * b - 1e-3 * c))
+    assert not np.any(run(*parts))
 
 
 def test_config_names_the_field():

@@ -191,7 +191,7 @@ class CacheMaker:
         import jax  # late: keeps the start fast
         import jax.numpy as jnp
 
-        from alto_jax.layers import apply_module
+        from alto_jax.layers import apply_module, told_precision
         from alto_jax.mllm.alto_llm import sam_input
         from alto_jax.tokenizer.alto import ALTo
 
@@ -201,7 +201,8 @@ class CacheMaker:
         @jax.jit
         def compute(params: Any, image: jax.Array, pixel_image: jax.Array) -> jax.Array:
             pixels = sam_input(model, image, pixel_image) if is_chat else pixel_image
-            features = apply_module(ALTo(model.tokenizer), params["tokenizer"], pixels, method="image_features")
+            with told_precision(model.matmul_precision):
+                features = apply_module(ALTo(model.tokenizer), params["tokenizer"], pixels, method="image_features")
             return features.astype(jnp.bfloat16)
 
         return compute
@@ -210,12 +211,17 @@ class CacheMaker:
     def _tokens(self) -> Any:
         import jax  # late: keeps the start fast
 
+        from alto_jax.layers import apply_module, told_precision
         from alto_jax.tokenizer.alto import ALTo
 
         model = self._loaded["tokens"].model
-        return jax.jit(
-            lambda params, mask: ALTo(model.tokenizer).apply({"params": params["tokenizer"]}, mask, method="tokenize")
-        )
+
+        @jax.jit
+        def compute(params: Any, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+            with told_precision(model.matmul_precision):
+                return apply_module(ALTo(model.tokenizer), params["tokenizer"], mask, method="tokenize")
+
+        return compute
 
     def __call__(self, image: np.ndarray, pixel_image: np.ndarray, masks: list[np.ndarray]) -> dict[str, np.ndarray]:
         """The cached fields of one record.

@@ -99,7 +99,8 @@ def summarise_masks(lines: Sequence[Mapping[str, Any]], max_length: int, *, resa
 
     Returns:
       The numbers of `SegmentationMetrics.compute`, the 95 % interval of each as `intervals`, num_skipped,
-      format_rate, and `lengths` (mean, std, min, max, histogram) of the well-formed answers.
+      format_rate (answers with a well-formed mask, of which the first counts), several_masks_rate (with more), and
+      `lengths` (mean, std, min, max, histogram) of the well-formed answers.
 
     Raises:
       ValueError: no readable sample.
@@ -118,6 +119,8 @@ def summarise_masks(lines: Sequence[Mapping[str, Any]], max_length: int, *, resa
     result["num_skipped"] = len(lines) - len(good)
     asked = [line for line in good if not line.get("said_no")]
     result["format_rate"] = float(np.mean([line["valid"] for line in asked])) if asked else None
+    several = [line.get("num_masks", 0) > 1 for line in asked]
+    result["several_masks_rate"] = float(np.mean(several)) if asked else None
     lengths = [line["length"] for line in asked if line["valid"]]
     result["lengths"] = metrics.length_statistics(np.array(lengths), max_length) if lengths else None
     by_length: dict[int, list[float]] = {}

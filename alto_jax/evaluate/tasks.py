@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alto_jax import metrics
+from alto_jax import layers, metrics
 from alto_jax.batch import MaskBatch, PromptBatch
 from alto_jax.config import ConfigError
 from alto_jax.data import benchmarks, transforms
@@ -179,7 +179,7 @@ class Answerer:
         return sharding.put_batch(batch, mesh)
 
     def segment(self, batch: PromptBatch, config: GenerateConfig, mesh: Any) -> dict[str, np.ndarray]:
-        """Probabilities [B, h, w], ids, mask, length, valid of this process's rows."""
+        """Of this process's rows: probability [B, h, w], length and valid of the first mask, num_masks, ids, mask."""
 
         def run(params: dict, batch: PromptBatch) -> dict[str, jax.Array]:
             found = segment(self.cfg, params, batch, config, self.text.ids, jax.random.key(0))
@@ -187,8 +187,9 @@ class Answerer:
                 "probability": jax.nn.sigmoid(found.mask_logits),
                 "ids": found.generated.ids,
                 "mask": found.generated.mask,
-                "length": found.parsed.length,
-                "valid": found.parsed.valid,
+                "length": found.length,
+                "valid": found.valid,
+                "num_masks": found.masks.num_masks,
             }
 
         return _local(self._compiled(("segment", config), run, mesh)(self.params, batch), batch.prompt_ids.shape[0])
@@ -212,8 +213,18 @@ class Answerer:
 
     def _compiled(self, key: Any, function: Any, mesh: Any) -> Any:
         if key not in self._functions:
-            self._functions[key] = jax.jit(sharding.on_mesh(mesh, function), out_shardings=sharding.replicated(mesh))
+            self._functions[key] = _compiled(self.cfg, function, mesh)
         return self._functions[key]
+
+
+def _compiled(cfg: ModelConfig, function: Any, mesh: Any) -> Any:
+    """The jitted function, with the model's precision; every process gets the whole result."""
+
+    def told(*args: Any) -> Any:
+        with layers.told_precision(cfg.matmul_precision):
+            return function(*args)
+
+    return jax.jit(sharding.on_mesh(mesh, told), out_shardings=sharding.replicated(mesh))
 
 
 def _local(found: dict[str, Any], rows: int) -> dict[str, np.ndarray]:
@@ -298,6 +309,7 @@ class SegmentationTask:
             iou = one.add(prediction, target)
             line = {"key": example["key"], "phrase": example["phrase"], "answer": answerer.words(found, i)}
             line |= {"valid": bool(found["valid"][i]), "length": int(found["length"][i]), "iou": iou}
+            line["num_masks"] = int(found["num_masks"][i])
             line |= {k: getattr(one, k)[0] for k in ("intersection", "union", "target_pixels", "predicted_pixels")}
             lines.append(line | {"boundary": one.boundary[0]} | ({"said_no": bool(said_no[i])} if self._gate else {}))
         return lines, tokens
@@ -355,7 +367,8 @@ class Reconstruction:
 
     def __init__(self, cfg: ModelConfig, params: dict, name: str, source: Records, compiled: dict[str, Any]):
         """`compiled` is shared by the tasks of one run, so that the program is compiled once."""
-        self._cfg, self._params, self._source = cfg.tokenizer, {"tokenizer": params["tokenizer"]}, source
+        self._model, self._cfg, self._params = cfg, cfg.tokenizer, {"tokenizer": params["tokenizer"]}
+        self._source = source
         self.name = self.benchmark = name
         self.options = {"mask_size": cfg.tokenizer.mask_size, "image_size": cfg.tokenizer.image_size}
         self._compiled = compiled
@@ -377,9 +390,7 @@ class Reconstruction:
 
     def run(self, examples: list[dict], mesh: Any) -> tuple[list[dict], int]:
         if "reconstruct" not in self._compiled:
-            self._compiled["reconstruct"] = jax.jit(
-                sharding.on_mesh(mesh, self._reconstruct), out_shardings=sharding.replicated(mesh)
-            )
+            self._compiled["reconstruct"] = _compiled(self._model, self._reconstruct, mesh)
         batch = MaskBatch(image=np.stack([e["image"] for e in examples]), mask=np.stack([e["mask"] for e in examples]))
         found = _local(
             self._compiled["reconstruct"](self._params, sharding.put_batch(batch, mesh)),

@@ -82,7 +82,9 @@ def reconstruction_loss(
         terms["dice"] = dice(scores, target)
     terms["quantizer"] = jnp.asarray(quantizer_loss, jnp.float32)
     terms["length"] = jnp.asarray(length_loss, jnp.float32)
-    total = sum((getattr(cfg, name) * value for name, value in terms.items()), jnp.float32(0))
+    # Note: a term of weight 0 is no part of the loss, so that what it alone reads counts as not read.
+    weighted = (getattr(cfg, name) * value for name, value in terms.items() if getattr(cfg, name))
+    total = sum(weighted, jnp.float32(0))
     return total, terms
 
 

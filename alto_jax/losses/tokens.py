@@ -60,6 +60,7 @@ def token_cross_entropy(
     logits_fn: Callable[[jax.Array], jax.Array],
     *,
     max_supervised: int | None = None,
+    at_once: int | None = None,
     loss_weight: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Next-token cross-entropy whose logits exist at supervised positions only.
@@ -72,7 +73,10 @@ def token_cross_entropy(
       hidden: float[B, T, D], states before the LM head.
       labels: int32[B, T], unshifted; the state at t is scored on labels[t + 1]; -100 is ignored.
       logits_fn: maps float[B, K, D] to float[B, K, V].
-      max_supervised: K; None means T - 1.
+      max_supervised: tokens of a row that are scored; None means all.
+      at_once: K, how many positions of a row have logits at the same time. Rows with more take turns, as many as the
+        batch's longest answer needs, inside the one program: no token is lost, nothing is compiled anew, and the
+        memory stays that of K positions. None means all.
       loss_weight: float[B, T], weight of each label; None means 1.
 
     Returns:
@@ -81,21 +85,50 @@ def token_cross_entropy(
     """
     limit = labels.shape[1] - 1 if max_supervised is None else max_supervised
     positions, targets, valid, overflow = select_supervised(labels, limit)
-    logits = logits_fn(jnp.take_along_axis(hidden, positions[..., None], axis=1))
-    nll = -token_log_probs(logits, targets)
     weight = valid.astype(jnp.float32)
     if loss_weight is not None:
         weight *= jnp.take_along_axis(loss_weight[:, 1:].astype(jnp.float32), positions, axis=1)
+
+    def sums(positions: jax.Array, targets: jax.Array, valid: jax.Array, weight: jax.Array) -> tuple:
+        """(sum of w * ce, number of right tokens) of some positions."""
+        logits = logits_fn(jnp.take_along_axis(hidden, positions[..., None], axis=1))
+        nll = -token_log_probs(logits, targets)
+        correct = jnp.sum(valid & (jnp.argmax(logits, axis=-1) == targets), dtype=jnp.int32)
+        return jnp.sum(jnp.where(valid, nll, 0) * weight), correct
+
+    chosen = (positions, targets, valid, weight)
+    if at_once is None or at_once >= positions.shape[1]:
+        nll, correct = sums(*chosen)
+    else:
+        # Note: nearly all batches fit at once; the first branch is what they cost.
+        fits = ~jnp.any(valid[:, at_once])
+        nll, correct = jax.lax.cond(
+            fits, lambda: sums(*(a[:, :at_once] for a in chosen)), lambda: _in_turns(sums, chosen, at_once)
+        )
     total = jnp.sum(weight)
-    loss = jnp.sum(jnp.where(valid, nll, 0) * weight) / jnp.where(total > 0, total, 1)
+    loss = nll / jnp.where(total > 0, total, 1)
     count = jnp.sum(valid, dtype=jnp.int32)
-    correct = jnp.sum(valid & (jnp.argmax(logits, axis=-1) == targets))
     metrics = {
         "token_accuracy": correct / jnp.maximum(count, 1),
         "num_supervised": count + overflow,
         "supervised_overflow": overflow,
     }
     return loss, metrics
+
+
+def _in_turns(sums: Callable, chosen: tuple, at_once: int) -> tuple[jax.Array, jax.Array]:
+    """`sums` of [B, K] arrays in parts of `at_once` columns; parts without a valid position are passed over."""
+    padding = -chosen[0].shape[1] % at_once
+    split = lambda a: jnp.pad(a, ((0, 0), (0, padding))).reshape(len(a), -1, at_once).swapaxes(0, 1)
+
+    def turn(total: tuple, part: tuple) -> tuple[tuple, None]:
+        nothing = lambda: (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+        # Note: the logits of a turn are computed again in the backward pass, so that those of one turn exist at a time.
+        found = jax.lax.cond(jnp.any(part[2]), jax.checkpoint(lambda: sums(*part)), nothing)
+        return jax.tree.map(jnp.add, total, found), None
+
+    zeros = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    return jax.lax.scan(turn, zeros, tuple(map(split, chosen)))[0]
 
 
 @dataclasses.dataclass(frozen=True)

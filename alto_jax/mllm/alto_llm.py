@@ -17,11 +17,11 @@ import jax.numpy as jnp
 
 from alto_jax.batch import PromptBatch
 from alto_jax.config import ConfigError, require
-from alto_jax.layers import apply_module
+from alto_jax.layers import apply_module, told_precision
 from alto_jax.mllm.generate import Controls, GenerateConfig, Generated, generate, mask_state
 from alto_jax.mllm.intern_vit import InternViT, InternViTConfig, Projector, imagenet_normalise, pixel_shuffle
 from alto_jax.mllm.language_model import LanguageModel, LanguageModelConfig
-from alto_jax.mllm.mask_tokens import ParsedMask, parse_completion
+from alto_jax.mllm.mask_tokens import AnswerMasks, ParsedMask, parse_completion, parse_masks
 from alto_jax.mllm.text import SpecialIds
 from alto_jax.parallel.sharding import constrain
 from alto_jax.tokenizer.alto import ALTo, TokenizerConfig
@@ -36,6 +36,9 @@ class ModelConfig:
 
     pixel_input: "mllm" gives the SAM encoder the MLLM's image, resized up (Compat: what the reference
       does in stages 2 and 3); "native" gives it the image at its own resolution, as in stage 1.
+    matmul_precision: of float32 matrix products on GPUs and TPUs. "": parts of the model whose dtype is float32 compute
+      in float32, the others as the device likes; "default", "high", "highest": JAX's names, for all parts alike.
+      The quantizer and the length predictor compute in float32 in any case.
     """
 
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -43,6 +46,7 @@ class ModelConfig:
     language_model: LanguageModelConfig | None = None
     pixel_input: Literal["mllm", "native"] = "mllm"
     pixel_shuffle_version: Literal["v1", "v2"] = "v2"
+    matmul_precision: Literal["", "default", "high", "highest"] = ""
 
     def __post_init__(self) -> None:
         require((self.vision is None) == (self.language_model is None), "vision, language_model",
@@ -160,14 +164,32 @@ def init_params(cfg: ModelConfig, key: Array) -> dict:
 class Segmentation:
     """Answers with their masks; leading axes [B], or [B, G] if `num_samples` was given.
 
-    generated: the new tokens. parsed: their mask. mask_logits float32[..., H, W]: the decoded mask; where
-    the answer is malformed, what no codes at all decode to. image_tokens float[B, I, D].
+    generated: the new tokens. masks: those of the answer, with one slot. codes int32[..., L], length int32[...] and
+    valid bool[...]: the first of them, and whether there is one. parsed: the answer as rewards read it, which ask for
+    exactly one mask. mask_logits float32[..., H, W]: the first mask decoded; where there is none, what no codes at
+    all decode to. image_tokens float[B, I, D].
     """
 
     generated: Generated
+    masks: AnswerMasks
     parsed: ParsedMask
     mask_logits: Array
     image_tokens: Array
+
+    @property
+    def codes(self) -> Array:
+        """Codes of the first mask."""
+        return self.masks.codes[..., 0, :]
+
+    @property
+    def length(self) -> Array:
+        """Number of its codes, 0 if there is none."""
+        return self.masks.length[..., 0]
+
+    @property
+    def valid(self) -> Array:
+        """Whether the answer holds a well-formed mask."""
+        return self.masks.valid[..., 0]
 
 
 def segment(
@@ -190,6 +212,21 @@ def segment(
       batch: images and prompts (its target mask is not used).
       generate_cfg, special, rng, num_samples, controls: see `generate.generate`.
     """
+    with told_precision(cfg.matmul_precision):
+        return _segment(cfg, params, batch, generate_cfg, special, rng, num_samples, controls)
+
+
+def _segment(
+    cfg: ModelConfig,
+    params: dict,
+    batch: PromptBatch,
+    generate_cfg: GenerateConfig,
+    special: SpecialIds,
+    rng: Array,
+    num_samples: int | None,
+    controls: Controls | None,
+) -> Segmentation:
+    """`segment`, with the precision told."""
     apply = functools.partial(apply_module, ALToLLM(cfg), params)
     image_tokens = apply(batch.image, method="image_tokens")
     inputs = apply(batch.prompt_ids, image_tokens, special.img_context, method="embed")
@@ -202,13 +239,14 @@ def segment(
     inside, _ = mask_state(batch.prompt_ids, special)
     inside = jnp.broadcast_to(inside.reshape(-1, *(1,) * (generated.ids.ndim - 1)), (*generated.ids.shape[:-1], 1))
     ids = jnp.concatenate([jnp.where(inside, special.mask_start, special.pad), generated.ids], axis=-1)
-    parsed = parse_completion(
-        ids, jnp.concatenate([inside, generated.mask], axis=-1), special, cfg.tokenizer.num_latent_tokens
-    )
+    mask = jnp.concatenate([inside, generated.mask], axis=-1)
+    masks = parse_masks(ids, mask, special, cfg.tokenizer.num_latent_tokens)
+    parsed = parse_completion(ids, mask, special, cfg.tokenizer.num_latent_tokens)
     features = apply(batch.image, batch.pixel_image, batch.features, method="image_features")
-    codes, length = parsed.codes.reshape(-1, parsed.codes.shape[-1]), parsed.length.reshape(-1)
+    codes, length = masks.codes.reshape(-1, masks.codes.shape[-1]), masks.length.reshape(-1)
     if num_samples is not None and features is not None:
         features = jnp.repeat(features, num_samples, axis=0)
     tokenizer = ALTo(cfg.tokenizer), params["tokenizer"]
     logits = apply_module(*tokenizer, codes, length, features, method="decode_codes")
-    return Segmentation(generated, parsed, logits.reshape(*parsed.length.shape, *logits.shape[1:]), image_tokens)
+    logits = logits.reshape(*parsed.length.shape, *logits.shape[1:])
+    return Segmentation(generated, masks, parsed, logits, image_tokens)

@@ -89,6 +89,7 @@ class InternViT(nn.Module):
 
     cfg: InternViTConfig
 
+    @layers.exact_in_float32
     @nn.compact
     def __call__(
         self, image: Array, drop_path_key: Array | None = None, return_hidden: bool = False
@@ -175,6 +176,7 @@ class Projector(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
+    @layers.exact_in_float32
     @nn.compact
     def __call__(self, x: Array) -> Array:
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}

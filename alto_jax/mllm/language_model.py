@@ -232,6 +232,7 @@ class DecoderBlock(nn.Module):
 
     cfg: LanguageModelConfig
 
+    @layers.exact_in_float32
     @nn.compact
     def __call__(self, carry: tuple[Array, KVCache | None], *args: Any) -> tuple[Any, None]:
         """Applies the block, in the form that `layers.Stack` wants.
@@ -335,6 +336,7 @@ class LanguageModel(nn.Module):
         (x, cache), _ = self.blocks((inputs_embeds.astype(cfg.dtype), cache), *shared, per_layer=per_layer)
         return self.norm(x), cache
 
+    @layers.exact_in_float32
     def logits(self, hidden: Array) -> Array:
         """hidden [..., D] -> float32[..., V]."""
         if self.cfg.tie_embeddings:

@@ -3,7 +3,7 @@
 In a sequence a mask is `<ALTo_Start> <TOK_c1> .. <TOK_ck> <ALTo_End>` with 1..L codes (paper, section
 3.2). Training files hold placeholders instead: L times `<TOK_0>` (mask of fixed length L) or L times
 `<TOK_1>` (adaptive length). What comes in are ids, labels, codes and lengths; what goes out are rows
-with real codes, or the codes, length and validity of a completion. Every array function is jittable and
+with real codes, or the masks of an answer and whether it is one well-formed mask. Every array function is jittable and
 vectorised over its leading axes; ids come from the tokenizer's `SpecialIds` and are never hard-coded.
 """
 
@@ -22,7 +22,8 @@ _SPAN_PATTERN = re.compile(rf"{re.escape(MASK_START)}((?:<TOK_\d+>)*){re.escape(
 
 @struct.dataclass
 class ParsedMask:
-    """What `parse_completion` read from each completion; all fields share the leading axes `...`.
+    """What `parse_completion` read from each completion, for rewards, which ask for exactly one mask; all fields share
+    the leading axes `...`.
 
     codes: int32[..., L], the codes in order, 0 from `length` on (and everywhere if not valid).
     code_mask: bool[..., L], True for the first `length` entries.
@@ -42,6 +43,27 @@ class ParsedMask:
     num_ends: jax.Array
     num_between: jax.Array
     in_range: jax.Array
+
+
+@struct.dataclass
+class AnswerMasks:
+    """The masks of answers, as `parse_masks` read them; M slots, all fields share the leading axes `...`.
+
+    An answer may hold several masks, and broken ones beside them. Prediction and evaluation take the first well-formed
+    one (slot 0), as the reference takes the first `<ALTo_Start>`; rewards ask for exactly one, see `ParsedMask`.
+
+    codes: int32[..., M, L], the codes of the m-th well-formed mask, 0 from its length on.
+    length: int32[..., M], its number of codes, 1..L; 0 where there is none.
+    valid: bool[..., M], whether there is an m-th one.
+    num_masks: int32[...], well-formed masks of the answer; may exceed M.
+    num_starts: int32[...], `<ALTo_Start>` in the answer, those of broken masks too.
+    """
+
+    codes: jax.Array
+    length: jax.Array
+    valid: jax.Array
+    num_masks: jax.Array
+    num_starts: jax.Array
 
 
 @struct.dataclass
@@ -65,7 +87,7 @@ def parse_completion(
     special_ids: SpecialIds,
     num_latent_tokens: int,
 ) -> ParsedMask:
-    """Reads the mask of each completion and checks its format.
+    """Reads the one mask of each completion and checks its format, as rewards ask for it (see `parse_masks`).
 
     Tokens before the start and after the end are free text. Delimiters outside `completion_mask` do not
     count.
@@ -110,6 +132,52 @@ def parse_completion(
         num_ends=num_ends,
         num_between=num_between,
         in_range=in_range,
+    )
+
+
+def parse_masks(
+    ids: jax.Array,
+    completion_mask: jax.Array | None,
+    special_ids: SpecialIds,
+    num_latent_tokens: int,
+    max_masks: int = 1,
+) -> AnswerMasks:
+    """Reads all masks of each answer: every start that 1..L codes and an end follow.
+
+    Args:
+      ids, completion_mask, special_ids, num_latent_tokens: as in `parse_completion`.
+      max_masks: M, how many are given out; all are counted.
+
+    Returns:
+      An `AnswerMasks` with leading axes `...`.
+    """
+    ids = jnp.asarray(ids)
+    total = ids.shape[-1]
+    inside = jnp.ones(ids.shape, bool) if completion_mask is None else completion_mask
+    is_start, is_end = (inside & (ids == token) for token in (special_ids.mask_start, special_ids.mask_end))
+    codes = ids - special_ids.code_0
+    is_code = inside & (codes >= 0) & (codes < special_ids.num_codes)
+    time = jnp.arange(total, dtype=jnp.int32)
+    # Where the codes that follow a position stop: the first other token after it.
+    other = jax.lax.cummin(jnp.where(is_code, total, time), axis=ids.ndim - 1, reverse=True)
+    stop = jnp.concatenate([other[..., 1:], jnp.full((*ids.shape[:-1], 1), total, jnp.int32)], axis=-1)
+    length = stop - time - 1
+    ends = jnp.take_along_axis(is_end, jnp.minimum(stop, total - 1), axis=-1) & (stop < total)
+    well_formed = is_start & ends & (length >= 1) & (length <= num_latent_tokens)
+
+    starts = jnp.sort(jnp.where(well_formed, time, total), axis=-1)[..., :max_masks]
+    starts = jnp.pad(starts, [(0, 0)] * (ids.ndim - 1) + [(0, max_masks - starts.shape[-1])], constant_values=total)
+    valid = starts < total
+    length = jnp.where(valid, jnp.take_along_axis(length, jnp.minimum(starts, total - 1), axis=-1), 0)
+    offsets = jnp.arange(num_latent_tokens, dtype=jnp.int32)
+    at = jnp.minimum(starts[..., None] + 1 + offsets, total - 1)
+    codes = jnp.take_along_axis(codes[..., None, :], at, axis=-1)
+    return AnswerMasks(
+        codes=jnp.where(offsets < length[..., None], codes, 0).astype(jnp.int32),
+        length=length,
+        valid=valid,
+        num_masks=jnp.sum(well_formed, axis=-1, dtype=jnp.int32),
+        num_starts=jnp.sum(is_start, axis=-1, dtype=jnp.int32),
     )
 
 

@@ -185,7 +185,11 @@ def _compare(total: int | None, limit: int | None) -> tuple[bool | None, int | N
 
 
 def lower_programs(config: ExperimentConfig, step: str, mesh: Any) -> tuple[Any, Any, list[tuple[str, Any, tuple]]]:
-    """The real programs of a step on a mesh: (state, batch, [(name, jitted function, abstract arguments)])."""
+    """The real programs of a step on a mesh: (state, batch, [(name, jitted function, abstract arguments)]).
+
+    In stage 2 as it is for answers that are scored at once; the turns of longer ones have no fixed number.
+    """
+    config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, max_supervised=config.sft.at_once))
     stage, optimizer = make_stage(config, mesh), make_optimizer(config.optim, config.train.steps)
     state = loop.abstract_state(config, stage, optimizer, mesh)
     split = jax.sharding.NamedSharding(mesh, sharding.batch_spec())

@@ -117,7 +117,7 @@ def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> floa
         inner = (3 * vision.embed_dim + vision.mlp_dim) / tensor
         heads = vision.num_heads / tensor
         total += _stack(vision.num_layers, rows, 1 + vision.grid**2, vision.embed_dim, inner, heads, vision, True)
-        supervised = min(config.sft.max_supervised, tokens - 1)
+        supervised = min(config.sft.at_once, tokens - 1)
         if config.sft.mask_loss_weight > 0:
             supervised += config.data.max_masks * size.num_latent_tokens
     else:

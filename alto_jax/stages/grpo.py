@@ -96,7 +96,7 @@ def rollout(config: ExperimentConfig, special: Any, params: dict, batch: PromptB
         ref_per_token_logps=reference_logps,
         advantages=rewards.group_advantages(reward, cfg.advantage_normalization),
         rewards=reward,
-        components=components,
+        components=components | {"num_masks": found.masks.num_masks.astype(jnp.float32)},
         image_tokens=found.image_tokens,
     )
 

@@ -21,7 +21,7 @@ from alto_jax.experiment import ExperimentConfig
 from alto_jax.layers import apply_module
 from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM
-from alto_jax.mllm.mask_tokens import ParsedMask, parse_completion
+from alto_jax.mllm.mask_tokens import parse_masks
 from alto_jax.parallel import sharding
 from alto_jax.stages.stage import SampleWriter
 from alto_jax.stages.tokenizer import tokenizer_apply
@@ -38,10 +38,11 @@ def make_writer(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) ->
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     @functools.partial(sharding.on_mesh, mesh)
-    def describe(params: dict, rollout: Rollout) -> tuple[Rollout, ParsedMask, jax.Array]:
+    def describe(params: dict, rollout: Rollout) -> tuple[Rollout, dict[str, jax.Array], jax.Array]:
         """The first prompts' part of the rollout, and its masks (decoded anew: a rollout does not keep them)."""
         first = jax.tree.map(lambda a: a[:count], dataclasses.replace(rollout, image_tokens=None))
-        parsed = parse_completion(first.completion_ids, first.completion_mask, text.ids, tokenizer.num_latent_tokens)
+        found = parse_masks(first.completion_ids, first.completion_mask, text.ids, tokenizer.num_latent_tokens)
+        codes, length = found.codes[..., 0, :], found.length[..., 0]
         prompt, group = first.prompt, first.rewards.shape[1]
         features = apply_module(
             ALToLLM(config.model), params, prompt.image, prompt.pixel_image, method="image_features"
@@ -49,11 +50,9 @@ def make_writer(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) ->
         if features is not None:
             features = features.repeat(group, axis=0)
         flat = lambda a: a.reshape(-1, *a.shape[2:])
-        logits = tokenizer_apply(ALTo(tokenizer), params)(
-            flat(parsed.codes), flat(parsed.length), features, method="decode_codes"
-        )
-        masks = (logits > 0).reshape(*parsed.length.shape, *logits.shape[1:]) & parsed.valid[..., None, None]
-        return first, parsed, masks
+        logits = tokenizer_apply(ALTo(tokenizer), params)(flat(codes), flat(length), features, method="decode_codes")
+        masks = (logits > 0).reshape(*length.shape, *logits.shape[1:]) & (length > 0)[..., None, None]
+        return first, {"codes": codes, "length": length, "num_masks": found.num_masks}, masks
 
     def log_samples(params: dict, rollout: Rollout, step: int, directory: str | os.PathLike) -> None:
         policy = {name: value for name, value in params.items() if name != "reference"}
@@ -64,7 +63,7 @@ def make_writer(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) ->
     return log_samples
 
 
-def _write(folder: pathlib.Path, step: int, text: Any, rollout: Any, parsed: Any, masks: np.ndarray) -> None:
+def _write(folder: pathlib.Path, step: int, text: Any, rollout: Any, parsed: dict, masks: np.ndarray) -> None:
     """Writes both files from host arrays."""
     records, tables, cards = [], {}, {}
     for b, image in enumerate(rollout.prompt.image):
@@ -74,11 +73,13 @@ def _write(folder: pathlib.Path, step: int, text: Any, rollout: Any, parsed: Any
         rows, samples = [], []
         for g, ids in enumerate(rollout.completion_ids[b]):
             answer = words.answer_text(text, ids[rollout.completion_mask[b, g]].tolist())
-            length = int(parsed.length[b, g])
+            length = int(parsed["length"][b, g])
             row = {"answer": answer, "reward": float(rollout.rewards[b, g])}
             row |= {name: float(values[b, g]) for name, values in rollout.components.items()}
-            row |= {"advantage": float(rollout.advantages[b, g])}
-            codes = parsed.codes[b, g, :length].tolist()
+            # Note: the reward's own length is that of answers with exactly one mask.
+            row |= {"advantage": float(rollout.advantages[b, g]), "length": length}
+            row |= {"num_masks": int(parsed["num_masks"][b, g])}
+            codes = parsed["codes"][b, g, :length].tolist()
             records.append({"step": step, "prompt_index": b, "sample": g, "prompt": prompt, **row, "codes": codes})
             rows.append(row)
             samples.append(
@@ -87,7 +88,7 @@ def _write(folder: pathlib.Path, step: int, text: Any, rollout: Any, parsed: Any
                     prediction=metrics.resize_probability(masks[b, g].astype(np.float32), *image.shape[:2]) > 0.5,
                     text=f"{g + 1}. reward {row['reward']:.3f}: {answer}",
                     length=length,
-                    max_length=parsed.codes.shape[-1],
+                    max_length=parsed["codes"].shape[-1],
                     target=target,
                     codes=codes,
                 )

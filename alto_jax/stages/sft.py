@@ -47,7 +47,7 @@ def check_supervised(means: dict[str, float]) -> None:
     if means.get("supervised_overflow", 0) > 0:
         raise ValueError(
             "config.sft.max_supervised: rows have more supervised tokens than it allows"
-            f" ({means['supervised_overflow']:.1f} of a batch were left out); raise it"
+            f" ({means['supervised_overflow']:.1f} of a batch were left out); raise it, or give 0 for no bound"
         )
 
 
@@ -81,8 +81,11 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
             positions, attn_mask = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), None
         hidden, _ = apply(inputs, positions, attn_mask, method="hidden")
         logits_fn = lambda h: apply(h, method="logits")
-        limit = cfg.max_supervised * config.data.pack_samples
-        loss, logged = token_losses.token_cross_entropy(hidden, labels, logits_fn, max_supervised=limit)
+        at_once = cfg.at_once * config.data.pack_samples
+        limit = at_once if cfg.max_supervised else None
+        loss, logged = token_losses.token_cross_entropy(
+            hidden, labels, logits_fn, max_supervised=limit, at_once=at_once
+        )
         if totals is not None:  # Note: both terms are means over something else than rows.
             loss = loss * logged["num_supervised"] / jnp.maximum(totals["tokens"], 1e-9)
         logged = {"token_loss": loss, **logged, "length": jnp.sum(length * batch.mask_valid.reshape(-1)) / jnp.maximum(
@@ -168,31 +171,33 @@ def features_of_masks(features: jax.Array, batch: ChatBatch) -> jax.Array:
 def make_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) -> Any:
     """Greedy answers to held-out adaptive prompts, as the model gives them (no grammar).
 
-    The result holds giou (a malformed answer counts 0), format_rate, giou_no_codes (the mask decoded from
-    no codes, the baseline that an MLLM must beat), mean_length, std_length and the lengths.
+    The result holds giou (of the first mask; an answer without a well-formed one counts 0), format_rate (answers with
+    one), several_masks_rate (with more), giou_no_codes (the mask decoded from no codes, the baseline that an MLLM must
+    beat), mean_length, std_length and the lengths.
     """
     generate_cfg = GenerateConfig(max_new_tokens=config.eval.max_new_tokens)
     size = config.model.tokenizer
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     @functools.partial(sharding.on_mesh, mesh)
-    def answer(params: dict, batch: PromptBatch) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def answer(params: dict, batch: PromptBatch) -> tuple[jax.Array, ...]:
         found = segment(config.model, params, batch, generate_cfg, text.ids, jax.random.key(0))
         images = batch.image, batch.pixel_image, batch.features
         features = apply_module(ALToLLM(config.model), params, *images, method="image_features")
         empty = jnp.zeros((batch.mask.shape[0], size.num_latent_tokens, size.token_size))
         baseline = tokenizer_apply(ALTo(size), params)(empty, features, method="decode")
-        iou = jnp.where(found.parsed.valid, mask_iou(found.mask_logits, batch.mask), 0.0)
-        return iou, found.parsed.valid, found.parsed.length, mask_iou(baseline, batch.mask)
+        iou = jnp.where(found.valid, mask_iou(found.mask_logits, batch.mask), 0.0)
+        return iou, found.valid, found.length, found.masks.num_masks, mask_iou(baseline, batch.mask)
 
     def evaluate(params: dict) -> dict[str, Any]:
         params = {k: v for k, v in params.items() if k != "reference"}
         parts = [jax.device_get(answer(params, batch)) for batch in sources.held_out_prompts(config, text)]
-        iou, valid, length, baseline = (np.concatenate(p) for p in zip(*parts))
+        iou, valid, length, count, baseline = (np.concatenate(p) for p in zip(*parts))
         lengths = length[valid]
         return {
             "giou": float(iou.mean()),
             "format_rate": float(valid.mean()),
+            "several_masks_rate": float((count > 1).mean()),
             "giou_no_codes": float(baseline.mean()),
             "mean_length": float(lengths.mean()) if len(lengths) else 0.0,
             "std_length": float(lengths.std()) if len(lengths) else 0.0,

@@ -40,7 +40,9 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
         apply = tokenizer_apply(model, params)
         encoded = apply(batch.mask, method="encode")
         quantized = apply(encoded.z, method="quantize")
-        prediction = apply(encoded, method="predict_length")
+        # Compat: in the reference the length loss trains the encoder too, through the frozen length predictor.
+        read = encoded if cfg.length_loss_reaches_encoder else jax.lax.stop_gradient(encoded)
+        prediction = apply(read, method="predict_length")
         if cfg.keep_tokens == "random":
             assert drawn is not None  # Note: see `draw` of the stage.
             count = drawn

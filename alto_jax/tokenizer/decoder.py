@@ -32,6 +32,7 @@ class MaskDecoder(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
+    @layers.exact_in_float32
     @nn.compact
     def __call__(self, embeddings: Array, features: Array | None) -> Array:
         """Decodes.

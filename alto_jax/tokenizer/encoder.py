@@ -92,6 +92,7 @@ class MaskEncoder(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
+    @layers.exact_in_float32
     @nn.compact
     def __call__(self, mask: Array, latent_tokens: Array) -> Encoded:
         """Encodes masks.

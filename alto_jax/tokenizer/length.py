@@ -12,6 +12,8 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from alto_jax import layers
+
 Array = jax.Array
 LENGTH_RULES = ("unified", "reference")
 LOGIT_SCALES = ("divide", "multiply")
@@ -84,17 +86,18 @@ class LengthPredictor(nn.Module):
 
     @nn.compact
     def __call__(self, latents: Array, cls: Array) -> LengthPrediction:
-        """Predicts from latents [B, L, W] and cls [B, 1, W], in float32."""
+        """Predicts from latents [B, L, W] and cls [B, 1, W], in float32 on every device and in every configuration."""
         latents, cls = latents.astype(jnp.float32), cls.astype(jnp.float32)
 
         def dense(name: str) -> nn.Dense:
             init = nn.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
-            return nn.Dense(self.width, param_dtype=self.param_dtype, kernel_init=init, name=name)
+            types = {"dtype": jnp.float32, "param_dtype": self.param_dtype, "precision": layers.HIGHEST}
+            return nn.Dense(self.width, kernel_init=init, name=name, **types)
 
         gate = jax.nn.sigmoid if self.gate == "sigmoid" else jax.nn.silu
         keys = dense("fc1")(latents) * gate(dense("fc2")(latents))
         query = dense("fc3")(cls)
-        logits = jnp.einsum("bqw,blw->bql", query, keys)[:, 0]
+        logits = jnp.einsum("bqw,blw->bql", query, keys, precision=layers.HIGHEST)[:, 0]
         logits = logits * self.width**0.5 if self.logit_scale == "multiply" else logits / self.width**0.5
         probs = jax.nn.softmax(logits, axis=-1)
 

@@ -13,6 +13,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from alto_jax import layers
 from alto_jax.config import require
 from alto_jax.parallel.sharding import constrain
 
@@ -127,6 +128,7 @@ class PixelDecoder(nn.Module):
 
     cfg: PixelDecoderConfig
 
+    @layers.exact_in_float32
     @nn.compact
     def __call__(self, x: Array, return_hidden: bool = False) -> Array | tuple[Array, list[Array]]:
         """Decodes.

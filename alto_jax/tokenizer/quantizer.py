@@ -10,6 +10,8 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from alto_jax import layers
+
 Array = jax.Array
 
 
@@ -38,7 +40,7 @@ def uniform_codebook_init(key: Array, shape: tuple[int, int], dtype: Any) -> Arr
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest code by (normalised) Euclidean distance; computes in float32."""
+    """Nearest code by (normalised) Euclidean distance; float32 on every device and in every configuration."""
 
     codebook_size: int
     token_size: int
@@ -51,7 +53,9 @@ class VectorQuantizer(nn.Module):
         self.embedding_proj = nn.Dense(
             self.token_size,
             use_bias=False,
+            dtype=jnp.float32,
             param_dtype=self.param_dtype,
+            precision=layers.HIGHEST,
             kernel_init=lambda key, shape, dtype: jnp.eye(shape[0], shape[1], dtype=dtype),
         )
 
@@ -71,7 +75,7 @@ class VectorQuantizer(nn.Module):
         distance = (
             jnp.sum(jnp.square(z), axis=-1, keepdims=True)
             + jnp.sum(jnp.square(table), axis=-1)
-            - 2 * jnp.einsum("bld,cd->blc", z, table)
+            - 2 * jnp.einsum("bld,cd->blc", z, table, precision=layers.HIGHEST)
         )
         codes = jnp.argmin(distance, axis=-1).astype(jnp.int32)
         entries = table[codes]
@@ -94,7 +98,7 @@ class VectorQuantizer(nn.Module):
         probs, table = probs.astype(jnp.float32), self.codebook()
         if normalize:
             probs, table = l2_normalize(probs), l2_normalize(table)
-        return probs @ table
+        return jnp.matmul(probs, table, precision=layers.HIGHEST)
 
 
 def reseed_dead_codes(params: dict, usage: Array, z: Array, key: Array, threshold: float) -> dict:
@@ -113,6 +117,6 @@ def reseed_dead_codes(params: dict, usage: Array, z: Array, key: Array, threshol
     """
     embedding, proj = params["embedding"], params["embedding_proj"]["kernel"]
     drawn = z[jax.random.randint(key, (embedding.shape[0],), 0, z.shape[0])]
-    rows = drawn @ jnp.linalg.pinv(proj.astype(jnp.float32))
+    rows = jnp.matmul(drawn, jnp.linalg.pinv(proj.astype(jnp.float32)), precision=layers.HIGHEST)
     dead = usage < threshold / embedding.shape[0]
     return {**params, "embedding": jnp.where(dead[:, None], rows.astype(embedding.dtype), embedding)}

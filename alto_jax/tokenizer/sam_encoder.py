@@ -199,6 +199,7 @@ class SamEncoder(nn.Module):
 
     cfg: SamEncoderConfig
 
+    @layers.exact_in_float32
     @nn.compact
     def __call__(self, image: Array, return_hidden: bool = False) -> Array | tuple[Array, list[Array]]:
         """Encodes images.

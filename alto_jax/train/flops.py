@@ -135,7 +135,7 @@ def _tokenizer(config: ExperimentConfig, count: _Counter, length: int) -> StepFl
 def _sft(config: ExperimentConfig, count: _Counter, length: int) -> StepFlops:
     """Stage 2, one row."""
     model, masks, cfg = config.model, config.data.max_masks, config.model.tokenizer
-    heads = min(config.sft.max_supervised, length - 1)
+    heads = min(config.sft.at_once, length - 1)
     labels = _times(_encoder(cfg) + _length(cfg), masks)
     chain = _vision(model) + [_language(model, length, length * length)]
     mask_loss = config.sft.mask_loss_weight > 0

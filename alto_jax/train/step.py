@@ -9,17 +9,20 @@ losses of the good updates (exponentially weighted, SPIKE_DECAY). A bad update c
 its counters: `step` goes on (the data is consumed), `guard["skipped"]` counts all, `guard["in_a_row"]` the last ones.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 
+from alto_jax.config import ConfigError
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.lora import adapters
 from alto_jax.parallel import sharding
-from alto_jax.params import cast, merge_params
+from alto_jax.params import cast, merge_params, watched
 from alto_jax.stages.stage import Stage
 from alto_jax.train.state import TrainState, make_schedule
 
@@ -94,7 +97,10 @@ def make_rollout(config: ExperimentConfig, stage: Stage) -> Any:
     def rollout(state: TrainState, batch: Any, attempt: Any = 0) -> Any:
         rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state.step), 2 + attempt)
         with adapters.applied(config.lora):
-            return roll(state.all_params(), batch, rng)
+            rolled = roll(state.all_params(), batch, rng)
+        # Note: for its shapes alone, so that what is not trained is refused before the first rollout is compiled.
+        jax.eval_shape(_checked_gradients(config, stage, state), state.params, rolled, None)
+        return rolled
 
     return jax.jit(rollout)
 
@@ -106,11 +112,7 @@ def _gradients(
     parts, rows = config.train.accumulate, jax.tree.leaves(batch)[0].shape[0]
     drawn = None if stage.draw is None else stage.draw(rng, rows)
 
-    def loss_fn(params: dict, batch: Any, drawn: Any, *totals: dict[str, jax.Array]) -> tuple[jax.Array, tuple]:
-        with adapters.applied(config.lora):
-            return stage.loss_fn(merge_params(params, state.frozen), batch, drawn, state.step, *totals)
-
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    grad_fn = _checked_gradients(config, stage, state)
     if parts == 1:
         (loss, (metrics, aux)), grads = grad_fn(state.params, batch, drawn)
         return loss, metrics, aux, grads
@@ -147,6 +149,35 @@ def _gradients(
     sums, aux = jax.lax.scan(accumulate, zeros, micro)
     loss, metrics, grads = jax.tree.map(lambda s: s / parts, sums)
     return loss, metrics, jax.tree.map(join, aux), grads
+
+
+def _checked_gradients(config: ExperimentConfig, stage: Stage, state: TrainState) -> Callable:
+    """`(params, batch, drawn, *totals) -> ((loss, (metrics, aux)), gradients)`.
+
+    Raises, when it is traced:
+      ConfigError: the loss has no gradient for a parameter that is to be trained; names the field and the parameter.
+    """
+
+    def compute(params: dict, batch: Any, drawn: Any, *totals: dict[str, jax.Array]) -> Any:
+        reached: set[str] = set()
+
+        def loss_fn(params: dict) -> tuple[jax.Array, tuple]:
+            params = watched(params, reached)
+            with adapters.applied(config.lora):
+                return stage.loss_fn(merge_params(params, state.frozen), batch, drawn, state.step, *totals)
+
+        found = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        lost = sorted(set(traverse_util.flatten_dict(params, sep="/")) - reached)
+        if lost:
+            name = "lora.targets" if config.lora.rank else "optim.trainable"
+            value = config.lora.targets if config.lora.rank else config.optim.trainable
+            raise ConfigError(
+                f"config.{name}: {value!r} names {len(lost)} parameters that the loss of {config.stage} does not read,"
+                f" such as {lost[0]}; weight decay alone would change them"
+            )
+        return found
+
+    return compute
 
 
 def _guard(

@@ -193,6 +193,44 @@ def test_logits_exist_at_selected_positions_only_and_overflow_is_counted():
     assert int(metrics["supervised_overflow"]) == int(np.maximum(counts - 4, 0).sum()) > 0
 
 
+@pytest.mark.parametrize("at_once", [1, 4, 5, 11, 64])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_long_answers_take_turns_and_lose_no_token(at_once, weighted):
+    """Loss, accuracy and gradients are those of all supervised tokens, also of answers longer than a turn."""
+    hidden, labels, head = _ce_case()
+    assert int(jnp.max(jnp.sum(labels[:, 1:] != -100, axis=1))) > 5
+    weight = jnp.asarray(np.random.default_rng(1).uniform(size=labels.shape), jnp.float32) if weighted else None
+    shapes = set()
+
+    def run(hidden, head, **options):
+        def logits_fn(x):
+            shapes.add(x.shape)
+            return x @ head
+
+        return token_losses.token_cross_entropy(hidden, labels, logits_fn, loss_weight=weight, **options)
+
+    grad = lambda **options: jax.value_and_grad(lambda *a: run(*a, **options), argnums=(0, 1), has_aux=True)
+    (expected, metrics), expected_grads = jax.jit(grad())(hidden, head)
+    shapes.clear()
+    (value, found), grads = jax.jit(grad(at_once=at_once))(hidden, head)
+    assert max(shape[1] for shape in shapes) <= at_once, "no more logits than that at a time"
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for ours, theirs in zip(grads, expected_grads):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert {k: float(v) for k, v in found.items()} == pytest.approx({k: float(v) for k, v in metrics.items()})
+    assert int(found["supervised_overflow"]) == 0
+
+
+def test_turns_are_one_program_for_all_batches():
+    hidden, labels, head = _ce_case()
+    run = jax.jit(lambda labels: token_losses.token_cross_entropy(hidden, labels, lambda x: x @ head, at_once=4)[0])
+    for kept in (0, 2, 4, 5, 9, labels.shape[1]):
+        some = jnp.where(jnp.arange(labels.shape[1]) <= kept, labels, -100)
+        expected = _naive_ce(hidden, some, head) if np.any(np.asarray(some)[:, 1:] != -100) else 0.0
+        np.testing.assert_allclose(run(some), expected, rtol=2e-6)
+    assert run._cache_size() == 1
+
+
 def test_cross_entropy_without_supervision_is_zero_with_zero_gradient():
     hidden, labels, head = _ce_case()
     labels = jnp.full_like(labels, -100)

@@ -257,7 +257,10 @@ def test_remat_and_unroll_change_nothing():
     expected = grad(SMALL, params)
     for remat, unroll in (("full", 1), ("dots", 2)):
         ours = grad(dataclasses.replace(SMALL, remat=remat, unroll=unroll), params)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, expected)
+        # Note: sums of many terms are rounded relative to the largest; on accelerators programs differ in that.
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max()), ours, expected
+        )
 
 
 def test_bfloat16_and_tied_embeddings():

@@ -92,6 +92,56 @@ def test_parse_completion_of_the_reference_group():
     np.testing.assert_array_equal(parsed.num_between, arrays["lengths"])
 
 
+# --- parse_masks -----------------------------------------------------------------------------------
+
+
+def _masks_plain(row, mask):
+    """The codes of every start that 1..L codes and an end follow."""
+    row, found = [t if keep else -1 for t, keep in zip(row, mask)], []
+    for at in (t for t, token in enumerate(row) if token == START):
+        codes = []
+        while at + 1 + len(codes) < len(row) and CODE_0 <= row[at + 1 + len(codes)] < CODE_0 + NUM_CODES:
+            codes.append(row[at + 1 + len(codes)] - CODE_0)
+        after = at + 1 + len(codes)
+        if 1 <= len(codes) <= L and after < len(row) and row[after] == END:
+            found.append(codes)
+    return found
+
+
+def test_parse_masks_equals_plain_parser():
+    ids, _ = _random_completions(1, 3000, 10)
+    ids = np.concatenate([ids, np.roll(ids, 2, axis=0)], axis=1)  # Two answers side by side: often two masks.
+    mask = np.arange(20) < np.random.default_rng(5).integers(0, 24, (3000, 1))
+    strict = jax.device_get(jax.jit(lambda i, m: mask_tokens.parse_completion(i, m, IDS, L))(ids, mask))
+    for max_masks in (1, 3):
+        found = jax.device_get(jax.jit(lambda i, m, n=max_masks: mask_tokens.parse_masks(i, m, IDS, L, n))(ids, mask))
+        counts = []
+        for i in range(len(ids)):
+            masks = _masks_plain(ids[i].tolist(), mask[i])
+            counts.append(len(masks))
+            assert found.num_masks[i] == len(masks), ids[i]
+            assert found.num_starts[i] == np.sum((ids[i] == START) & mask[i])
+            for m in range(max_masks):
+                codes = masks[m] if m < len(masks) else []
+                assert found.valid[i, m] == (m < len(masks)) and found.length[i, m] == len(codes)
+                assert found.codes[i, m].tolist() == codes + [0] * (L - len(codes))
+            if strict.valid[i]:  # What rewards call well formed is one mask, the same one.
+                assert found.num_masks[i] == 1 and found.codes[i, 0].tolist() == strict.codes[i].tolist()
+        assert np.bincount(counts, minlength=3)[:3].min() > 100 and strict.valid.sum() > 100
+
+
+def test_an_answer_with_two_masks_holds_two():
+    row = jnp.array([3, START, 12, 13, END, 4, START, 14, END, 7])
+    found = mask_tokens.parse_masks(row, None, IDS, L, 3)
+    assert (int(found.num_masks), int(found.num_starts)) == (2, 2)
+    assert found.valid.tolist() == [True, True, False] and found.length.tolist() == [2, 1, 0]
+    assert found.codes.tolist() == [[0, 1, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0]]
+    assert not bool(mask_tokens.parse_completion(row, None, IDS, L).valid), "a reward asks for one"
+    broken = mask_tokens.parse_masks(jnp.array([START, START, 12, END, START, 13]), None, IDS, L, 2)
+    assert int(broken.num_masks) == 1 and int(broken.num_starts) == 3 and broken.codes[0].tolist() == [0, 0, 0, 0]
+    assert mask_tokens.parse_masks(jnp.array([[START]]), None, IDS, L).num_masks.tolist() == [0]
+
+
 # --- replace_mask_tokens ---------------------------------------------------------------------------
 
 

@@ -95,7 +95,7 @@ def test_metrics_and_histograms(run):
     path, _ = run
     records = [r for r in progress.read_metrics(path) if "loss" in r]
     assert len(records) == STEPS
-    parts = {"reward", "format", "iou", "length_reward", "length", "valid", "boundary", "tokens"}
+    parts = {"reward", "format", "iou", "length_reward", "length", "valid", "boundary", "tokens", "num_masks"}
     assert parts | {"entropy", "kl", "clip_fraction", "informative_groups"} <= set(records[0])
     board = b"".join(file.read_bytes() for file in (path / "tensorboard").iterdir())
     for name in parts:
