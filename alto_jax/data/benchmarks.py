@@ -116,7 +116,11 @@ class SceneReferring:
         phrase = text.find_reference(record["conversations"][0]["value"])
         assert phrase is not None  # Note: with adaptive_only every record asks for a mask.
         phrase = phrase.removeprefix(text.REF).removesuffix(text.REF_END)
-        return {"key": record["key"], "image": record["image"], "mask": record["masks"][0], "phrase": phrase}
+        shared = {name: record[name] for name in ("key", "image", "image_hash")}
+        return shared | {"mask": record["masks"][0], "phrase": phrase}
+
+
+TRAINING = ("refcoco", "refcoco+", "refcocog", "grefcoco")  # Data sets with a training split.
 
 
 def train_split(

@@ -7,6 +7,7 @@ Records are weighted by `repeat_time`: 3 has each record three times, 0.5 a fixe
 """
 
 from collections.abc import Iterator
+import copy
 import dataclasses
 import json
 import logging
@@ -17,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from alto_jax.data import transforms
+from alto_jax.data.split import ImageSplit, file_hash
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """One data set of the meta file: where line i starts (and the end), and which lines are used."""
+    """One data set of the meta file: where line i starts, which lines belong (rows), and which are used how often."""
 
     name: str
     root: pathlib.Path
@@ -31,6 +33,7 @@ class _Part:
     augment: bool
     offsets: np.ndarray
     line_numbers: np.ndarray
+    rows: np.ndarray
     chosen: np.ndarray
 
     def read(self, row: int) -> tuple[str, dict[str, Any]]:
@@ -39,6 +42,14 @@ class _Part:
         with open(self.file, "rb") as file:
             file.seek(int(self.offsets[row]))
             return where, _parse(file.readline(), where)
+
+    def images(self, row: int) -> tuple[tuple[int, ...], str]:
+        """Hashes of the images of used line `row` (none if it is malformed), and the line's key."""
+        key = f"{self.name}/{self.file.name}:{self.line_numbers[row]}"
+        try:
+            return (file_hash(self.read(row)[1]["image"]),), key
+        except ValueError:  # Counted and reported where the record is read.
+            return (), key
 
 
 class Conversations:
@@ -73,6 +84,28 @@ class Conversations:
             self._parts = [whole(part) for part in self._parts]
         self._ends = np.cumsum([len(part.chosen) for part in self._parts])
 
+    def part(self, split: ImageSplit) -> "Conversations":
+        """The records whose images are on one side of a split (each data set's may be none).
+
+        Raises:
+          EmptySplit: there is none at all.
+        """
+        found = copy.copy(self)
+        found._parts = []
+        for part in self._parts:
+            on_side = np.zeros(len(part.offsets), bool)
+            on_side[part.rows] = [split.has(*part.images(row)) for row in part.rows]
+            changes = {"rows": part.rows[on_side[part.rows]], "chosen": part.chosen[on_side[part.chosen]]}
+            found._parts.append(dataclasses.replace(part, **changes))
+        found._ends = np.cumsum([len(part.chosen) for part in found._parts])
+        split.require_some(len(found), len(self), ", ".join(str(part.file) for part in self._parts))
+        return found
+
+    def image_hashes(self, index: int) -> tuple[int, ...]:
+        """Hashes of the images of record `index`, see split.py; reads its line alone."""
+        part, row = self._find(index)
+        return part.images(row)[0]
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 
@@ -102,7 +135,8 @@ class Conversations:
         if part.augment:
             image = transforms.jpeg_augment(image, np.random.default_rng((self._seed, index)))
         key = f"{part.name}/{part.file.name}:{part.line_numbers[row]}"
-        return {"key": key, "image": image, "masks": masks, "conversations": entry["conversations"]}
+        record = {"key": key, "image": image, "image_hash": file_hash(entry["image"]), "masks": masks}
+        return record | {"conversations": entry["conversations"]}
 
     def texts(self) -> Iterator[list[str]]:
         """The turns of every line, each line once, without reading images: text to train a tokenizer on.
@@ -110,7 +144,7 @@ class Conversations:
         A malformed line has none; it is counted and reported where records are read.
         """
         for part in self._parts:
-            for row in range(len(part.offsets)):
+            for row in part.rows:
                 try:
                     _, entry = part.read(row)
                 except ValueError:
@@ -152,7 +186,7 @@ def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int) -> _Part:
     whole, total = int(repeat), max(1, round(count * repeat))
     rest = np.sort(np.random.default_rng((seed, count)).permutation(count)[: total - whole * count])
     chosen = np.concatenate([np.tile(np.arange(count), whole), rest])
-    return _Part(name, root, file, augment, np.array(offsets), np.array(line_numbers), chosen)
+    return _Part(name, root, file, augment, np.array(offsets), np.array(line_numbers), np.arange(count), chosen)
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import numpy as np
 from alto_jax import cli
 from alto_jax.config import write_whole
 from alto_jax.data import refcoco, transforms
+from alto_jax.data.split import file_hash
 from alto_jax.mllm import text
 
 VOC_20 = (
@@ -80,7 +81,9 @@ class OpenVocab:
         try:
             image = transforms.open_image(paths[0])
             size = image.shape[:2]
-            record = {"key": f"{self.file.stem}/{number}", "image": image, "phrase": text.join_classes(names)}
+            record: dict[str, Any] = {"key": f"{self.file.stem}/{number}", "image": image}
+            record["phrase"] = text.join_classes(names)
+            record["image_hash"] = file_hash(paths[0])
             record["mask"] = refcoco.mask_file(pathlib.Path(paths[1]))(*size).astype(np.uint8) * np.uint8(255)
             if ignore is not None:
                 record["ignore"] = refcoco.mask_file(ignore)(*size).astype(np.uint8) * np.uint8(255)

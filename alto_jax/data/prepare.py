@@ -20,6 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -99,7 +100,7 @@ def open_source(
     if name in ("scene_masks", "scene_chats"):
         config = ScenesConfig(image_size=128, num_scenes=num)
         return (name, "masks", SceneMasks(config)) if name == "scene_masks" else (name, "chat", SceneChats(config))
-    if name.endswith("_train") and name.removesuffix("_train") in ("refcoco", "refcoco+", "refcocog", "grefcoco"):
+    if name.endswith("_train") and name.removesuffix("_train") in benchmarks.TRAINING:
         raw = benchmarks.train_split(name.removesuffix("_train"), path, protocol=protocol, images=images)
         return f"{name}.{protocol}", "chat", refcoco.ReferringChats(raw, seed=seed)
     with_masks = [n for n, found in benchmarks.BENCHMARKS.items() if found.family in benchmarks.MASK_FAMILIES]
@@ -109,13 +110,13 @@ def open_source(
     return f"{name}.{protocol}", "referring", benchmarks.open_benchmark(name, path, protocol=protocol, images=images)
 
 
-def example(job: Job, index: int) -> dict[str, Any]:
-    """Record `index` as TFDS features.
+def example(job: Job, record: dict[str, Any]) -> dict[str, Any]:
+    """A record of the job's source as TFDS features.
 
     Raises:
       ValueError, OSError: a bad record.
     """
-    record, sizes = job.source[index], job.sizes
+    sizes = job.sizes
     encode = functools.partial(prepared.encode_image, image_format=job.image_format)
     key, image = record["key"], record["image"]
     if job.kind == "masks":
@@ -179,7 +180,8 @@ def prepare(job: Job, out: str | os.PathLike, *, max_bad_fraction: float, worker
     shards: dict[int, dict] = {}
     for number in range(count):
         if (work / f"{number:05d}.json").is_file() and _shard_file(job, folder, number, count).is_file():
-            shards[number] = json.loads((work / f"{number:05d}.json").read_text())
+            shard = json.loads((work / f"{number:05d}.json").read_text())
+            shards |= {number: shard} if "images" in shard else {}  # Earlier versions kept no images.
     done = sum(s["seen"] for s in shards.values())
     progress = Progress(job.name, total, done)
     if done:
@@ -244,27 +246,28 @@ def _write_shard(
     start = number * job.records_per_shard
     stop = min(start + job.records_per_shard, len(job.source))
     bad: list[dict[str, Any]] = []
-    written = 0
+    images: list[int] = []
     # Note: images are compressed as they should be; unpacking "raw" ones would cost more than reading them.
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
     for index in range(start, stop):
         try:
-            record = serialize(example(job, index))
+            raw = job.source[index]
+            record = serialize(example(job, raw))
         except (ValueError, OSError) as error:
             message = " ".join(str(error).split())
             bad.append({"index": index, "kind": bad_data.kind_of(message), "message": message})
             continue
         writer.write(record)
-        written += 1
+        images.append(raw["image_hash"])
     writer.close()
     digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
     shard: dict[str, Any] = {
         "number": number,
         "seen": stop - start,
-        "records": written,
+        "records": len(images),
         "bytes": temporary.stat().st_size,
     }
-    shard |= {"sha256": digest, "bad": bad}
+    shard |= {"sha256": digest, "bad": bad, "images": images}
     temporary.replace(file)
     write_whole(work / f"{number:05d}.json", json.dumps(shard))
     return shard
@@ -296,6 +299,9 @@ def _finish(job: Job, folder: pathlib.Path, shards: list[dict], options: dict) -
         "bad_by_kind": dict(sorted(Counter(entry["kind"] for entry in bad).items())),
         "shards": [{k: s[k] for k in ("records", "bytes", "sha256")} for s in shards],
     }
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([image for shard in shards for image in shard["images"]], np.uint64))
+    write_whole(folder / prepared.IMAGES, buffer.getvalue())
     write_whole(folder / prepared.MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
@@ -313,7 +319,7 @@ def check(job: Job, workers: int = 2) -> dict[str, Any]:
             try:
                 found = problems(index) if problems else []
                 if not problems:
-                    example(job, index)
+                    example(job, job.source[index])
             except (ValueError, OSError) as error:
                 found = [" ".join(str(error).split())]
         return found, notes

@@ -9,6 +9,7 @@ of the SAM encoder), codes and code_lengths.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+import copy
 import io
 import json
 import os
@@ -18,9 +19,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from alto_jax.data.split import ImageSplit
+
 KINDS = ("masks", "chat", "referring")
 FORMATS = ("raw", "png", "jpeg")
 MANIFEST = "manifest.json"
+IMAGES = "images.npy"  # uint64[N]: the hash of each record's image (split.py), so that a split reads no record.
 
 
 def features(kind: str, image_format: str, caches: Mapping[str, Any] | None = None) -> Any:
@@ -164,7 +168,46 @@ class Prepared:
         self.no_target = self.manifest["no_target"]
         self.caches = self.manifest.get("caches", {}) if use_caches else {}
         self._sized = any(self.manifest["sizes"].values())
+        self._rows: np.ndarray | None = None
+        self._hashes = self._read_hashes() if (self.directory / IMAGES).is_file() else None
         self._open()
+
+    def image_hashes(self, index: int) -> tuple[int, ...]:
+        """Hash of the image of record `index`, see split.py; () if the set was prepared before these were kept."""
+        return () if self._hashes is None else (int(self._hashes[self._row(index)]),)
+
+    def part(self, split: ImageSplit) -> "Prepared":
+        """The records whose images are on one side of a split.
+
+        Raises:
+          EmptySplit: there is none. ValueError: the data set was prepared before hashes of images were kept.
+        """
+        if self._hashes is None:
+            raise ValueError(
+                f"{self.directory}: prepared before {IMAGES} was written, which says what image each record shows; "
+                "prepare it again, or give an evaluation set of its own (config.eval.source)"
+            )
+        found = copy.copy(self)
+        found._rows = np.flatnonzero(split.has_hashes(self._hashes))
+        split.require_some(len(found), len(self), self.directory)
+        return found
+
+    def _read_hashes(self) -> np.ndarray:
+        file, count = self.directory / IMAGES, self.manifest["written"]
+        try:
+            hashes = np.load(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: cannot be read: {error}") from error
+        if hashes.shape != (count,) or hashes.dtype != np.uint64:
+            raise ValueError(f"{file}: expected {count} numbers of uint64, got {hashes.dtype}{list(hashes.shape)}")
+        return hashes
+
+    def _row(self, index: int) -> int:
+        """Where record `index` is stored."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        index = int(index) % len(self)
+        return index if self._rows is None else int(self._rows[index])
 
     def _open(self) -> None:
         import tensorflow_datasets as tfds  # late: only prepared sets need it, and it is slow to start
@@ -192,13 +235,14 @@ class Prepared:
         return self._small.deserialize_example_np(rest) | large
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._source) if self._rows is None else len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        stored = self._stored(int(index) % len(self))
-        record, kind = {"key": stored["key"].decode()}, self.manifest["kind"]
+        row, kind = self._row(index), self.manifest["kind"]
+        stored = self._stored(row)
+        record = {"key": stored["key"].decode()}
+        if self._hashes is not None:
+            record["image_hash"] = int(self._hashes[row])
         sam_image = "image" if kind == "masks" else "pixel_image"  # Not needed beside its features.
         for name in ("image", "pixel_image") if self._sized else ("image",):
             if name in stored and not (name == sam_image and "features" in self.caches):
@@ -222,7 +266,7 @@ class Prepared:
 
     def conversation(self, index: int) -> dict[str, Any]:
         """Record `index` of kind "chat" without its images and masks."""
-        stored = self._texts.deserialize_example_np(self._source.data_source[index])
+        stored = self._texts.deserialize_example_np(self._source.data_source[self._row(index)])
         return {"key": stored["key"].decode(), "conversations": json.loads(stored["conversations"])}
 
     def texts(self) -> Iterator[list[str]]:

@@ -9,6 +9,7 @@ evaluates), "per_sentence" makes each its own sample (what most papers report).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import copy
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from alto_jax.data import rle, transforms
+from alto_jax.data.split import ImageSplit, file_hash
 from alto_jax.mllm import text
 
 Protocol = Literal["joined", "per_sentence"]
@@ -43,6 +45,11 @@ class Referent:
     mask: Callable[[int, int], np.ndarray]
     error: str = ""
 
+    @property
+    def image_hashes(self) -> tuple[int, ...]:
+        """Hash of its image, see split.py; none if the entry can't be used."""
+        return (file_hash(self.image),) if self.image.name else ()
+
 
 class Referring:
     """Random access to ReferringRecords of a list of referents, by protocol.
@@ -64,6 +71,17 @@ class Referring:
         if not self._samples:
             raise ValueError("referring data: no sample in this split")
 
+    def part(self, split: ImageSplit) -> "Referring":
+        """The samples whose images are on one side of a split; EmptySplit if there is none."""
+        found = copy.copy(self)
+        found._samples = [(r, n) for r, n in self._samples if split.has(r.image_hashes, r.key)]
+        split.require_some(len(found), len(self), f"this split (such as {self._samples[0][0].where})")
+        return found
+
+    def image_hashes(self, index: int) -> tuple[int, ...]:
+        """Hash of the image of record `index`, see split.py."""
+        return self._samples[index][0].image_hashes
+
     def __len__(self) -> int:
         return len(self._samples)
 
@@ -80,7 +98,8 @@ class Referring:
             mask = referent.mask(*image.shape[:2])
         except ValueError as error:
             raise ValueError(f"{referent.where}: {error}") from error
-        return {"key": key, "image": image, "mask": mask.astype(np.uint8) * np.uint8(255), "phrase": phrase}
+        mask, number = mask.astype(np.uint8) * np.uint8(255), file_hash(referent.image)
+        return {"key": key, "image": image, "image_hash": number, "mask": mask, "phrase": phrase}
 
     def phrases(self) -> Iterator[str]:
         """The sentences of all referents."""
@@ -132,7 +151,12 @@ class ReferringChats:
             question = text.question(record["phrase"], adaptive=bool(adaptive))
             answer, masks = text.answer(adaptive=bool(adaptive)), [record["mask"]]
         turns = [{"from": "human", "value": f"{text.IMAGE}\n{question}"}, {"from": "gpt", "value": answer}]
-        return {"key": record["key"], "image": record["image"], "masks": masks, "conversations": turns}
+        return {**{k: record[k] for k in ("key", "image", "image_hash") if k in record}, "masks": masks,
+                "conversations": turns}  # fmt: skip
+
+    def image_hashes(self, index: int) -> tuple[int, ...]:
+        """Hash of the image of sample `index`; with `skip_no_target` another one may stand in for it."""
+        return self.source.image_hashes(index)
 
     def texts(self) -> Iterator[list[str]]:
         """What is asked of every record, and the answers, without reading images."""

@@ -6,6 +6,7 @@ the reference's rule (reference/NUMERICS.md §8): annotations larger than 0.5 % 
 Record i is a function of (seed, i), in any order and epoch.
 """
 
+import copy
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from alto_jax.data import rle, transforms
+from alto_jax.data.split import ImageSplit, file_hash
 
 _MAX_TARGETS = 20
 
@@ -60,6 +62,17 @@ class Sa1bMasks:
         self._train, self._seed, self._draws = train, seed, draws_per_image if train else 1
         self._max_side, self._min_area = max_side, min_area
 
+    def part(self, split: ImageSplit) -> "Sa1bMasks":
+        """The images on one side of a split (an annotation file has its image's name); EmptySplit if there is none."""
+        found = copy.copy(self)
+        found.files = [file for file in self.files if split.has((file_hash(file),), "")]
+        split.require_some(len(found.files), len(self.files), self.root)
+        return found
+
+    def image_hashes(self, index: int) -> tuple[int, ...]:
+        """Hash of the image of record `index`, see split.py; if it has no large annotation, another is taken."""
+        return (file_hash(self.files[index % len(self.files)]),)
+
     def __len__(self) -> int:
         return len(self.files) * self._draws
 
@@ -86,7 +99,8 @@ class Sa1bMasks:
             transforms.limit_side(mask, self._max_side),
         )
         image, mask = transforms.pad_square(image, mask, rng if self._train else None)
-        return {"key": f"{file.relative_to(self.root)}#{index}", "image": image, "mask": mask}
+        key, number = f"{file.relative_to(self.root)}#{index}", file_hash(file)
+        return {"key": key, "image": image, "image_hash": number, "mask": mask}
 
     def problems(self, index: int) -> list[str]:
         """Everything that is wrong with image `index` and its annotations, also with those that may never be drawn."""

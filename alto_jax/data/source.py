@@ -33,6 +33,14 @@ class HasConversations(Protocol):
         """Record `index` with "key" and "conversations" alone."""
 
 
+@runtime_checkable
+class HasImages(Protocol):
+    """A source that says which images its records show without reading them, see split.py."""
+
+    def image_hashes(self, index: int, /) -> tuple[int, ...]:
+        """Hashes of the images of record `index`; () if it has none, or none can be told."""
+
+
 class Batches(Protocol[T_co]):
     """An iterator of batches that can be saved and moved: after `set_state` the same follow as after `get_state`."""
 
