@@ -116,7 +116,7 @@ class SceneReferring:
         phrase = text.find_reference(record["conversations"][0]["value"])
         assert phrase is not None  # Note: with adaptive_only every record asks for a mask.
         phrase = phrase.removeprefix(text.REF).removesuffix(text.REF_END)
-        shared = {name: record[name] for name in ("key", "image", "image_hash")}
+        shared = {name: record[name] for name in ("key", "image", "image_name")}
         return shared | {"mask": record["masks"][0], "phrase": phrase}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from alto_jax.data import transforms
-from alto_jax.data.split import ImageSplit, file_hash
+from alto_jax.data.split import ImageSplit, file_hash, image_name
 
 _log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class Conversations:
         if part.augment:
             image = transforms.jpeg_augment(image, np.random.default_rng((self._seed, index)))
         key = f"{part.name}/{part.file.name}:{part.line_numbers[row]}"
-        record = {"key": key, "image": image, "image_hash": file_hash(entry["image"]), "masks": masks}
+        record = {"key": key, "image": image, "image_name": image_name(entry["image"]), "masks": masks}
         return record | {"conversations": entry["conversations"]}
 
     def texts(self) -> Iterator[list[str]]:

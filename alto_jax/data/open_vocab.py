@@ -22,7 +22,7 @@ import numpy as np
 from alto_jax import cli
 from alto_jax.config import write_whole
 from alto_jax.data import refcoco, transforms
-from alto_jax.data.split import file_hash
+from alto_jax.data.split import image_name
 from alto_jax.mllm import text
 
 VOC_20 = (
@@ -83,7 +83,7 @@ class OpenVocab:
             size = image.shape[:2]
             record: dict[str, Any] = {"key": f"{self.file.stem}/{number}", "image": image}
             record["phrase"] = text.join_classes(names)
-            record["image_hash"] = file_hash(paths[0])
+            record["image_name"] = image_name(paths[0])
             record["mask"] = refcoco.mask_file(pathlib.Path(paths[1]))(*size).astype(np.uint8) * np.uint8(255)
             if ignore is not None:
                 record["ignore"] = refcoco.mask_file(ignore)(*size).astype(np.uint8) * np.uint8(255)

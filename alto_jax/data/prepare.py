@@ -20,7 +20,6 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -246,7 +245,7 @@ def _write_shard(
     start = number * job.records_per_shard
     stop = min(start + job.records_per_shard, len(job.source))
     bad: list[dict[str, Any]] = []
-    images: list[int] = []
+    images: list[str] = []
     # Note: images are compressed as they should be; unpacking "raw" ones would cost more than reading them.
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
     for index in range(start, stop):
@@ -258,7 +257,7 @@ def _write_shard(
             bad.append({"index": index, "kind": bad_data.kind_of(message), "message": message})
             continue
         writer.write(record)
-        images.append(raw["image_hash"])
+        images.append(raw.get("image_name", raw["key"]))
     writer.close()
     digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
     shard: dict[str, Any] = {
@@ -299,9 +298,7 @@ def _finish(job: Job, folder: pathlib.Path, shards: list[dict], options: dict) -
         "bad_by_kind": dict(sorted(Counter(entry["kind"] for entry in bad).items())),
         "shards": [{k: s[k] for k in ("records", "bytes", "sha256")} for s in shards],
     }
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([image for shard in shards for image in shard["images"]], np.uint64))
-    write_whole(folder / prepared.IMAGES, buffer.getvalue())
+    write_whole(folder / prepared.IMAGES, prepared.encode_names(n for shard in shards for n in shard["images"]))
     write_whole(folder / prepared.MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 

@@ -8,7 +8,7 @@ Kinds and what a record holds: "masks" key, image, mask; "chat" key, image, pixe
 of the SAM encoder), codes and code_lengths.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 import copy
 import io
 import json
@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from alto_jax.data.split import ImageSplit
+from alto_jax.data.split import ImageSplit, image_hash
 
 KINDS = ("masks", "chat", "referring")
 FORMATS = ("raw", "png", "jpeg")
 MANIFEST = "manifest.json"
-IMAGES = "images.npy"  # uint64[N]: the hash of each record's image (split.py), so that a split reads no record.
+IMAGES = "images.npy"  # What image each record shows: its name and its hash (split.py), so that no record need be read.
 
 
 def features(kind: str, image_format: str, caches: Mapping[str, Any] | None = None) -> Any:
@@ -74,6 +74,18 @@ def encode_mask(mask: np.ndarray) -> bytes:
     """uint8[H, W] as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(mask).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def encode_names(names: Iterable[str]) -> bytes:
+    """The content of IMAGES for the records' image names."""
+    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+    size = max(map(len, encoded), default=1) or 1
+    table = np.zeros(len(encoded), [("hash", "<u8"), ("name", f"S{size}")])
+    table["hash"] = [image_hash(name.decode("utf-8", "surrogateescape")) for name in encoded]
+    table["name"] = encoded
+    buffer = io.BytesIO()
+    np.save(buffer, table)
     return buffer.getvalue()
 
 
@@ -169,12 +181,12 @@ class Prepared:
         self.caches = self.manifest.get("caches", {}) if use_caches else {}
         self._sized = any(self.manifest["sizes"].values())
         self._rows: np.ndarray | None = None
-        self._hashes = self._read_hashes() if (self.directory / IMAGES).is_file() else None
+        self._images = self._read_images() if (self.directory / IMAGES).is_file() else None
         self._open()
 
     def image_hashes(self, index: int) -> tuple[int, ...]:
         """Hash of the image of record `index`, see split.py; () if the set was prepared before these were kept."""
-        return () if self._hashes is None else (int(self._hashes[self._row(index)]),)
+        return () if self._images is None else (int(self._images["hash"][self._row(index)]),)
 
     def part(self, split: ImageSplit) -> "Prepared":
         """The records whose images are on one side of a split.
@@ -182,25 +194,25 @@ class Prepared:
         Raises:
           EmptySplit: there is none. ValueError: the data set was prepared before hashes of images were kept.
         """
-        if self._hashes is None:
+        if self._images is None:
             raise ValueError(
                 f"{self.directory}: prepared before {IMAGES} was written, which says what image each record shows; "
                 "prepare it again, or give an evaluation set of its own (config.eval.source)"
             )
         found = copy.copy(self)
-        found._rows = np.flatnonzero(split.has_hashes(self._hashes))
+        found._rows = np.flatnonzero(split.has_hashes(np.array(self._images["hash"])))
         split.require_some(len(found), len(self), self.directory)
         return found
 
-    def _read_hashes(self) -> np.ndarray:
+    def _read_images(self) -> np.ndarray:
         file, count = self.directory / IMAGES, self.manifest["written"]
         try:
-            hashes = np.load(file)
-        except (OSError, ValueError) as error:
+            images = np.load(file, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{file}: cannot be read: {error}") from error
-        if hashes.shape != (count,) or hashes.dtype != np.uint64:
-            raise ValueError(f"{file}: expected {count} numbers of uint64, got {hashes.dtype}{list(hashes.shape)}")
-        return hashes
+        if images.shape != (count,) or images.dtype.names != ("hash", "name"):
+            raise ValueError(f"{file}: expected hash and name of {count} images, got {images.dtype}{images.shape}")
+        return images
 
     def _row(self, index: int) -> int:
         """Where record `index` is stored."""
@@ -241,8 +253,8 @@ class Prepared:
         row, kind = self._row(index), self.manifest["kind"]
         stored = self._stored(row)
         record = {"key": stored["key"].decode()}
-        if self._hashes is not None:
-            record["image_hash"] = int(self._hashes[row])
+        if self._images is not None:
+            record["image_name"] = bytes(self._images["name"][row]).decode("utf-8", "surrogateescape")
         sam_image = "image" if kind == "masks" else "pixel_image"  # Not needed beside its features.
         for name in ("image", "pixel_image") if self._sized else ("image",):
             if name in stored and not (name == sam_image and "features" in self.caches):

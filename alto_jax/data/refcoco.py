@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from alto_jax.data import rle, transforms
-from alto_jax.data.split import ImageSplit, file_hash
+from alto_jax.data.split import ImageSplit, file_hash, image_name
 from alto_jax.mllm import text
 
 Protocol = Literal["joined", "per_sentence"]
@@ -98,8 +98,8 @@ class Referring:
             mask = referent.mask(*image.shape[:2])
         except ValueError as error:
             raise ValueError(f"{referent.where}: {error}") from error
-        mask, number = mask.astype(np.uint8) * np.uint8(255), file_hash(referent.image)
-        return {"key": key, "image": image, "image_hash": number, "mask": mask, "phrase": phrase}
+        mask, name = mask.astype(np.uint8) * np.uint8(255), image_name(referent.image)
+        return {"key": key, "image": image, "image_name": name, "mask": mask, "phrase": phrase}
 
     def phrases(self) -> Iterator[str]:
         """The sentences of all referents."""
@@ -151,7 +151,7 @@ class ReferringChats:
             question = text.question(record["phrase"], adaptive=bool(adaptive))
             answer, masks = text.answer(adaptive=bool(adaptive)), [record["mask"]]
         turns = [{"from": "human", "value": f"{text.IMAGE}\n{question}"}, {"from": "gpt", "value": answer}]
-        return {**{k: record[k] for k in ("key", "image", "image_hash") if k in record}, "masks": masks,
+        return {**{k: record[k] for k in ("key", "image", "image_name") if k in record}, "masks": masks,
                 "conversations": turns}  # fmt: skip
 
     def image_hashes(self, index: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from alto_jax.data import rle, transforms
-from alto_jax.data.split import ImageSplit, file_hash
+from alto_jax.data.split import ImageSplit, file_hash, image_name
 
 _MAX_TARGETS = 20
 
@@ -99,8 +99,8 @@ class Sa1bMasks:
             transforms.limit_side(mask, self._max_side),
         )
         image, mask = transforms.pad_square(image, mask, rng if self._train else None)
-        key, number = f"{file.relative_to(self.root)}#{index}", file_hash(file)
-        return {"key": key, "image": image, "image_hash": number, "mask": mask}
+        key = f"{file.relative_to(self.root)}#{index}"
+        return {"key": key, "image": image, "image_name": image_name(file), "mask": mask}
 
     def problems(self, index: int) -> list[str]:
         """Everything that is wrong with image `index` and its annotations, also with those that may never be drawn."""

@@ -12,7 +12,6 @@ import numpy as np
 
 from alto_jax.data import phrases
 from alto_jax.data.composition import Scene, SceneObject, Scenes, ScenesConfig, mask_complexity
-from alto_jax.data.split import image_hash
 from alto_jax.mllm import text
 
 __all__ = [
@@ -94,7 +93,7 @@ class SceneMasks:
             count = int(rng.integers(2, most + 1))
         chosen = rng.permutation(len(scene.objects))[:count]
         mask = scene.union(chosen.tolist())
-        return {"key": scene.key, "image": scene.image, "image_hash": image_hash(scene.key), "mask": mask}
+        return {"key": scene.key, "image": scene.image, "image_name": scene.key, "mask": mask}
 
 
 class SceneChats:
@@ -148,5 +147,5 @@ class SceneChats:
             {"from": "human", "value": f"{text.IMAGE}\n{question}"},
             {"from": "gpt", "value": answer},
         ]
-        record = {"key": scene.key, "image": scene.image, "image_hash": image_hash(scene.key), "masks": masks}
+        record = {"key": scene.key, "image": scene.image, "image_name": scene.key, "masks": masks}
         return record | {"conversations": conversations}

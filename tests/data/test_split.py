@@ -128,7 +128,7 @@ def test_training_never_sees_a_held_out_image(tmp_path, debug_model, kind):
             except ValueError as error:
                 assert "no JSON" in str(error)
         seen.append(hashes_of(source))
-        assert {r["image_hash"] for r in records} == seen[-1]
+        assert {image_hash(r["image_name"]) for r in records} == seen[-1]
         assert len(records) >= 2 and len(seen[-1]) >= 2
     assert not seen[0] & seen[1]
     assert seen[0] | seen[1] == hashes_of(whole)
@@ -141,7 +141,7 @@ def test_requests_for_masks_stay_on_their_side(tmp_path, debug_model):
     shown = []
     for held_out in (False, True):
         source = sources.chat_source(config, held_out=held_out, adaptive_only=True)
-        shown.append({source[i]["image_hash"] for i in range(len(source))})
+        shown.append({source[i]["image_name"] for i in range(len(source))})
         assert all(len(source[i]["masks"]) == 1 for i in range(len(source)))
     assert shown[0] and shown[1] and not shown[0] & shown[1]
 
