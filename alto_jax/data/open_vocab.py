@@ -153,6 +153,12 @@ def build(
         if file is None:
             raise ValueError(f"--images: {images} holds no {stem}.jpg or .png for the label map {maps[stem]}")
         label = np.asarray(transforms.open_labels(maps[stem]))
+        size = transforms.open_image(file).shape[:2]
+        if size != label.shape:
+            raise ValueError(
+                f"{maps[stem]}: the label map is {label.shape[1]}x{label.shape[0]}, its image is {size[1]}x{size[0]}: "
+                f"{file}"
+            )
         values, counts = np.unique(label, return_counts=True)
         wrong = [int(v) for v in values if v > len(names) and int(v) not in special]
         if wrong:

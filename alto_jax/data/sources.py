@@ -18,6 +18,7 @@ from alto_jax.data.conversations import Conversations
 from alto_jax.data.glyphs import catalogue
 from alto_jax.data.mixture import Mixture
 from alto_jax.data.prepared import Prepared
+from alto_jax.data.prompts import NoPrompts, Prompts
 from alto_jax.data.sa1b import Sa1bMasks
 from alto_jax.data.source import Batches, HasImages, HasTexts, Records
 from alto_jax.data.split import EmptySplit, ImageSplit
@@ -46,16 +47,20 @@ def mask_source(config: Any, *, held_out: bool = False) -> Records:
 
 
 def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = False) -> Records:
-    """ChatRecords, see `mask_source`."""
+    """ChatRecords, see `mask_source`; `adaptive_only`: requests for one mask alone, see prompts.py."""
     config, field, split = _place(config, held_out)
     data = config.data
     if data.source == "scenes":
         chats = dataclasses.replace(data.scene_chats, adaptive_only=adaptive_only or data.scene_chats.adaptive_only)
         return scenes.SceneChats(_scenes(config, held_out), chats)
+    max_masks = None if adaptive_only else data.max_masks
     if data.source == "jsonl":
-        return _part(Conversations(data.meta, once=held_out), split)
+        found = _part(Conversations(data.meta, once=held_out, max_masks=max_masks), split)
+        return Prompts(found, f"{field}.meta {data.meta}") if adaptive_only else found
     if data.source == "prepared":
-        return _part(Prepared(data.root, kind="chat", use_caches=data.use_caches), split)
+        stored = Prepared(data.root, kind="chat", use_caches=data.use_caches, max_masks=max_masks)
+        prepared = _part(stored, split)
+        return Prompts(prepared, f"{field}.root {data.root}") if adaptive_only else prepared
     if data.source == "referring":
         return _referring(config, field, split, adaptive_only)
     if data.source == "mixture":
@@ -90,8 +95,10 @@ def count_shared_images(config: Any) -> tuple[int, int]:
 
     Reads no image, but the name of every image that is trained on; (0, 0) where a source can't tell them.
     """
-    open_source = mask_source if config.stage in ("stage1", "stage1_5") else chat_source
-    held_out, training = open_source(config, held_out=True), open_source(config)
+    if config.stage in ("stage1", "stage1_5"):
+        held_out, training = mask_source(config, held_out=True), mask_source(config)
+    else:
+        held_out, training = chat_source(config, held_out=True, adaptive_only=True), chat_source(config)
     if not (isinstance(held_out, HasImages) and isinstance(training, HasImages)):
         return 0, 0
     evaluated = {n for i in range(min(config.eval.num_samples, len(held_out))) for n in held_out.image_hashes(i)}
@@ -124,16 +131,15 @@ def _part(source: S, split: ImageSplit | None) -> S:
 def _referring(config: Any, field: str, split: ImageSplit | None, adaptive_only: bool) -> Records:
     """The training splits that `config.data.meta` names (or other ones, as "refcoco_val"), by their sizes."""
     parts: dict[str, tuple[Records, float]] = {}
-    empty: list[EmptySplit] = []
+    empty: list[ValueError] = []
     for name in (name.strip() for name in config.data.meta.split(",")):
         try:
             raw = _part(_referring_split(name, config.data.root, field), split)
-        except EmptySplit as error:
+            raw = raw.with_targets() if adaptive_only else raw
+        except (EmptySplit, NoPrompts) as error:
             empty.append(error)
             continue
-        chats: dict[str, Any] = {}
-        if adaptive_only:
-            chats = {"adaptive_fraction": 1.0, "yes_fraction": 0.0, "skip_no_target": True}
+        chats = {"adaptive_fraction": 1.0, "yes_fraction": 0.0} if adaptive_only else {}
         source = refcoco.ReferringChats(raw, seed=config.seed, **chats)
         parts[name] = (source, float(len(source)))
     _name_empty(parts, empty)
@@ -154,8 +160,8 @@ def _referring_split(name: str, root: str, field: str) -> refcoco.Referring:
     raise ValueError(f"{field}.meta: expected some of {expected}, got {name!r}")
 
 
-def _name_empty(parts: dict, empty: list[EmptySplit]) -> None:
-    """Logs which parts have no record on the side that was asked for; EmptySplit if none has one."""
+def _name_empty(parts: dict, empty: list[ValueError]) -> None:
+    """Logs which parts have no record of what was asked for; raises EmptySplit or NoPrompts if none has one."""
     if not parts:
         raise empty[0]
     for error in empty:
@@ -180,7 +186,7 @@ def _mixture(config: Any, field: str, open_part: Callable[[Any], Records]) -> Re
     """The sources of the JSON `config.data.meta`: {name: {"weight", "source", "root", "meta"}}; paths are relative."""
     file = pathlib.Path(config.data.meta)
     sources: dict[str, tuple[Records, float]] = {}
-    empty: list[EmptySplit] = []
+    empty: list[ValueError] = []
     for name, (weight, entry) in _entries(config, field).items():
         source = entry["source"]
         paths = {"root": str(file.parent / entry["root"]) if entry.get("root") else "", "meta": entry.get("meta", "")}
@@ -190,7 +196,7 @@ def _mixture(config: Any, field: str, open_part: Callable[[Any], Records]) -> Re
         try:
             data = dataclasses.replace(config.data, source=source, validation_fraction=fraction, **paths)
             sources[name] = (open_part(dataclasses.replace(config, data=data)), weight)
-        except EmptySplit as error:
+        except (EmptySplit, NoPrompts) as error:
             empty.append(error)
         except ValueError as error:
             raise ValueError(f"{file}: {name}: {error}") from error
@@ -271,7 +277,7 @@ def held_out_masks(config: Any) -> Iterator[MaskBatch]:
             _First(source, config.eval.num_samples),
             image_size=size.image_size,
             mask_size=size.mask_size,
-            **_once(config),
+            **_once(config, source),
         )
     )
 
@@ -286,7 +292,7 @@ def held_out_prompts(config: Any, text: TextTokenizer) -> Iterator[PromptBatch]:
             **_sizes(config),
             max_prompt_length=config.data.max_length,
             system=config.data.system,
-            **_once(config),
+            **_once(config, source),
         )
     )
 
@@ -316,7 +322,8 @@ def _options(config: Any, process_index: int, process_count: int) -> dict:
     return options | ({"system": config.data.system} if config.stage in ("stage2", "stage3") else {})
 
 
-def _once(config: Any) -> dict:
+def _once(config: Any, source: Records) -> dict[str, Any]:
+    """Options of a pass over the first held-out records; as many of them may be bad as of the whole source."""
     return {
         "batch_size": config.eval.batch_size,
         "seed": 0,
@@ -324,6 +331,7 @@ def _once(config: Any) -> dict:
         "shuffle": False,
         "drop_remainder": False,
         "num_threads": config.data.num_threads,
+        "max_bad_records": int(config.data.max_bad_fraction * len(source)),
         "max_bad_fraction": config.data.max_bad_fraction,
     }
 
