@@ -38,7 +38,9 @@ class DataConfig:
     are an error. length_buckets: a stage-2 batch is cut to the shortest of these lengths that its rows fit in (one
     program each; one process only), () keeps max_length. pack_samples: up to so many conversations share a row of
     stage 2 (1: each has its own); train.batch_size then counts rows, max_masks still the masks of a conversation.
-    use_caches: take SAM features and mask tokens from prepared data sets that have them.
+    use_caches: take SAM features and mask tokens from prepared data sets that have them. validation_fraction: share of
+    the images, by a hash of their names (data/split.py), that training leaves out and evaluation takes (0: none; the
+    built-in data hold out shapes of their own).
     """
 
     source: Literal["scenes", "sa1b", "jsonl", "prepared", "referring", "mixture"] = "scenes"
@@ -56,16 +58,14 @@ class DataConfig:
     length_buckets: tuple[int, ...] = ()
     pack_samples: int = 1
     use_caches: bool = True
+    validation_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        require(
-            self.source != "sa1b" or bool(self.root), "root", self.root, "the SA-1B folder (--config.data.root=DIR)"
-        )
-        require(self.source != "jsonl" or bool(self.meta), "meta", self.meta, "the meta file (--config.data.meta=FILE)")
-        if self.source in ("prepared", "referring"):
-            require(bool(self.root), "root", self.root, f"the data folder of source {self.source!r}")
-        if self.source in ("referring", "mixture"):
-            require(bool(self.meta), "meta", self.meta, "data set names (referring) or a JSON file (mixture)")
+        _require_place(self.source, self.root, self.meta, "data")
+        most = 0 if self.source == "scenes" else 1
+        fits = self.validation_fraction == 0 or 0 < self.validation_fraction < most
+        expected = f"0 with source {self.source!r}" if most == 0 else "at least 0 and below 1"
+        require(fits, "validation_fraction", self.validation_fraction, expected)
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "0..1")
         fits = all(8 <= length <= self.max_length for length in self.length_buckets)
         require(fits, "length_buckets", self.length_buckets, f"lengths in 8..{self.max_length}")
@@ -74,6 +74,16 @@ class DataConfig:
         require(one, "length_buckets", self.length_buckets, f"() with pack_samples {self.pack_samples}")
         require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
         require(self.max_masks >= 1, "max_masks", self.max_masks, "at least 1")
+
+
+def _require_place(source: str, root: str, meta: str, group: str) -> None:
+    """Raises ConfigError if a source of `config.{group}` lacks its root or meta."""
+    require(source != "sa1b" or bool(root), "root", root, f"the SA-1B folder (--config.{group}.root=DIR)")
+    require(source != "jsonl" or bool(meta), "meta", meta, f"the meta file (--config.{group}.meta=FILE)")
+    if source in ("prepared", "referring"):
+        require(bool(root), "root", root, f"the data folder of source {source!r}")
+    if source in ("referring", "mixture"):
+        require(bool(meta), "meta", meta, "data set names (referring) or a JSON file (mixture)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +125,11 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation: every how many updates (0: only at the end), on how many samples, in batches of.
+    """Evaluation in training: every how many updates (0: only at the end), on how many samples, in batches of.
 
+    source, root, meta: a data set of its own, as in `data` ("referring": also other splits, such as refcoco_val); "":
+    the images that `data.validation_fraction` keeps from training, else the shapes that the built-in data keep from it,
+    else the training data themselves, and then the metrics are named "eval_train/…" instead of "eval/…".
     token_counts: numbers of leading tokens at which the tokenizer's IoU is reported. max_new_tokens: longest
     answer of the MLLM.
     """
@@ -126,8 +139,15 @@ class EvalConfig:
     batch_size: int = 32
     token_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     max_new_tokens: int = 64
+    source: Literal["", "scenes", "sa1b", "jsonl", "prepared", "referring", "mixture"] = ""
+    root: str = ""
+    meta: str = ""
 
     def __post_init__(self) -> None:
+        _require_place(self.source, self.root, self.meta, "eval")
+        for name in ("root", "meta"):
+            value = getattr(self, name)
+            require(bool(self.source) or not value, name, value, "empty without eval.source")
         require(self.num_samples >= 0, "num_samples", self.num_samples, "at least 0")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
 

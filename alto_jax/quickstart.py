@@ -15,6 +15,8 @@ from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig, make_experiment
 from alto_jax.train.loop import train
 
+_KINDS = {"eval": "held-out", "eval_train": "training"}
+
 
 def run(values: dict, workdir: str) -> dict:
     """Runs the stages of `values["stages"]`, each from the one before, and reports.
@@ -38,11 +40,12 @@ def run(values: dict, workdir: str) -> dict:
         results[name] = train(config, root / name)
     summary = summarize(results)
     began_report = time.monotonic()
+    kinds = {name: _KINDS[sources.evaluated_on(config)] for name, config in configs.items()}
     samples = {
-        "Mask tokenizer: held-out masks, encoded and decoded": tokenizer_samples(
+        f"Mask tokenizer: {kinds['stage1_5']} masks, encoded and decoded": tokenizer_samples(
             configs["stage1_5"], root / "stage1_5", values["num_predictions"]
         ),
-        "MLLM after stage 3: held-out shapes, asked for by name": mllm_samples(
+        f"MLLM after stage 3: {kinds['stage3']} shapes, asked for by name": mllm_samples(
             configs["stage3"], root / "stage3", values["num_predictions"]
         ),
     }
@@ -54,9 +57,14 @@ def run(values: dict, workdir: str) -> dict:
     return summary
 
 
+def evaluation(result: dict) -> dict:
+    """The numbers of a stage's last evaluation; of training data (`sources.evaluated_on`) if nothing was held out."""
+    return result["eval"] if "eval" in result else result["eval_train"]
+
+
 def summarize(results: dict[str, dict]) -> dict:
     """The printed numbers from the stages' results."""
-    tokenizer = results["stage1_5"]["eval"]
+    tokenizer = evaluation(results["stage1_5"])
     names = (
         "giou_full",
         "giou_by_tokens",
@@ -69,10 +77,10 @@ def summarize(results: dict[str, dict]) -> dict:
     summary: dict = {"tokenizer": {name: tokenizer[name] for name in names}}
     first, last = (results["stage2"][f"metrics_{part}"] for part in ("first", "last"))
     mllm = ("giou", "giou_no_codes", "format_rate", "mean_length", "std_length")
-    summary["stage2"] = {name: results["stage2"]["eval"][name] for name in mllm}
+    summary["stage2"] = {name: evaluation(results["stage2"])[name] for name in mllm}
     summary["stage2"] |= {"loss_first": first["loss"], "loss_last": last["loss"]}
     first, last = (results["stage3"][f"metrics_{part}"] for part in ("first", "last"))
-    summary["stage3"] = {name: results["stage3"]["eval"][name] for name in mllm}
+    summary["stage3"] = {name: evaluation(results["stage3"])[name] for name in mllm}
     summary["stage3"] |= {"reward_first": first["reward"], "reward_last": last["reward"]}
     summary["seconds"] = {name: result["seconds"] for name, result in results.items()}
     return summary
@@ -136,9 +144,9 @@ def write(root: pathlib.Path, summary: dict, results: dict, configs: dict, sampl
         {"adaptive": (tokenizer["mean_length"], tokenizer["giou_adaptive"])},
     )
     lengths = {
-        "tokenizer (length predictor)": results["stage1_5"]["eval"]["lengths"],
-        "MLLM after stage 2": results["stage2"]["eval"]["lengths"],
-        "MLLM after stage 3": results["stage3"]["eval"]["lengths"],
+        "tokenizer (length predictor)": evaluation(results["stage1_5"])["lengths"],
+        "MLLM after stage 2": evaluation(results["stage2"])["lengths"],
+        "MLLM after stage 3": evaluation(results["stage3"])["lengths"],
     }
     histogram = report.length_histogram_figure({k: v for k, v in lengths.items() if v}, num_tokens)
     points = ", ".join(f"{v:.2f} with {k}" for k, v in tokenizer["giou_by_tokens"].items())

@@ -9,7 +9,7 @@ import os
 import pathlib
 from typing import Any, cast
 
-from alto_jax.data import refcoco
+from alto_jax.data import files, refcoco
 from alto_jax.data.open_vocab import OpenVocab
 from alto_jax.data.prepared import Prepared
 from alto_jax.data.scenes import ChatConfig, SceneChats, ScenesConfig
@@ -55,7 +55,14 @@ def _others() -> dict[str, Benchmark]:
         found[f"pope_{split}"] = Benchmark(f"pope_{split}", "pope", "pope", split, expects)
     expects = "vqav2/v2_OpenEnded_mscoco_val2014_questions.json, vqav2/v2_mscoco_val2014_annotations.json; COCO val2014"
     found["vqav2_val"] = Benchmark("vqav2_val", "vqav2", "vqav2", "val", expects)
-    found["mme"] = Benchmark("mme", "mme", "mme", "test", "mme/{category}/*.txt with its image beside it")
+    found["mme"] = Benchmark(
+        "mme",
+        "mme",
+        "mme",
+        "test",
+        "mme/{category}/*.txt with its image beside it, or as published: "
+        "mme/MME_Benchmark_release_version/{category}/images, questions_answers_YN",
+    )
     found["scenes"] = Benchmark("scenes", "scenes", "scenes", "validation", "nothing: the built-in held-out shapes")
     return found
 
@@ -84,7 +91,7 @@ def open_benchmark(
       name: one of BENCHMARKS with masks.
       root: the data folder, or a data set that `alto_jax.data.prepare` wrote of this benchmark and protocol.
       protocol: see refcoco.py; open-vocabulary sets have one phrase a sample, whatever it is.
-      images: folder of the COCO images, if it is not one of refcoco.IMAGE_FOLDERS below `root`.
+      images: folder of the COCO images, if it is not one of coco.IMAGE_FOLDERS below `root`.
 
     Raises:
       ValueError: unknown name, or files that are missing: the message says what was expected where.
@@ -116,7 +123,11 @@ class SceneReferring:
         phrase = text.find_reference(record["conversations"][0]["value"])
         assert phrase is not None  # Note: with adaptive_only every record asks for a mask.
         phrase = phrase.removeprefix(text.REF).removesuffix(text.REF_END)
-        return {"key": record["key"], "image": record["image"], "mask": record["masks"][0], "phrase": phrase}
+        shared = {name: record[name] for name in ("key", "image", "image_name")}
+        return shared | {"mask": record["masks"][0], "phrase": phrase}
+
+
+TRAINING = ("refcoco", "refcoco+", "refcocog", "grefcoco")  # Data sets with a training split.
 
 
 def train_split(
@@ -140,7 +151,7 @@ def _open_refcocom(found: Benchmark, root: pathlib.Path, protocol: Any, images: 
 
 
 def _open_vocab(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any) -> Records:
-    return OpenVocab(refcoco.find(root, (f"open_vocab/{found.name}.jsonl", f"{found.name}.jsonl"), found.name))
+    return OpenVocab(files.find(root, (f"open_vocab/{found.name}.jsonl", f"{found.name}.jsonl"), found.name))
 
 
 _OPENERS: dict[str, Callable[..., Records]] = {

@@ -1,12 +1,14 @@
 """Conversations with masks, as the reference's fine-tuning data are stored: a meta JSON and JSONL files.
 
-In: `{name: {"root", "annotation", "data_augment", "repeat_time", "length"}}`, where `annotation` is a JSONL
-of `{"image": path, "mask": path or [paths], "conversations": [{"from", "value"}, …]}`. Out: ChatRecords.
+In: `{name: {"root", "annotation", "data_augment", "repeat_time", "length"}}`, where `annotation` is a JSONL or a JSON
+list of `{"image": path, "mask": path or [paths], "conversations": [{"from", "value"}, …]}`, see chat_lines.py. Out:
+ChatRecords; a record without an image is text alone, one with several images is passed over.
 `root` is relative to the meta file, `annotation` to `root` or to the meta file, images and masks to `root`.
 Records are weighted by `repeat_time`: 3 has each record three times, 0.5 a fixed half of them once.
 """
 
 from collections.abc import Iterator
+import copy
 import dataclasses
 import json
 import logging
@@ -16,48 +18,54 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax.data import transforms
+from alto_jax.data import chat_lines, transforms
+from alto_jax.data.split import ImageSplit, image_hash, image_name
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """One data set of the meta file: where line i starts (and the end), and which lines are used."""
+    """One data set of the meta file: its lines, which of them can be used, and which are, how often."""
 
     name: str
     root: pathlib.Path
-    file: pathlib.Path
+    lines: chat_lines.Lines
     augment: bool
-    offsets: np.ndarray
-    line_numbers: np.ndarray
+    usable: np.ndarray
     chosen: np.ndarray
 
-    def read(self, row: int) -> tuple[str, dict[str, Any]]:
-        """Where used line `row` stands, for messages, and its checked content."""
-        where = f"{self.file} line {self.line_numbers[row]}"
-        with open(self.file, "rb") as file:
-            file.seek(int(self.offsets[row]))
-            return where, _parse(file.readline(), where)
+    def key(self, row: int) -> str:
+        """The key of line `row`."""
+        return f"{self.name}/{self.lines.file.name}:{self.lines.numbers[row]}"
+
+    def hashes(self, rows: np.ndarray) -> np.ndarray:
+        """Hashes of the images of lines, uint64[n], see split.py; of the line's key where it has no image."""
+        found = self.lines.image_hashes[rows]
+        for i in np.flatnonzero(found == 0):
+            found[i] = image_hash(self.key(int(rows[i])))
+        return found
 
 
 class Conversations:
-    """Random access to ChatRecords {"key", "image", "masks", "conversations"} of a meta file.
+    """Random access to ChatRecords {"key", "image" (None: text alone), "masks", "conversations"} of a meta file.
 
     Lines are found when opening and parsed when read, so that large files cost little memory. A record is a
     function of (seed, index).
     """
 
-    def __init__(self, meta: str | os.PathLike, *, seed: int = 0, once: bool = False):
+    def __init__(self, meta: str | os.PathLike, *, seed: int = 0, once: bool = False, max_masks: int | None = None):
         """Opens all data sets of a meta file.
 
         Args:
           meta: the meta JSON.
           seed: of the subsets that a fractional repeat_time takes, and of JPEG augmentation.
+          max_masks: records of more are passed over, with a warning; None: none is.
           once: every line once and as it is, whatever repeat_time and data_augment say.
 
         Raises:
-          ValueError: a file that is missing or malformed; the message names file, data set and field.
+          ValueError: a file that is missing or malformed, or no record that can be used; the message names file, data
+            set and field.
         """
         meta = pathlib.Path(meta)
         try:
@@ -67,11 +75,37 @@ class Conversations:
         if not isinstance(content, dict) or not content:
             raise ValueError(f"meta file {meta}: expected a non-empty object of data sets")
         self._seed = seed
-        self._parts = [_open_part(meta, name, entry, seed) for name, entry in content.items()]
+        self._parts = [_open_part(meta, name, entry, seed, max_masks) for name, entry in content.items()]
         if once:
-            whole = lambda part: dataclasses.replace(part, augment=False, chosen=np.arange(len(part.offsets)))
+            whole = lambda part: dataclasses.replace(part, augment=False, chosen=part.usable)
             self._parts = [whole(part) for part in self._parts]
+        if not any((part.lines.kinds[part.chosen] == chat_lines.GOOD).any() for part in self._parts):
+            problem = next((part.lines.problem for part in self._parts if part.lines.problem), "")
+            raise ValueError(f"meta file {meta}: none of its records can be used: {problem or 'too many masks'}")
         self._ends = np.cumsum([len(part.chosen) for part in self._parts])
+
+    def part(self, split: ImageSplit) -> "Conversations":
+        """The records whose images are on one side of a split (each data set's may be none).
+
+        Raises:
+          EmptySplit: there is none at all.
+        """
+        found = copy.copy(self)
+        found._parts = []
+        for part in self._parts:
+            on_side = np.zeros(len(part.lines.kinds), bool)
+            on_side[part.usable] = split.has_hashes(part.hashes(part.usable))
+            changes = {name: rows[on_side[rows]] for name, rows in (("usable", part.usable), ("chosen", part.chosen))}
+            found._parts.append(dataclasses.replace(part, **changes))
+        found._ends = np.cumsum([len(part.chosen) for part in found._parts])
+        split.require_some(len(found), len(self), ", ".join(str(part.lines.file) for part in self._parts))
+        return found
+
+    def image_hashes(self, index: int) -> tuple[int, ...]:
+        """Hashes of the images of record `index`, see split.py."""
+        part, row = self._find(index)
+        found = int(part.lines.image_hashes[row])
+        return (found,) if found else ()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -82,27 +116,33 @@ class Conversations:
         part = self._parts[number]
         return part, int(part.chosen[index - (self._ends[number - 1] if number else 0)])
 
+    def num_prompts(self) -> np.ndarray:
+        """How many requests for one mask each record has, see prompts.Chats; from what was seen when opening."""
+        return np.concatenate([part.lines.num_prompts[part.chosen] for part in self._parts])
+
     def conversation(self, index: int) -> dict[str, Any]:
-        """Record `index` without its image and masks."""
+        """Record `index` without its masks and without its image, but for "image": None where it has none."""
         part, row = self._find(index)
-        where, entry = part.read(row)
-        return {"key": where, "conversations": entry["conversations"]}
+        where, entry = part.lines.read(row)
+        record = {"key": where, "conversations": entry["conversations"]}
+        return record | ({"image": None} if entry["image"] is None else {})
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         index = int(index) % len(self)
         part, row = self._find(index)
-        where, entry = part.read(row)
+        where, entry = part.lines.read(row)
         try:
-            image = transforms.open_image(part.root / entry["image"])
+            image = None if entry["image"] is None else transforms.open_image(part.root / entry["image"])
             masks = [transforms.open_mask(part.root / path) for path in entry["mask"]]
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        if part.augment:
+        if part.augment and image is not None:
             image = transforms.jpeg_augment(image, np.random.default_rng((self._seed, index)))
-        key = f"{part.name}/{part.file.name}:{part.line_numbers[row]}"
-        return {"key": key, "image": image, "masks": masks, "conversations": entry["conversations"]}
+        names = {} if image is None else {"image_name": image_name(entry["image"])}
+        record = {"key": part.key(row), "image": image, **names, "masks": masks}
+        return record | {"conversations": entry["conversations"]}
 
     def texts(self) -> Iterator[list[str]]:
         """The turns of every line, each line once, without reading images: text to train a tokenizer on.
@@ -110,15 +150,15 @@ class Conversations:
         A malformed line has none; it is counted and reported where records are read.
         """
         for part in self._parts:
-            for row in range(len(part.offsets)):
+            for row in part.usable:
                 try:
-                    _, entry = part.read(row)
+                    _, entry = part.lines.read(row)
                 except ValueError:
                     continue
                 yield [turn["value"] for turn in entry["conversations"]]
 
 
-def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int) -> _Part:
+def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int, max_masks: int | None) -> _Part:
     """Checks an entry of the meta file and finds the lines of its JSONL."""
 
     def field(key: str, kinds: tuple[type, ...], default: Any = None) -> Any:
@@ -136,47 +176,12 @@ def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int) -> _Part:
     file = next((base / annotation for base in (root, meta.parent) if (base / annotation).is_file()), None)
     if file is None:
         raise ValueError(f"meta file {meta}: {name}.annotation {root / annotation} does not exist")
-    offsets, line_numbers, position = [], [], 0
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                offsets.append(position)
-                line_numbers.append(number)
-            position += len(line)
-    count = len(offsets)
-    if count == 0:
-        raise ValueError(f"{file} holds no line")
-    declared = entry.get("length")
+    lines = chat_lines.find_lines(file)
+    usable = lines.usable(max_masks)
+    declared, count = entry.get("length"), len(lines.kinds)
     if declared is not None and declared != count:
-        _log.warning("meta file %s: %s.length is %s, but %s has %d lines", meta, name, declared, file, count)
-    whole, total = int(repeat), max(1, round(count * repeat))
+        _log.warning("meta file %s: %s.length is %s, but %s has %d records", meta, name, declared, file, count)
+    count = len(usable)
+    whole, total = int(repeat), max(min(count, 1), round(count * repeat))
     rest = np.sort(np.random.default_rng((seed, count)).permutation(count)[: total - whole * count])
-    chosen = np.concatenate([np.tile(np.arange(count), whole), rest])
-    return _Part(name, root, file, augment, np.array(offsets), np.array(line_numbers), chosen)
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    """One line as {"image": str, "mask": [str, …], "conversations": [{"from", "value"}, …]}, checked."""
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is no JSON: {error}") from error
-
-    def refuse(field: str, expected: str) -> ValueError:
-        value = entry.get(field) if isinstance(entry, dict) else entry
-        return ValueError(f"{where}: field {field}: expected {expected}, got {value!r:.80}")
-
-    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-        raise refuse("image", "a path")
-    masks = entry.get("mask") or []
-    masks = [masks] if isinstance(masks, str) else masks
-    if not isinstance(masks, list) or not all(isinstance(path, str) for path in masks):
-        raise refuse("mask", "a path or a list of paths")
-    turns = entry.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise refuse("conversations", "a list of turns")
-    for turn in turns:
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in ("from", "value")):
-            raise refuse("conversations", 'turns {"from": text, "value": text}')
-    conversations = [{"from": turn["from"], "value": turn["value"]} for turn in turns]
-    return {"image": entry["image"], "mask": masks, "conversations": conversations}
+    return _Part(name, root, lines, augment, usable, usable[np.concatenate([np.tile(np.arange(count), whole), rest])])

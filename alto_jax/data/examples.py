@@ -1,7 +1,7 @@
 """From records to examples: one row of a batch, checked, resized and tokenised; tolerant of a few bad records.
 
-In: a random-access source of MaskRecords {"key", "image", "mask"} or ChatRecords {"key", "image", "masks",
-"conversations"}, raw or prepared. Out: what `pipeline.py` stacks to batches.
+In: a random-access source of MaskRecords {"key", "image", "mask"} or ChatRecords {"key", "image" (None: text alone),
+"masks", "conversations"}, raw or prepared. Out: what `pipeline.py` stacks to batches.
 """
 
 from collections.abc import Callable, Mapping
@@ -79,7 +79,7 @@ def mask_example(record: Mapping[str, Any], image_size: int, mask_size: int) -> 
     """One example of stages 1 and 1.5.
 
     A record that is not square is padded at the bottom and right. Images shrink with antialiasing and grow
-    bilinearly; masks follow the reference's bilinear rule down to a quarter of their size.
+    bilinearly; masks follow the reference's bilinear rule down to a quarter of their size, and `transforms.keep_small`.
 
     Returns:
       image uint8[S, S, 3] and mask float32[H, H] in 0..1.
@@ -97,7 +97,8 @@ def mask_fields(record: Mapping[str, Any], image_size: int, mask_size: int) -> d
         image, mask = mask_example(record, image_size, mask_size)
         return {"image": image, "mask": mask}
     _check_prepared(record["key"], {"mask_size": (record["mask"], mask_size)})
-    return {"features": record["features"], "mask": record["mask"].astype(np.float32) / np.float32(255)}
+    mask = transforms.keep_small(record["mask"], record["mask"])
+    return {"features": record["features"], "mask": mask.astype(np.float32) / np.float32(255)}
 
 
 def mask_arrays(record: Mapping[str, Any], image_size: int, mask_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -105,18 +106,17 @@ def mask_arrays(record: Mapping[str, Any], image_size: int, mask_size: int) -> t
     image, mask = record["image"], record["mask"]
     if record.get("prepared"):
         _check_prepared(record["key"], {"image_size": (image, image_size), "mask_size": (mask, mask_size)})
-        return image, mask
+        return image, transforms.keep_small(mask, mask)
     _check_sizes(record["key"], image, mask)
-    if not mask.any():
-        raise ValueError(f"record {record['key']}: the mask is empty")
+    _check_not_empty(record["key"], mask)
     image, mask = transforms.pad_square(image, mask)
     if len(image) > image_size:
         image = transforms.squash(image, image_size)
     else:
         image = transforms.resize_uint8(image, image_size, image_size)
     if len(mask) > _REFERENCE_SHRINK * mask_size:  # thin parts would fall between the sampling points
-        return image, transforms.squash(mask, mask_size)
-    return image, transforms.resize_uint8(mask, mask_size, mask_size)
+        return image, transforms.squash_mask(mask, mask_size)
+    return image, transforms.keep_small(transforms.resize_uint8(mask, mask_size, mask_size), mask)
 
 
 def chat_text(
@@ -131,20 +131,29 @@ def chat_text(
 ) -> tuple[list[int], list[int]]:
     """The ids and labels of a ChatRecord, unpadded; needs its "key" and "conversations" alone.
 
+    The text has `num_image_tokens` image tokens, or none if the record has "image": None. Without masks, it is cut at
+    `max_length`, as the reference does.
+
     Raises:
-      ValueError: text longer than `max_length`, or too many masks; the message names the record.
+      ValueError: text with masks longer than `max_length`, no answer in what is left, or too many masks; the message
+        names the record.
     """
     try:
         turns = [
             {**turn, "value": text.resize_placeholders(turn["value"], num_latent_tokens)}
             for turn in record["conversations"]
         ]
-        ids, labels = text.render_conversation(tok, turns, num_image_tokens, system=system)
+        image_tokens = num_image_tokens if record.get("image", True) is not None else 0
+        ids, labels = text.render_conversation(tok, turns, image_tokens, system=system)
     except ValueError as error:
         raise ValueError(f"record {record['key']}: {error}") from error
-    if len(ids) > max_length:
-        raise ValueError(f"record {record['key']}: {len(ids)} text tokens, but max_length is {max_length}")
     placeholders = ids.count(tok.ids.mask_start)
+    has_answer = any(label != text.IGNORE for label in labels[:max_length])
+    if len(ids) > max_length and (placeholders or not has_answer):
+        raise ValueError(f"record {record['key']}: {len(ids)} text tokens, but max_length is {max_length}")
+    if not has_answer:
+        raise ValueError(f"record {record['key']}: conversations: there is no answer to learn from")
+    ids, labels = ids[:max_length], labels[:max_length]
     if placeholders > max_masks:
         raise ValueError(f"record {record['key']}: {placeholders} masks, but max_masks is {max_masks}")
     return ids, labels
@@ -166,8 +175,8 @@ def chat_example(
     """One example of stage 2: the fields of ChatBatch without their batch axis.
 
     Raises:
-      ValueError: text longer than `max_length`, or masks that do not match their placeholders in number or
-        the image in size; the message names the record.
+      ValueError: text longer than `max_length`, an empty mask, or masks that do not match their placeholders in number
+        or the image in size; the message names the record.
     """
     key, image, masks = record["key"], record["image"], record["masks"]
     ids, labels = chat_text(
@@ -200,6 +209,7 @@ def chat_example(
     for i, mask in enumerate(masks):
         if not prepared:
             _check_sizes(key, image, mask)
+        _check_not_empty(key, mask)
         example["masks"][i] = transforms.soft_mask(mask, mask_size)
     return example
 
@@ -212,16 +222,16 @@ def grpo_question(record: Mapping[str, Any], template: int | None) -> str:
       template: number of the wording, taken modulo 7; None keeps the turn as it is.
 
     Raises:
-      ValueError: no human turn, or none with a reference; the message names the record.
+      ValueError: no human turn, or none with a reference.
     """
     human = next((turn["value"] for turn in record["conversations"] if turn["from"] == "human"), None)
     if human is None:
-        raise ValueError(f"record {record['key']}: no human turn")
+        raise ValueError("no human turn")
     if template is None:
         return human
     phrase = text.find_reference(human)
     if phrase is None:
-        raise ValueError(f"record {record['key']}: no <ref> or <box> in the human turn {human[:80]!r}")
+        raise ValueError(f"no <ref> or <box> in the human turn {human[:80]!r}")
     return text.question(phrase, adaptive=True, template=template)
 
 
@@ -244,7 +254,8 @@ def prompt_example(
       record: a ChatRecord with one mask; template: see `grpo_question`; the rest: see `prompt_batches`.
 
     Raises:
-      ValueError: no reference, a number of masks other than one, or a prompt that is too long; names the record.
+      ValueError: no reference, a number of masks other than one, an empty one (an empty answer would meet it), or a
+        prompt that is too long; names the record.
     """
     key, image, masks = record["key"], record["image"], record["masks"]
     if len(masks) != 1:
@@ -253,8 +264,12 @@ def prompt_example(
         _check_prepared(key, {"mask_size": (masks[0], mask_size)})
     else:
         _check_sizes(key, image, masks[0])
-    question = grpo_question(record, template)
-    ids = text.render_prompt(tok, question, num_image_tokens, system=system, answer_prefix=answer_prefix)
+    _check_not_empty(key, masks[0])
+    try:
+        question = grpo_question(record, template)
+        ids = text.render_prompt(tok, question, num_image_tokens, system=system, answer_prefix=answer_prefix)
+    except ValueError as error:
+        raise ValueError(f"record {key}: {error}") from error
     padding = max_prompt_length - len(ids)
     if padding < 0:
         raise ValueError(f"record {key}: {len(ids)} prompt tokens, but max_prompt_length is {max_prompt_length}")
@@ -268,6 +283,10 @@ def prompt_example(
 def _images(record: Mapping[str, Any], vision_size: int, image_size: int) -> dict[str, np.ndarray]:
     """The MLLM's image of a ChatRecord, and the SAM encoder's image or, where they are cached, its features."""
     image = record["image"]
+    if image is None:  # Note: no text refers to it, and a row of a batch must have one.
+        features = {"features": record["features"]} if "features" in record else {}
+        blank = lambda size: np.zeros((size, size, 3), np.uint8)
+        return {"image": blank(vision_size)} | (features or {"pixel_image": blank(image_size)})
     if not record.get("prepared"):
         small, large = transforms.squash_all(image, vision_size, image_size)
         return {"image": small, "pixel_image": large}
@@ -286,6 +305,11 @@ def _check_prepared(key: str, arrays: Mapping[str, tuple[np.ndarray, int]]) -> N
                 f"record {key}: prepared with {name} {array.shape[1]}x{array.shape[0]}, the model wants {size}x{size}; "
                 "prepare the data set for this model"
             )
+
+
+def _check_not_empty(key: str, mask: np.ndarray) -> None:
+    if not mask.any():
+        raise ValueError(f"record {key}: the mask is empty")
 
 
 def _check_sizes(key: str, image: np.ndarray, mask: np.ndarray) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from alto_jax.config import require
 from alto_jax.data import caches
-from alto_jax.data.source import HasConversations, HasTexts, Records
+from alto_jax.data.source import HasConversations, HasImages, HasTexts, Records
 
 
 class Mixture:
@@ -55,6 +55,11 @@ class Mixture:
 
     def __len__(self) -> int:
         return len(self._which)
+
+    def image_hashes(self, index: int) -> tuple[int, ...]:
+        """Hashes of the images of record `index`, see split.py; () where its source can't tell."""
+        source = self._sources[int(self._which[index])]
+        return source.image_hashes(int(self._row[index])) if isinstance(source, HasImages) else ()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._named(index, lambda source, row: source[row])

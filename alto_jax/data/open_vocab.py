@@ -22,6 +22,7 @@ import numpy as np
 from alto_jax import cli
 from alto_jax.config import write_whole
 from alto_jax.data import refcoco, transforms
+from alto_jax.data.split import image_name
 from alto_jax.mllm import text
 
 VOC_20 = (
@@ -80,7 +81,9 @@ class OpenVocab:
         try:
             image = transforms.open_image(paths[0])
             size = image.shape[:2]
-            record = {"key": f"{self.file.stem}/{number}", "image": image, "phrase": text.join_classes(names)}
+            record: dict[str, Any] = {"key": f"{self.file.stem}/{number}", "image": image}
+            record["phrase"] = text.join_classes(names)
+            record["image_name"] = image_name(paths[0])
             record["mask"] = refcoco.mask_file(pathlib.Path(paths[1]))(*size).astype(np.uint8) * np.uint8(255)
             if ignore is not None:
                 record["ignore"] = refcoco.mask_file(ignore)(*size).astype(np.uint8) * np.uint8(255)
@@ -150,6 +153,12 @@ def build(
         if file is None:
             raise ValueError(f"--images: {images} holds no {stem}.jpg or .png for the label map {maps[stem]}")
         label = np.asarray(transforms.open_labels(maps[stem]))
+        size = transforms.open_image(file).shape[:2]
+        if size != label.shape:
+            raise ValueError(
+                f"{maps[stem]}: the label map is {label.shape[1]}x{label.shape[0]}, its image is {size[1]}x{size[0]}: "
+                f"{file}"
+            )
         values, counts = np.unique(label, return_counts=True)
         wrong = [int(v) for v in values if v > len(names) and int(v) not in special]
         if wrong:

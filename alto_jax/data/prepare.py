@@ -20,11 +20,13 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import pathlib
 import re
 import shutil
+import time
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,7 @@ import numpy as np
 from alto_jax import cli
 from alto_jax.cli import Progress
 from alto_jax.config import ConfigError, write_whole
-from alto_jax.data import bad_data, benchmarks, examples, prepared, refcoco, transforms
+from alto_jax.data import bad_data, benchmarks, examples, prepared, prompts, refcoco, transforms
 from alto_jax.data.caches import CacheMaker
 from alto_jax.data.conversations import Conversations
 from alto_jax.data.sa1b import Sa1bMasks
@@ -40,6 +42,7 @@ from alto_jax.data.scenes import SceneChats, SceneMasks, ScenesConfig
 
 SPLIT = "train"  # Of the TFDS data set; the benchmark's own split is part of the name.
 VERSION = "1.0.0"
+_SECONDS_PER_LINE = 5  # Between two progress lines, however fast shards are written.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,7 @@ def open_source(
     if name in ("scene_masks", "scene_chats"):
         config = ScenesConfig(image_size=128, num_scenes=num)
         return (name, "masks", SceneMasks(config)) if name == "scene_masks" else (name, "chat", SceneChats(config))
-    if name.endswith("_train") and name.removesuffix("_train") in ("refcoco", "refcoco+", "refcocog", "grefcoco"):
+    if name.endswith("_train") and name.removesuffix("_train") in benchmarks.TRAINING:
         raw = benchmarks.train_split(name.removesuffix("_train"), path, protocol=protocol, images=images)
         return f"{name}.{protocol}", "chat", refcoco.ReferringChats(raw, seed=seed)
     with_masks = [n for n, found in benchmarks.BENCHMARKS.items() if found.family in benchmarks.MASK_FAMILIES]
@@ -109,13 +112,13 @@ def open_source(
     return f"{name}.{protocol}", "referring", benchmarks.open_benchmark(name, path, protocol=protocol, images=images)
 
 
-def example(job: Job, index: int) -> dict[str, Any]:
-    """Record `index` as TFDS features.
+def example(job: Job, record: dict[str, Any]) -> dict[str, Any]:
+    """A record of the job's source as TFDS features.
 
     Raises:
       ValueError, OSError: a bad record.
     """
-    record, sizes = job.source[index], job.sizes
+    sizes = job.sizes
     encode = functools.partial(prepared.encode_image, image_format=job.image_format)
     key, image = record["key"], record["image"]
     if job.kind == "masks":
@@ -127,6 +130,8 @@ def example(job: Job, index: int) -> dict[str, Any]:
         found = {"key": key, "image": encode(image), "masks": [prepared.encode_mask(mask)]}
         return found | (job.caches(image, image, [mask]) if job.caches else {})
     masks = record["masks"] if job.kind == "chat" else [record["mask"]]
+    if image is None:
+        return _text_example(job, record)
     for mask in masks:
         if mask.shape != image.shape[:2]:
             raise ValueError(f"record {key}: mask {mask.shape[1]}x{mask.shape[0]}, "
@@ -136,7 +141,7 @@ def example(job: Job, index: int) -> dict[str, Any]:
     if sizes["vision_size"]:
         small, pixel = transforms.squash(image, sizes["vision_size"]), transforms.squash(image, sizes["image_size"])
         if job.kind == "chat":
-            masks = [transforms.squash(mask, sizes["mask_size"]) for mask in masks]
+            masks = [transforms.squash_mask(mask, sizes["mask_size"]) for mask in masks]
     found = {"key": key, "image": encode(small), "masks": [prepared.encode_mask(mask) for mask in masks]}
     found["pixel_image"] = encode(pixel)
     found |= job.caches(small, pixel, masks) if job.caches else {}
@@ -144,6 +149,16 @@ def example(job: Job, index: int) -> dict[str, Any]:
         return found | {"conversations": json.dumps(record["conversations"], ensure_ascii=False)}
     ignore = [prepared.encode_mask(record["ignore"])] if "ignore" in record else []
     return found | {"phrase": record["phrase"], "ignore": ignore}
+
+
+def _text_example(job: Job, record: dict[str, Any]) -> dict[str, Any]:
+    """A record of kind "chat" without an image, which is stored as one of a single pixel."""
+    encode = functools.partial(prepared.encode_image, image_format=job.image_format)
+    none = encode(np.zeros((1, 1, 3), np.uint8))
+    found = {"key": record["key"], "image": none, "pixel_image": none, "masks": []}
+    found["conversations"] = json.dumps(record["conversations"], ensure_ascii=False)
+    blank = lambda name: np.zeros((job.sizes[name], job.sizes[name], 3), np.uint8)
+    return found | (job.caches(blank("vision_size"), blank("image_size"), []) if job.caches else {})
 
 
 def prepare(job: Job, out: str | os.PathLike, *, max_bad_fraction: float, workers: int = 2) -> pathlib.Path:
@@ -179,9 +194,11 @@ def prepare(job: Job, out: str | os.PathLike, *, max_bad_fraction: float, worker
     shards: dict[int, dict] = {}
     for number in range(count):
         if (work / f"{number:05d}.json").is_file() and _shard_file(job, folder, number, count).is_file():
-            shards[number] = json.loads((work / f"{number:05d}.json").read_text())
+            shard = json.loads((work / f"{number:05d}.json").read_text())
+            complete = "images" in shard and "requests" in shard  # Earlier versions kept neither.
+            shards |= {number: shard} if complete else {}
     done = sum(s["seen"] for s in shards.values())
-    progress = Progress(job.name, total, done)
+    progress, shown = Progress(job.name, total, done), 0.0
     if done:
         print(f"[{job.name}] resumed: {len(shards)} of {count} shards are there")
     for number in sorted(shards):
@@ -201,7 +218,9 @@ def prepare(job: Job, out: str | os.PathLike, *, max_bad_fraction: float, worker
                 except ValueError:
                     pool.shutdown(cancel_futures=True)
                     raise
+            if time.monotonic() - shown > _SECONDS_PER_LINE or done == total:
                 progress.line(done, {"bad": len(bad)})
+                shown = time.monotonic()
             running |= {pool.submit(write, n) for _, n in zip(range(len(finished)), waiting)}
     _finish(job, folder, [shards[n] for n in range(count)], options)
     shutil.rmtree(work)
@@ -244,27 +263,31 @@ def _write_shard(
     start = number * job.records_per_shard
     stop = min(start + job.records_per_shard, len(job.source))
     bad: list[dict[str, Any]] = []
-    written = 0
+    images: list[str] = []
+    requests: list[tuple[int, int]] = []
     # Note: images are compressed as they should be; unpacking "raw" ones would cost more than reading them.
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
     for index in range(start, stop):
         try:
-            record = serialize(example(job, index))
+            raw = job.source[index]
+            record = serialize(example(job, raw))
         except (ValueError, OSError) as error:
             message = " ".join(str(error).split())
             bad.append({"index": index, "kind": bad_data.kind_of(message), "message": message})
             continue
         writer.write(record)
-        written += 1
+        images.append(raw.get("image_name", raw["key"]))
+        if job.kind == "chat":
+            requests.append((prompts.count_requests(raw["conversations"], len(raw["masks"])), len(raw["masks"])))
     writer.close()
     digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
     shard: dict[str, Any] = {
         "number": number,
         "seen": stop - start,
-        "records": written,
+        "records": len(images),
         "bytes": temporary.stat().st_size,
     }
-    shard |= {"sha256": digest, "bad": bad}
+    shard |= {"sha256": digest, "bad": bad, "images": images, "requests": requests}
     temporary.replace(file)
     write_whole(work / f"{number:05d}.json", json.dumps(shard))
     return shard
@@ -289,6 +312,11 @@ def _finish(job: Job, folder: pathlib.Path, shards: list[dict], options: dict) -
         check_data=False,
         version=VERSION,
     )
+    if job.kind == "chat":
+        counts = [request for shard in shards for request in shard["requests"]]
+        buffer = io.BytesIO()
+        np.save(buffer, np.array(counts, np.uint16).reshape(-1, 2))
+        write_whole(folder / prepared.REQUESTS, buffer.getvalue())
     bad = [entry for shard in shards for entry in shard["bad"]]
     manifest = options | {
         "written": sum(lengths),
@@ -296,6 +324,7 @@ def _finish(job: Job, folder: pathlib.Path, shards: list[dict], options: dict) -
         "bad_by_kind": dict(sorted(Counter(entry["kind"] for entry in bad).items())),
         "shards": [{k: s[k] for k in ("records", "bytes", "sha256")} for s in shards],
     }
+    write_whole(folder / prepared.IMAGES, prepared.encode_names(n for shard in shards for n in shard["images"]))
     write_whole(folder / prepared.MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
@@ -313,7 +342,7 @@ def check(job: Job, workers: int = 2) -> dict[str, Any]:
             try:
                 found = problems(index) if problems else []
                 if not problems:
-                    example(job, index)
+                    example(job, job.source[index])
             except (ValueError, OSError) as error:
                 found = [" ".join(str(error).split())]
         return found, notes

@@ -3,14 +3,17 @@
 A prepared data set is a TFDS directory (array_record) with `manifest.json` beside. Its records are those of the raw
 reader in the same order; with sizes in the manifest, images and masks are already as the model takes them.
 
-Kinds and what a record holds: "masks" key, image, mask; "chat" key, image, pixel_image, masks, conversations;
+Kinds and what a record holds: "masks" key, image, mask; "chat" key, image (None: text alone, stored as an image of one
+pixel), pixel_image, masks, conversations;
 "referring" key, image, pixel_image, mask, phrase, ignore. With caches (caches.py) also features (then without the image
 of the SAM encoder), codes and code_lengths.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+import copy
 import io
 import json
+import logging
 import os
 import pathlib
 from typing import Any
@@ -18,9 +21,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from alto_jax.data import prompts
+from alto_jax.data.split import ImageSplit, image_hash
+
+_log = logging.getLogger(__name__)
 KINDS = ("masks", "chat", "referring")
 FORMATS = ("raw", "png", "jpeg")
 MANIFEST = "manifest.json"
+IMAGES = "images.npy"  # What image each record shows: its name and its hash (split.py), so that no record need be read.
+REQUESTS = (
+    "requests.npy"  # uint16[N, 2]: of each record of kind "chat", its requests for one mask (prompts.py), its masks.
+)
 
 
 def features(kind: str, image_format: str, caches: Mapping[str, Any] | None = None) -> Any:
@@ -73,11 +84,31 @@ def encode_mask(mask: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def encode_names(names: Iterable[str]) -> bytes:
+    """The content of IMAGES for the records' image names."""
+    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+    size = max(map(len, encoded), default=1) or 1
+    table = np.zeros(len(encoded), [("hash", "<u8"), ("name", f"S{size}")])
+    table["hash"] = [image_hash(name.decode("utf-8", "surrogateescape")) for name in encoded]
+    table["name"] = encoded
+    buffer = io.BytesIO()
+    np.save(buffer, table)
+    return buffer.getvalue()
+
+
 def decode(value: Any, dtype: Any = np.uint8) -> np.ndarray:
     """An image or mask as stored: bytes of a file, or {"shape", "value"} of an array."""
     if isinstance(value, dict):
         return np.frombuffer(value["value"], dtype).reshape([int(side) for side in value["shape"]])
     return np.asarray(Image.open(io.BytesIO(value)))
+
+
+def _is_one_pixel(example: bytes) -> bool:
+    """Whether the image of a serialised record is the one of a single pixel, which stands for none."""
+    found, _ = take_fields(example, {"image", "image/value"})
+    if "image" in found:
+        return Image.open(io.BytesIO(found["image"])).size == (1, 1)
+    return len(found["image/value"]) == 3
 
 
 def take_fields(example: bytes, names: Collection[str]) -> tuple[dict[str, memoryview], bytes]:
@@ -142,13 +173,22 @@ class Prepared:
       no_target: see refcoco.Referring.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, expect: str = "", kind: str = "", use_caches: bool = False):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        expect: str = "",
+        kind: str = "",
+        use_caches: bool = False,
+        max_masks: int | None = None,
+    ):
         """Opens a data set.
 
         Args:
           directory: the folder with `manifest.json`.
           expect: name the data set must have; kind: one of KINDS it must have.
           use_caches: whether to read what is cached.
+          max_masks: records of more are passed over, with a warning; None: none is.
 
         Raises:
           ValueError: not a complete prepared data set, or another one than expected.
@@ -164,7 +204,64 @@ class Prepared:
         self.no_target = self.manifest["no_target"]
         self.caches = self.manifest.get("caches", {}) if use_caches else {}
         self._sized = any(self.manifest["sizes"].values())
+        self._rows: np.ndarray | None = None
+        self._images = self._read_images() if (self.directory / IMAGES).is_file() else None
+        self._requests = self._read_requests() if (self.directory / REQUESTS).is_file() else None
+        if max_masks is not None and self._requests is not None:
+            many = self._requests[:, 1] > max_masks
+            if many.any():
+                _log.warning("%s: %d of %d records have more masks than config.data.max_masks=%d and are passed over",
+                             self.directory, many.sum(), len(many), max_masks)  # fmt: skip
+                self._rows = np.flatnonzero(~many)
         self._open()
+
+    def image_hashes(self, index: int) -> tuple[int, ...]:
+        """Hash of the image of record `index`, see split.py; () if the set was prepared before these were kept."""
+        return () if self._images is None else (int(self._images["hash"][self._row(index)]),)
+
+    def part(self, split: ImageSplit) -> "Prepared":
+        """The records whose images are on one side of a split.
+
+        Raises:
+          EmptySplit: there is none. ValueError: the data set was prepared before hashes of images were kept.
+        """
+        if self._images is None:
+            raise ValueError(
+                f"{self.directory}: prepared before {IMAGES} was written, which says what image each record shows; "
+                "prepare it again, or give an evaluation set of its own (config.eval.source)"
+            )
+        found = copy.copy(self)
+        on_side = split.has_hashes(np.array(self._images["hash"]))
+        found._rows = np.flatnonzero(on_side) if self._rows is None else self._rows[on_side[self._rows]]
+        split.require_some(len(found), len(self), self.directory)
+        return found
+
+    def _read_images(self) -> np.ndarray:
+        file, count = self.directory / IMAGES, self.manifest["written"]
+        try:
+            images = np.load(file, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{file}: cannot be read: {error}") from error
+        if images.shape != (count,) or images.dtype.names != ("hash", "name"):
+            raise ValueError(f"{file}: expected hash and name of {count} images, got {images.dtype}{images.shape}")
+        return images
+
+    def _read_requests(self) -> np.ndarray:
+        file, count = self.directory / REQUESTS, self.manifest["written"]
+        try:
+            requests = np.load(file)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{file}: cannot be read: {error}") from error
+        if requests.shape != (count, 2):
+            raise ValueError(f"{file}: expected two numbers of {count} records, got {requests.dtype}{requests.shape}")
+        return requests
+
+    def _row(self, index: int) -> int:
+        """Where record `index` is stored."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        index = int(index) % len(self)
+        return index if self._rows is None else int(self._rows[index])
 
     def _open(self) -> None:
         import tensorflow_datasets as tfds  # late: only prepared sets need it, and it is slow to start
@@ -192,17 +289,20 @@ class Prepared:
         return self._small.deserialize_example_np(rest) | large
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._source) if self._rows is None else len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        stored = self._stored(int(index) % len(self))
-        record, kind = {"key": stored["key"].decode()}, self.manifest["kind"]
+        row, kind = self._row(index), self.manifest["kind"]
+        stored = self._stored(row)
+        record = {"key": stored["key"].decode()}
+        if self._images is not None:
+            record["image_name"] = bytes(self._images["name"][row]).decode("utf-8", "surrogateescape")
         sam_image = "image" if kind == "masks" else "pixel_image"  # Not needed beside its features.
         for name in ("image", "pixel_image") if self._sized else ("image",):
             if name in stored and not (name == sam_image and "features" in self.caches):
                 record[name] = decode(stored[name])
+        if kind == "chat" and record["image"].shape[:2] == (1, 1):
+            record = {"key": record["key"], "image": None}
         if "features" in self.caches:
             import ml_dtypes  # late: keeps the start fast
 
@@ -221,9 +321,19 @@ class Prepared:
         return record | ({"prepared": True} if self._sized else {})
 
     def conversation(self, index: int) -> dict[str, Any]:
-        """Record `index` of kind "chat" without its images and masks."""
-        stored = self._texts.deserialize_example_np(self._source.data_source[index])
-        return {"key": stored["key"].decode(), "conversations": json.loads(stored["conversations"])}
+        """Record `index` of kind "chat" without its images and masks, but for "image": None where it has none."""
+        example = self._source.data_source[self._row(index)]
+        stored = self._texts.deserialize_example_np(example)
+        record = {"key": stored["key"].decode(), "conversations": json.loads(stored["conversations"])}
+        return record | ({"image": None} if _is_one_pixel(example) else {})
+
+    def num_prompts(self) -> np.ndarray:
+        """How many requests for one mask each record has, see source.Chats."""
+        if self._requests is not None:
+            return self._requests[:, 0] if self._rows is None else self._requests[self._rows, 0]
+        _log.warning("%s: prepared before %s was written: all texts are read to find prompts", self.directory, REQUESTS)
+        said = (self.conversation(index)["conversations"] for index in range(len(self)))
+        return np.array([prompts.count_requests(conversations) for conversations in said], np.uint16)
 
     def texts(self) -> Iterator[list[str]]:
         """The turns of every record of kind "chat"."""

@@ -9,31 +9,32 @@ evaluates), "per_sentence" makes each its own sample (what most papers report).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import copy
 import dataclasses
-import json
+import logging
 import os
 import pathlib
-import pickle
 from typing import Any, Literal
 
 import numpy as np
 
-from alto_jax.data import rle, transforms
+from alto_jax.data import coco, files, transforms
+from alto_jax.data.prompts import NoPrompts
+from alto_jax.data.split import ImageSplit, file_hash, image_name
 from alto_jax.mllm import text
 
 Protocol = Literal["joined", "per_sentence"]
 Dataset = Literal["refcoco", "refcoco+", "refcocog", "grefcoco"]
 PROTOCOLS = ("joined", "per_sentence")
-# Where the COCO images of these data sets usually lie, below the data folder.
-IMAGE_FOLDERS = ("images/mscoco/images/train2014", "coco/train2014", "train2014", "images/train2014", "images")
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Referent:
     """What is referred to: where it stands (for messages), its key, image file, sentences, and its mask.
 
-    `mask(height, width)` reads the mask at the image's size as bool[H, W]; all False: no target. error: why the
-    entry can't be used (its record raises this), "" if it can.
+    `mask(height, width)` reads the mask at the image's size as bool[H, W]. no_target: it is all False. size: (height,
+    width) that the annotations are for, if they say so. error: why the entry can't be used (its record raises this).
     """
 
     where: str
@@ -41,7 +42,14 @@ class Referent:
     image: pathlib.Path
     sentences: tuple[str, ...]
     mask: Callable[[int, int], np.ndarray]
+    no_target: bool = False
+    size: tuple[int, int] | None = None
     error: str = ""
+
+    @property
+    def image_hashes(self) -> tuple[int, ...]:
+        """Hash of its image, see split.py; none if the entry can't be used."""
+        return (file_hash(self.image),) if self.image.name else ()
 
 
 class Referring:
@@ -64,6 +72,27 @@ class Referring:
         if not self._samples:
             raise ValueError("referring data: no sample in this split")
 
+    def part(self, split: ImageSplit) -> "Referring":
+        """The samples whose images are on one side of a split; EmptySplit if there is none."""
+        found = copy.copy(self)
+        found._samples = [(r, n) for r, n in self._samples if split.has(r.image_hashes, r.key)]
+        split.require_some(len(found), len(self), f"this split (such as {self._samples[0][0].where})")
+        return found
+
+    def image_hashes(self, index: int) -> tuple[int, ...]:
+        """Hash of the image of record `index`, see split.py."""
+        return self._samples[index][0].image_hashes
+
+    def with_targets(self) -> "Referring":
+        """The samples that name a target, by their annotations alone; NoPrompts if there is none."""
+        found = copy.copy(self)
+        found._samples = [(referent, number) for referent, number in self._samples if not referent.no_target]
+        if not found._samples:
+            raise NoPrompts(
+                f"referring data: none of the {len(self)} samples has a target, there is no mask to ask for"
+            )
+        return found
+
     def __len__(self) -> int:
         return len(self._samples)
 
@@ -72,20 +101,25 @@ class Referring:
             raise IndexError(f"record {index} of {len(self)}")
         referent, number = self._samples[int(index)]
         key = referent.key if number is None else f"{referent.key}/{number}"
-        if referent.error or not referent.sentences or not all(s.strip() for s in referent.sentences):
-            raise ValueError(f"{referent.where}: {referent.error or 'no sentence, or an empty one'}")
-        phrase = text.join_descriptions(referent.sentences) if number is None else referent.sentences[number]
+        said = [sentence for sentence in referent.sentences if sentence]
+        if referent.error or not said:
+            raise ValueError(f"{referent.where}: {referent.error or 'no sentence, or none but empty ones'}")
+        phrase = text.join_descriptions(said) if number is None else referent.sentences[number]
+        if not phrase:
+            raise ValueError(f"{referent.where}: sentence {number} is an empty one")
         try:
-            image = transforms.open_image(referent.image)
+            image = transforms.open_image(coco.find_image(referent.image))
+            coco.check_stated_size(image, referent.size)
             mask = referent.mask(*image.shape[:2])
         except ValueError as error:
             raise ValueError(f"{referent.where}: {error}") from error
-        return {"key": key, "image": image, "mask": mask.astype(np.uint8) * np.uint8(255), "phrase": phrase}
+        mask, name = mask.astype(np.uint8) * np.uint8(255), image_name(referent.image)
+        return {"key": key, "image": image, "image_name": name, "mask": mask, "phrase": phrase}
 
     def phrases(self) -> Iterator[str]:
         """The sentences of all referents."""
         for referent in dict.fromkeys(referent for referent, _ in self._samples):
-            yield from (sentence for sentence in referent.sentences if sentence.strip())
+            yield from filter(None, referent.sentences)
 
 
 class ReferringChats:
@@ -95,18 +129,10 @@ class ReferringChats:
     `yes_fraction` of the others become the same question, answered "Yes".
     """
 
-    def __init__(
-        self,
-        source: Referring,
-        *,
-        seed: int = 0,
-        adaptive_fraction: float = 0.5,
-        yes_fraction: float = 0.1,
-        skip_no_target: bool = False,
-    ):
-        """`skip_no_target`: a sample without a target is replaced by the next one that has one (stage 3)."""
-        self.source, self._seed, self._skip = source, seed, skip_no_target
-        self._adaptive, self._yes = adaptive_fraction, yes_fraction if getattr(source, "no_target", False) else 0.0
+    def __init__(self, source: Referring, *, seed: int = 0, adaptive_fraction: float = 0.5, yes_fraction: float = 0.1):
+        self.source, self._seed = source, seed
+        self._no_target = getattr(source, "no_target", False)
+        self._adaptive, self._yes = adaptive_fraction, yes_fraction if self._no_target else 0.0
 
     def __len__(self) -> int:
         return len(self.source)
@@ -116,23 +142,25 @@ class ReferringChats:
             raise IndexError(f"record {index} of {len(self)}")
         index = int(index) % len(self)
         record = self.source[index]
-        for _ in range(len(self) if self._skip else 0):
-            if record["mask"].any():
-                break
-            index = (index + 1) % len(self)
-            record = self.source[index]
         adaptive, yes = np.random.default_rng((self._seed, index)).random(2) < (
             self._adaptive,
             self._yes,
         )
         has_target = bool(record["mask"].any())
+        if not has_target and not self._no_target:  # Note: "No" would be wrong: the data name an object in the image.
+            raise ValueError(f"record {record['key']}: the mask is empty, in a data set without no-target samples")
         if not has_target or yes:
             question, answer, masks = text.no_target_question(record["phrase"]), text.YES if has_target else text.NO, []
         else:
             question = text.question(record["phrase"], adaptive=bool(adaptive))
             answer, masks = text.answer(adaptive=bool(adaptive)), [record["mask"]]
         turns = [{"from": "human", "value": f"{text.IMAGE}\n{question}"}, {"from": "gpt", "value": answer}]
-        return {"key": record["key"], "image": record["image"], "masks": masks, "conversations": turns}
+        return {**{k: record[k] for k in ("key", "image", "image_name") if k in record}, "masks": masks,
+                "conversations": turns}  # fmt: skip
+
+    def image_hashes(self, index: int) -> tuple[int, ...]:
+        """Hash of the image of sample `index`; with `skip_no_target` another one may stand in for it."""
+        return self.source.image_hashes(index)
 
     def texts(self) -> Iterator[list[str]]:
         """What is asked of every record, and the answers, without reading images."""
@@ -144,107 +172,20 @@ class ReferringChats:
 # --- files ------------------------------------------------------------------------------------------
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads pickles of plain values; anything that names a class or function is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which a list of plain values does not need")
-
-
-def load_pickle(path: str | os.PathLike) -> Any:
-    """Reads a pickle of lists, dicts, texts and numbers (Python 2's too), without ever running code of it.
-
-    Raises:
-      ValueError: missing, no pickle, or one that holds anything else.
-    """
-    try:
-        with open(path, "rb") as file:
-            return _PlainUnpickler(file, encoding="latin1").load()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except Exception as error:  # Note: a broken pickle raises nearly anything.
-        raise ValueError(f"{path}: refused as a pickle: {error}") from error
-
-
-def load_json(path: str | os.PathLike, kind: type = list) -> Any:
-    """Reads a JSON file; ValueError names the file if it is missing, broken or of another kind."""
-    try:
-        content = json.loads(pathlib.Path(path).read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from error
-    if not isinstance(content, kind):
-        raise ValueError(f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}")
-    return content
-
-
-def find(root: pathlib.Path, candidates: Sequence[str], what: str) -> pathlib.Path:
-    """The first of `candidates` that exists below `root`; ValueError names them all."""
-    for name in candidates:
-        if (root / name).exists():
-            return root / name
-    raise ValueError(f"{what}: expected one of {', '.join(candidates)} in {root}; none is there")
-
-
-def _image_folder(root: pathlib.Path, images: str | os.PathLike | None) -> pathlib.Path:
-    if images is not None:
-        if not pathlib.Path(images).is_dir():
-            raise ValueError(f"image folder {images} does not exist")
-        return pathlib.Path(images)
-    return find(root, IMAGE_FOLDERS, "COCO train2014 images")
-
-
 def _broken(where: str, error: Exception) -> Referent:
     """Stands for an entry that can't be used; its record raises the reason."""
     reason = str(error) if isinstance(error, ValueError) else f"a field is missing or malformed: {error!r}"
-    return Referent(where, where, pathlib.Path(), (), lambda height, width: np.zeros((height, width), bool), reason)
+    return Referent(
+        where, where, pathlib.Path(), (), lambda height, width: np.zeros((height, width), bool), error=reason
+    )
 
 
-def _union(segmentations: Sequence[Any]) -> Callable[[int, int], np.ndarray]:
-    """Reads the union of COCO segmentations; none: an empty mask."""
-
-    def read(height: int, width: int) -> np.ndarray:
-        mask = np.zeros((height, width), bool)
-        for segmentation in segmentations:
-            mask |= rle.decode(segmentation, height, width, "annotation")
-        if segmentations and not mask.any():
-            raise ValueError("the mask is empty, but the entry names a target")
-        return mask
-
-    return read
-
-
-class Instances:
-    """COCO's `instances.json`: file names of images, and annotations by id."""
-
-    def __init__(self, path: pathlib.Path):
-        content = load_json(path, dict)
-        self.path = path
-        try:
-            self._names = {image["id"]: image["file_name"] for image in content["images"]}
-            self._annotations = {annotation["id"]: annotation for annotation in content["annotations"]}
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected images and annotations with id, file_name: {error!r}") from error
-
-    def image(self, image_id: Any) -> str:
-        """File name of an image."""
-        if image_id not in self._names:
-            raise ValueError(f"image_id {image_id!r} is not in {self.path}")
-        return self._names[image_id]
-
-    def segmentations(self, ids: Sequence[Any]) -> list[Any]:
-        """Segmentations of annotations without crowds; id -1 stands for no target."""
-        found = []
-        for annotation_id in ids:
-            if annotation_id == -1:
-                continue
-            annotation = self._annotations.get(annotation_id)
-            if annotation is None or "segmentation" not in annotation:
-                raise ValueError(f"ann_id {annotation_id!r} is not in {self.path}")
-            if not annotation.get("iscrowd"):
-                found.append(annotation["segmentation"])
-        return found
+def _sentences(entries: list[Any]) -> tuple[str, ...]:
+    """The sentences of an entry, as texts or {"sent": text}; one that is missing or no text is ""."""
+    if not isinstance(entries, list):
+        raise TypeError(f"expected a list of sentences, got {entries!r:.60}")
+    found = [entry.get("sent") if isinstance(entry, dict) else entry for entry in entries]
+    return tuple(sentence if isinstance(sentence, str) and sentence.strip() else "" for sentence in found)
 
 
 def open_refer(
@@ -263,7 +204,7 @@ def open_refer(
       dataset: which.
       split: train, val, testA, testB; for refcocog train, val, test.
       split_by: "unc", "google" or "umd"; by default "umd" for refcocog, "unc" for the others.
-      images: folder of the COCO images; by default one of IMAGE_FOLDERS.
+      images: folder of the COCO images; by default one of coco.IMAGE_FOLDERS.
       protocol: see the module.
 
     Raises:
@@ -276,9 +217,9 @@ def open_refer(
     if not file.is_file():
         raise ValueError(f"{dataset} {split}: expected {file} (with instances.json beside it), or the PSALM-converted "
                          f"JSON {psalm_files(dataset, split)[0]} in {root}")  # fmt: skip
-    entries = load_json(file) if general else load_pickle(file)
-    instances = Instances(folder / "instances.json")
-    image_folder = _image_folder(root, images)
+    entries = files.load_json(file) if general else files.load_pickle(file)
+    instances = coco.Instances(folder / "instances.json")
+    image_folder = coco.image_folder(root, images)
     referents = []
     for number, entry in enumerate(entries if isinstance(entries, list) else ()):
         where = f"{file} entry {number}"
@@ -287,14 +228,17 @@ def open_refer(
         if entry["split"] != split:
             continue
         try:
-            sentences = tuple(str(sentence["sent"]) for sentence in entry["sentences"])
+            sentences = _sentences(entry["sentences"])
             ids = entry["ann_id"] if isinstance(entry["ann_id"], list) else [entry["ann_id"]]
-            key, name = f"{dataset}/{split}/{entry['ref_id']}", instances.image(entry["image_id"])
-            mask = _union(instances.segmentations(ids))
+            key, (name, size) = f"{dataset}/{split}/{entry['ref_id']}", instances.image(entry["image_id"])
+            no_target = general and ids == [-1]
+            if general and entry.get("no_target", no_target) != no_target:
+                raise ValueError(f"no_target is {entry['no_target']!r}, but ann_id is {ids!r:.60}")
+            mask = coco.union([] if no_target else instances.target(ids))
         except (KeyError, TypeError, ValueError) as error:
             referents.append(_broken(where, error))
             continue
-        referents.append(Referent(where, key, image_folder / name, sentences, mask))
+        referents.append(Referent(where, key, image_folder / name, sentences, mask, no_target, size))
     if not referents:
         raise ValueError(f"{file}: no entry of split {split!r}")
     return Referring(referents, protocol, no_target=general)
@@ -316,6 +260,8 @@ def open_psalm(
 ) -> Referring:
     """The PSALM-converted JSON of one split: [{image_info, instruction: [{sent}], anns}].
 
+    As in the loader it was made for, entries without instructions are dropped, and `segmentation: []` is an empty mask.
+
     Args:
       file: the JSON; name: of the split, for keys ("refcoco/val").
       root, images: as in `open_refer`.
@@ -325,18 +271,28 @@ def open_psalm(
     Raises:
       ValueError: as `open_refer`.
     """
-    image_folder = _image_folder(pathlib.Path(root), images)
-    referents = []
-    for number, entry in enumerate(load_json(file)):
+    image_folder = coco.image_folder(pathlib.Path(root), images)
+    referents, dropped = [], 0
+    for number, entry in enumerate(files.load_json(file)):
         where = f"{file} entry {number}"
         try:
-            image = image_folder / entry["image_info"]["file_name"]
-            sentences = tuple(str(sentence["sent"]) for sentence in entry["instruction"])
-            mask = _union([a["segmentation"] for a in entry["anns"] if not a.get("iscrowd")])
-        except (KeyError, TypeError, AttributeError) as error:
+            sentences, info = _sentences(entry["instruction"]), entry["image_info"]
+            if not sentences:
+                dropped += 1
+                continue
+            image, size = image_folder / info["file_name"], coco.stated_size(info, "image_info")
+            if not no_target and not entry["anns"]:
+                raise ValueError("anns is empty, in a data set without no-target samples")
+            segmentations = [s for s in coco.of_target(entry["anns"]) if s != []]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             referents.append(_broken(where, error))
             continue
-        referents.append(Referent(where, f"{name}/{entry.get('new_img_id', number)}", image, sentences, mask))
+        key, mask = f"{name}/{entry.get('new_img_id', number)}", coco.union(segmentations)
+        referents.append(Referent(where, key, image, sentences, mask, not segmentations, size))
+    if dropped:
+        _log.warning(
+            "%s: %d of %d entries have no instruction and are left out", file, dropped, len(referents) + dropped
+        )
     return Referring(referents, protocol, no_target=no_target)
 
 
@@ -353,15 +309,15 @@ def open_refcocom(
       ValueError: as `open_refer`.
     """
     root = pathlib.Path(root)
-    folder = find(root, ("refcocom", "RefCOCOm"), "RefCOCOm")
-    file = find(folder, (f"annotations/{split}.json",), f"RefCOCOm {split}")
-    image_folder = _image_folder(root, images)
+    folder = files.find(root, ("refcocom", "RefCOCOm"), "RefCOCOm")
+    file = files.find(folder, (f"annotations/{split}.json",), f"RefCOCOm {split}")
+    image_folder = coco.image_folder(root, images)
     referents = []
-    for number, entry in enumerate(load_json(file)):
+    for number, entry in enumerate(files.load_json(file)):
         where = f"{file} entry {number}"
         try:
             image, segment = image_folder / entry["img_name"], entry["segment_id"]
-            sentences = tuple(str(sentence) for sentence in entry["sentences"])
+            sentences = _sentences(entry["sentences"])
         except (KeyError, TypeError) as error:
             referents.append(_broken(where, error))
             continue

@@ -6,6 +6,7 @@ the reference's rule (reference/NUMERICS.md §8): annotations larger than 0.5 % 
 Record i is a function of (seed, i), in any order and epoch.
 """
 
+import copy
 import json
 import os
 import pathlib
@@ -13,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax.data import rle, transforms
+from alto_jax.data import coco, rle, transforms
+from alto_jax.data.split import ImageSplit, file_hash, image_name
 
 _MAX_TARGETS = 20
 
@@ -60,6 +62,17 @@ class Sa1bMasks:
         self._train, self._seed, self._draws = train, seed, draws_per_image if train else 1
         self._max_side, self._min_area = max_side, min_area
 
+    def part(self, split: ImageSplit) -> "Sa1bMasks":
+        """The images on one side of a split (an annotation file has its image's name); EmptySplit if there is none."""
+        found = copy.copy(self)
+        found.files = [file for file in self.files if split.has((file_hash(file),), "")]
+        split.require_some(len(found.files), len(self.files), self.root)
+        return found
+
+    def image_hashes(self, index: int) -> tuple[int, ...]:
+        """Hash of the image of record `index`, see split.py; if it has no large annotation, another is taken."""
+        return (file_hash(self.files[index % len(self.files)]),)
+
     def __len__(self) -> int:
         return len(self.files) * self._draws
 
@@ -77,16 +90,16 @@ class Sa1bMasks:
             chosen = range(min(index % most + 1, count))
         mask = _union(file, [annotations[c] for c in chosen], height, width)
         image = _image(file, file_name)
-        if image.shape[:2] != mask.shape:
-            raise ValueError(f"{file}: image.height x width is {height}x{width}, but {file_name} differs")
+        _check_size(file, image, height, width)
         if self._train:
             image, mask = transforms.crop_around(image, mask, rng)
         image, mask = (
             transforms.limit_side(image, self._max_side),
-            transforms.limit_side(mask, self._max_side),
+            transforms.keep_small(transforms.limit_side(mask, self._max_side), mask),
         )
         image, mask = transforms.pad_square(image, mask, rng if self._train else None)
-        return {"key": f"{file.relative_to(self.root)}#{index}", "image": image, "mask": mask}
+        key = f"{file.relative_to(self.root)}#{index}"
+        return {"key": key, "image": image, "image_name": image_name(file), "mask": mask}
 
     def problems(self, index: int) -> list[str]:
         """Everything that is wrong with image `index` and its annotations, also with those that may never be drawn."""
@@ -94,14 +107,16 @@ class Sa1bMasks:
         try:
             content = _read(file)
             info = _field(file, content, "image", dict)
-            height, width = (_field(file, info, f, int, "image.") for f in ("height", "width"))
+            height, width = _sides(file, info)
             image = _image(file, _field(file, info, "file_name", str, "image."))
             annotations = _field(file, content, "annotations", list)
         except ValueError as error:
             return [str(error)]
         found = []
-        if image.shape[:2] != (height, width):
-            found.append(f"{file}: image.height x width is {height}x{width}, but {info['file_name']} differs")
+        try:
+            _check_size(file, image, height, width)
+        except ValueError as error:
+            found.append(str(error))
         for number, annotation in enumerate(annotations):
             where = f"annotations[{number}]."
             try:
@@ -124,7 +139,7 @@ class Sa1bMasks:
             file = self.files[number]
             content = _read(file)
             info = _field(file, content, "image", dict)
-            height, width = (_field(file, info, f, int, "image.") for f in ("height", "width"))
+            height, width = _sides(file, info)
             name = _field(file, info, "file_name", str, "image.")
             smallest = self._min_area * max(height, width) ** 2
             large = []
@@ -158,6 +173,19 @@ def _field(file: pathlib.Path, mapping: Any, name: str, kind: Any, where: str = 
     if not isinstance(value, kind):
         raise ValueError(f"{file}: field {where}{name} is missing or of a wrong type: {value!r:.60}")
     return value
+
+
+def _sides(file: pathlib.Path, info: dict[str, Any]) -> tuple[int, int]:
+    """Height and width as the annotation file states them."""
+    height, width = (coco.whole_number(info.get(name), f"{file}: field image.{name}") for name in ("height", "width"))
+    return height, width
+
+
+def _check_size(file: pathlib.Path, image: np.ndarray, height: int, width: int) -> None:
+    try:
+        coco.check_stated_size(image, (height, width))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _union(file: pathlib.Path, annotations: list[tuple[int, dict[str, Any]]], height: int, width: int) -> np.ndarray:

@@ -92,7 +92,8 @@ class SceneMasks:
         if most > 1 and rng.random() < config.union_probability:
             count = int(rng.integers(2, most + 1))
         chosen = rng.permutation(len(scene.objects))[:count]
-        return {"key": scene.key, "image": scene.image, "mask": scene.union(chosen.tolist())}
+        mask = scene.union(chosen.tolist())
+        return {"key": scene.key, "image": scene.image, "image_name": scene.key, "mask": mask}
 
 
 class SceneChats:
@@ -146,4 +147,5 @@ class SceneChats:
             {"from": "human", "value": f"{text.IMAGE}\n{question}"},
             {"from": "gpt", "value": answer},
         ]
-        return {"key": scene.key, "image": scene.image, "masks": masks, "conversations": conversations}
+        record = {"key": scene.key, "image": scene.image, "image_name": scene.key, "masks": masks}
+        return record | {"conversations": conversations}

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
+
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -30,7 +32,23 @@ class HasConversations(Protocol):
     """A source of ChatRecords that gives a record without reading its images."""
 
     def conversation(self, index: int, /) -> dict[str, Any]:
-        """Record `index` with "key" and "conversations" alone."""
+        """Record `index` with "key" and "conversations", and "image": None if it has no image, alone."""
+
+
+@runtime_checkable
+class HasImages(Protocol):
+    """A source that says which images its records show without reading them, see split.py."""
+
+    def image_hashes(self, index: int, /) -> tuple[int, ...]:
+        """Hashes of the images of record `index`; () if it has none, or none can be told."""
+
+
+@runtime_checkable
+class Chats(Source[dict[str, Any]], Protocol):
+    """A source of ChatRecords that knows, without reading them, which ask for masks."""
+
+    def num_prompts(self) -> np.ndarray:
+        """How many requests for one mask each record has, int[N], see prompts.py; 1 if it is malformed."""
 
 
 class Batches(Protocol[T_co]):

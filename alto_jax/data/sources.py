@@ -7,9 +7,10 @@ the source is: prepared sets and mixtures need nothing special with several proc
 from collections.abc import Callable, Iterator
 import dataclasses
 import json
+import logging
 import os
 import pathlib
-from typing import Any
+from typing import Any, TypeVar
 
 from alto_jax.batch import ChatBatch, MaskBatch, PromptBatch
 from alto_jax.data import benchmarks, caches, composition, pipeline, refcoco, scenes
@@ -17,84 +18,190 @@ from alto_jax.data.conversations import Conversations
 from alto_jax.data.glyphs import catalogue
 from alto_jax.data.mixture import Mixture
 from alto_jax.data.prepared import Prepared
+from alto_jax.data.prompts import NoPrompts, Prompts
 from alto_jax.data.sa1b import Sa1bMasks
-from alto_jax.data.source import Batches, HasTexts, Records
+from alto_jax.data.source import Batches, HasImages, HasTexts, Records
+from alto_jax.data.split import EmptySplit, ImageSplit
 from alto_jax.mllm.text import TextTokenizer, question
 
+S = TypeVar("S", Conversations, Prepared, Sa1bMasks, refcoco.Referring)
+_log = logging.getLogger(__name__)
 _SEED_OFFSET = 1_000_003  # Note: keeps the shuffling apart from the other uses of config.seed.
 
 
 def mask_source(config: Any, *, held_out: bool = False) -> Records:
-    """MaskRecords of `config.data`; held out: the built-in data's unseen shapes, or the same files in eval mode."""
+    """MaskRecords to train on, or those to evaluate on (`held_out`): see `evaluated_on`."""
+    config, field, split = _place(config, held_out)
     data = config.data
     if data.source == "scenes":
         return scenes.SceneMasks(_scenes(config, held_out), data.scene_masks)
     if data.source == "sa1b":
-        return Sa1bMasks(data.root, seed=config.seed, train=not held_out)
+        return _part(Sa1bMasks(data.root, seed=config.seed, train=not held_out), split)
     if data.source == "prepared":
-        return Prepared(data.root, kind="masks", use_caches=data.use_caches)
+        return _part(Prepared(data.root, kind="masks", use_caches=data.use_caches), split)
     if data.source == "mixture":
-        return _mixture(config, lambda part: mask_source(part, held_out=held_out))
+        return _mixture(config, field, lambda part: mask_source(part, held_out=held_out))
     raise ValueError(
-        f"config.data.source: {config.stage} reads 'scenes', 'sa1b', 'prepared' or 'mixture', got {data.source!r}"
+        f"{field}.source: {config.stage} reads 'scenes', 'sa1b', 'prepared' or 'mixture', got {data.source!r}"
     )
 
 
 def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = False) -> Records:
-    """ChatRecords of `config.data`, see `mask_source`."""
+    """ChatRecords, see `mask_source`; `adaptive_only`: requests for one mask alone, see prompts.py."""
+    config, field, split = _place(config, held_out)
     data = config.data
     if data.source == "scenes":
         chats = dataclasses.replace(data.scene_chats, adaptive_only=adaptive_only or data.scene_chats.adaptive_only)
         return scenes.SceneChats(_scenes(config, held_out), chats)
+    max_masks = None if adaptive_only else data.max_masks
     if data.source == "jsonl":
-        return Conversations(data.meta)
+        found = _part(Conversations(data.meta, once=held_out, max_masks=max_masks), split)
+        return Prompts(found, f"{field}.meta {data.meta}") if adaptive_only else found
     if data.source == "prepared":
-        return Prepared(data.root, kind="chat", use_caches=data.use_caches)
+        stored = Prepared(data.root, kind="chat", use_caches=data.use_caches, max_masks=max_masks)
+        prepared = _part(stored, split)
+        return Prompts(prepared, f"{field}.root {data.root}") if adaptive_only else prepared
     if data.source == "referring":
-        return _referring(config, adaptive_only)
+        return _referring(config, field, split, adaptive_only)
     if data.source == "mixture":
-        return _mixture(config, lambda part: chat_source(part, held_out=held_out, adaptive_only=adaptive_only))
+        return _mixture(config, field, lambda part: chat_source(part, held_out=held_out, adaptive_only=adaptive_only))
     raise ValueError(
-        f"config.data.source: {config.stage} reads 'scenes', 'jsonl', 'prepared', 'referring' or 'mixture', "
+        f"{field}.source: {config.stage} reads 'scenes', 'jsonl', 'prepared', 'referring' or 'mixture', "
         f"got {data.source!r}"
     )
 
 
-def _referring(config: Any, adaptive_only: bool) -> Records:
-    """The training splits that `config.data.meta` names, each with a weight in proportion to its size."""
+def evaluated_on(config: Any) -> str:
+    """What evaluation in training measures: "eval", or "eval_train" where it is the training data itself.
+
+    Held out are the samples of `config.eval.source`; else the images that `config.data.validation_fraction` keeps from
+    training; else the shapes that the built-in data keeps from it. Other data have nothing held out of themselves, nor
+    has an evaluation source that is the training source.
+    """
+    data, held_out = config.data, _place(config, True)[0].data
+    places = lambda of: (of.source, _resolved(of.root), _resolved(of.meta) if of.source != "referring" else of.meta)
+    if data.source == "scenes":
+        return "eval"
+    if config.eval.source:
+        return "eval" if places(data) != places(held_out) else "eval_train"
+    built_in = data.source == "mixture" and all(
+        entry["source"] == "scenes" for _, entry in _entries(config, "config.data").values()
+    )
+    return "eval" if built_in or data.validation_fraction > 0 else "eval_train"
+
+
+def count_shared_images(config: Any) -> tuple[int, int]:
+    """Of the images that are evaluated, how many are in the training data too, and how many there are.
+
+    Reads no image, but the name of every image that is trained on; (0, 0) where a source can't tell them.
+    """
+    if config.stage in ("stage1", "stage1_5"):
+        held_out, training = mask_source(config, held_out=True), mask_source(config)
+    else:
+        held_out, training = chat_source(config, held_out=True, adaptive_only=True), chat_source(config)
+    if not (isinstance(held_out, HasImages) and isinstance(training, HasImages)):
+        return 0, 0
+    evaluated = {n for i in range(min(config.eval.num_samples, len(held_out))) for n in held_out.image_hashes(i)}
+    found: set[int] = set()
+    for index in range(len(training)):
+        found.update(evaluated.intersection(training.image_hashes(index)))
+    return len(found), len(evaluated)
+
+
+def _place(config: Any, held_out: bool) -> tuple[Any, str, ImageSplit | None]:
+    """The configuration whose `data` is read, the name of that field, and the side of its images (None: all)."""
+    if held_out and config.eval.source:
+        changes = {"source": config.eval.source, "root": config.eval.root, "meta": config.eval.meta}
+        data = dataclasses.replace(config.data, validation_fraction=0.0, **changes)
+        evaluation = dataclasses.replace(config.eval, source="", root="", meta="")
+        return dataclasses.replace(config, data=data, eval=evaluation), "config.eval", None
+    fraction = config.data.validation_fraction
+    return config, "config.data", ImageSplit(fraction, held_out) if fraction else None
+
+
+def _resolved(path: str) -> str:
+    return str(pathlib.Path(path).resolve()) if path else ""
+
+
+def _part(source: S, split: ImageSplit | None) -> S:
+    """One side of a source; all of it without a split."""
+    return source if split is None else source.part(split)
+
+
+def _referring(config: Any, field: str, split: ImageSplit | None, adaptive_only: bool) -> Records:
+    """The training splits that `config.data.meta` names (or other ones, as "refcoco_val"), by their sizes."""
     parts: dict[str, tuple[Records, float]] = {}
-    for name in config.data.meta.split(","):
-        raw = benchmarks.train_split(name.strip(), config.data.root)
-        chats: dict[str, Any] = {}
-        if adaptive_only:
-            chats = {"adaptive_fraction": 1.0, "yes_fraction": 0.0, "skip_no_target": True}
+    empty: list[ValueError] = []
+    for name in (name.strip() for name in config.data.meta.split(",")):
+        try:
+            raw = _part(_referring_split(name, config.data.root, field), split)
+            raw = raw.with_targets() if adaptive_only else raw
+        except (EmptySplit, NoPrompts) as error:
+            empty.append(error)
+            continue
+        chats = {"adaptive_fraction": 1.0, "yes_fraction": 0.0} if adaptive_only else {}
         source = refcoco.ReferringChats(raw, seed=config.seed, **chats)
-        parts[name.strip()] = (source, float(len(source)))
+        parts[name] = (source, float(len(source)))
+    _name_empty(parts, empty)
     return next(iter(parts.values()))[0] if len(parts) == 1 else Mixture(parts, seed=config.seed)
 
 
-def _mixture(config: Any, open_part: Callable[[Any], Records]) -> Records:
-    """The sources of the JSON `config.data.meta`: {name: {"weight", "source", "root", "meta"}}; paths are relative."""
+def _referring_split(name: str, root: str, field: str) -> refcoco.Referring:
+    """The training split of a data set; for evaluation also another split by its benchmark's name."""
+    if name in benchmarks.TRAINING:
+        return benchmarks.train_split(name, root)
+    others = [n for n, found in benchmarks.BENCHMARKS.items() if found.dataset in benchmarks.TRAINING]
+    if field == "config.eval" and name in others:
+        found = benchmarks.open_benchmark(name, root, protocol="per_sentence")
+        if not isinstance(found, refcoco.Referring):
+            raise ValueError(f"{field}.root: {root} holds a prepared data set; expected the data folder")
+        return found
+    expected = ", ".join((*benchmarks.TRAINING, *(others if field == "config.eval" else ())))
+    raise ValueError(f"{field}.meta: expected some of {expected}, got {name!r}")
+
+
+def _name_empty(parts: dict, empty: list[ValueError]) -> None:
+    """Logs which parts have no record of what was asked for; raises EmptySplit or NoPrompts if none has one."""
+    if not parts:
+        raise empty[0]
+    for error in empty:
+        _log.warning("left out: %s", error)
+
+
+def _entries(config: Any, field: str) -> dict[str, tuple[float, dict[str, Any]]]:
+    """The checked entries {name: (weight, {"source", "root", "meta"})} of the JSON `config.data.meta`."""
     file = pathlib.Path(config.data.meta)
     try:
         content = json.loads(file.read_bytes())
-        parts = {name: (float(entry["weight"]), str(entry["source"]), entry) for name, entry in content.items()}
+        found = {n: (float(e["weight"]), {**e, "source": str(e["source"])}) for n, e in content.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"config.data.meta: {file}: expected JSON {{name: {{weight, source, …}}}}: {error!r}"
-        ) from error
-    sources: dict[str, tuple[Records, float]] = {}
-    for name, (weight, source, entry) in parts.items():
-        if source == "mixture":
+        raise ValueError(f"{field}.meta: {file}: expected JSON {{name: {{weight, source, …}}}}: {error!r}") from error
+    for name, (_, entry) in found.items():
+        if entry["source"] == "mixture":
             raise ValueError(f"{file}: {name}.source: a mixture in a mixture")
+    return found
+
+
+def _mixture(config: Any, field: str, open_part: Callable[[Any], Records]) -> Records:
+    """The sources of the JSON `config.data.meta`: {name: {"weight", "source", "root", "meta"}}; paths are relative."""
+    file = pathlib.Path(config.data.meta)
+    sources: dict[str, tuple[Records, float]] = {}
+    empty: list[ValueError] = []
+    for name, (weight, entry) in _entries(config, field).items():
+        source = entry["source"]
         paths = {"root": str(file.parent / entry["root"]) if entry.get("root") else "", "meta": entry.get("meta", "")}
         if source == "jsonl":
             paths["meta"] = str(file.parent / paths["meta"])
+        fraction = 0.0 if source == "scenes" else config.data.validation_fraction
         try:
-            data = dataclasses.replace(config.data, source=source, **paths)
+            data = dataclasses.replace(config.data, source=source, validation_fraction=fraction, **paths)
             sources[name] = (open_part(dataclasses.replace(config, data=data)), weight)
+        except (EmptySplit, NoPrompts) as error:
+            empty.append(error)
         except ValueError as error:
             raise ValueError(f"{file}: {name}: {error}") from error
+    if empty:
+        _name_empty(sources, empty)
     return Mixture(sources, seed=config.seed)
 
 
@@ -170,7 +277,7 @@ def held_out_masks(config: Any) -> Iterator[MaskBatch]:
             _First(source, config.eval.num_samples),
             image_size=size.image_size,
             mask_size=size.mask_size,
-            **_once(config),
+            **_once(config, source),
         )
     )
 
@@ -185,7 +292,7 @@ def held_out_prompts(config: Any, text: TextTokenizer) -> Iterator[PromptBatch]:
             **_sizes(config),
             max_prompt_length=config.data.max_length,
             system=config.data.system,
-            **_once(config),
+            **_once(config, source),
         )
     )
 
@@ -215,7 +322,8 @@ def _options(config: Any, process_index: int, process_count: int) -> dict:
     return options | ({"system": config.data.system} if config.stage in ("stage2", "stage3") else {})
 
 
-def _once(config: Any) -> dict:
+def _once(config: Any, source: Records) -> dict[str, Any]:
+    """Options of a pass over the first held-out records; as many of them may be bad as of the whole source."""
     return {
         "batch_size": config.eval.batch_size,
         "seed": 0,
@@ -223,6 +331,7 @@ def _once(config: Any) -> dict:
         "shuffle": False,
         "drop_remainder": False,
         "num_threads": config.data.num_threads,
+        "max_bad_records": int(config.data.max_bad_fraction * len(source)),
         "max_bad_fraction": config.data.max_bad_fraction,
     }
 

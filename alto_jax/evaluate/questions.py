@@ -8,6 +8,7 @@ The question is followed by "Answer the question using a single word or phrase."
 
 from collections.abc import Mapping, Sequence
 import json
+import logging
 import os
 import pathlib
 import re
@@ -16,11 +17,15 @@ from typing import Any
 import numpy as np
 
 from alto_jax import metrics
-from alto_jax.data import refcoco, transforms
+from alto_jax.data import coco, files, transforms
 
+_log = logging.getLogger(__name__)
 SUFFIX = " Answer the question using a single word or phrase."
 MAX_NEW_TOKENS = {"pope": 10, "vqav2": 10, "mme": 10}
-VAL_FOLDERS = ("coco/val2014", "val2014", "images/val2014", "images/mscoco/images/val2014")
+VAL_FOLDERS = ("coco/val2014", "val2014", "images/val2014", "images/mscoco/images/val2014", "coco/val2017", "val2017")
+# Where MME's categories may lie: the folder that is published, in folders of the usual names or in the data folder.
+_MME_INNER = ("MME_Benchmark_release_version/", "MME_Benchmark_release_version/MME_Benchmark/", "MME_Benchmark/", "")
+MME_FOLDERS = tuple(outer + inner for outer in ("mme/", "MME/", "") for inner in _MME_INNER)
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
@@ -39,7 +44,7 @@ class Questions:
     def __getitem__(self, index: int) -> dict[str, Any]:
         where, key, file, question, label, category = self._entries[index]
         try:
-            image = transforms.open_image(file)
+            image = transforms.open_image(coco.find_image(file))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         return {"key": key, "image": image, "question": question + SUFFIX, "label": label, "category": category}
@@ -51,14 +56,14 @@ def open_questions(
     """Opens "pope", "vqav2" or "mme" below the data folder; ValueError says what was expected where."""
     root = pathlib.Path(root)
     if family == "mme":
-        return _open_mme(refcoco.find(root, ("mme", "MME_Benchmark_release_version", "MME"), "MME"))
-    folder = pathlib.Path(images) if images is not None else refcoco.find(root, VAL_FOLDERS, "COCO val2014 images")
+        return _open_mme(_mme_folder(root))
+    folder = pathlib.Path(images) if images is not None else files.find(root, VAL_FOLDERS, "COCO val2014 images")
     return _open_pope(root, split, folder) if family == "pope" else _open_vqav2(root, folder)
 
 
 def _open_pope(root: pathlib.Path, split: str, images: pathlib.Path) -> Questions:
     name = f"coco_pope_{split}.json"
-    file = refcoco.find(root, (f"pope/{name}", f"pope/coco/{name}", name), f"POPE {split}")
+    file = files.find(root, (f"pope/{name}", f"pope/coco/{name}", name), f"POPE {split}")
     entries = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         if not line.strip():
@@ -75,10 +80,10 @@ def _open_pope(root: pathlib.Path, split: str, images: pathlib.Path) -> Question
 
 
 def _open_vqav2(root: pathlib.Path, images: pathlib.Path) -> Questions:
-    folder = refcoco.find(root, ("vqav2", "VQAv2"), "VQAv2")
+    folder = files.find(root, ("vqav2", "VQAv2"), "VQAv2")
     file = folder / "v2_OpenEnded_mscoco_val2014_questions.json"
-    questions = refcoco.load_json(file, dict)
-    answers = refcoco.load_json(folder / "v2_mscoco_val2014_annotations.json", dict)
+    questions = files.load_json(file, dict)
+    answers = files.load_json(folder / "v2_mscoco_val2014_annotations.json", dict)
     entries = []
     try:
         given = {a["question_id"]: a for a in answers["annotations"]}
@@ -95,18 +100,32 @@ def _open_vqav2(root: pathlib.Path, images: pathlib.Path) -> Questions:
     return Questions(entries)
 
 
+def _mme_folder(root: pathlib.Path) -> pathlib.Path:
+    """The folder of MME's categories; ValueError says where it was looked for."""
+    for folder in MME_FOLDERS:
+        if any((root / folder / category).is_dir() for category in (*PERCEPTION, *COGNITION)):
+            return root / folder
+    raise ValueError(
+        f"MME: expected existence/, count/ … in one of {', '.join(f or './' for f in MME_FOLDERS)} of {root}"
+    )
+
+
 def _open_mme(root: pathlib.Path) -> Questions:
-    """MME: in each category an image and a text file of the same stem, lines "question<tab>Yes|No"."""
-    entries = []
+    """MME: in each category an image and a text file of the same stem, lines "question<tab>Yes|No".
+
+    They lie beside each other, or in images/ and questions_answers_YN/, as published.
+    """
+    entries, missing = [], []
     for category in (*PERCEPTION, *COGNITION):
         folder = root / category
-        texts = sorted([*folder.glob("*.txt"), *folder.glob("questions_answers_YN/*.txt")])
+        found = sorted([*folder.glob("*.txt"), *folder.glob("questions_answers_YN/*.txt")])
+        texts = [file for file in found if not file.name.startswith(".")]
+        missing += [] if texts else [category]
         for file in texts:
-            candidates = [
-                p / f"{file.stem}{suffix}" for p in (folder, folder / "images") for suffix in (".jpg", ".png")
-            ]
+            places = (folder, folder / "images")
+            candidates = [p / f"{file.stem}{suffix}" for p in places for suffix in (".jpg", ".png", ".jpeg", ".JPG")]
             image = next((c for c in candidates if c.is_file()), candidates[0])
-            for number, line in enumerate(file.read_text().splitlines(), 1):
+            for number, line in enumerate(file.read_text("utf-8-sig", errors="replace").splitlines(), 1):
                 if not line.strip():
                     continue
                 question, _, label = line.rpartition("\t")
@@ -117,6 +136,8 @@ def _open_mme(root: pathlib.Path) -> Questions:
                 entries.append((where, key, image, question.strip(), label.strip().lower(), category))
     if not entries:
         raise ValueError(f"{root}: expected folders such as existence/ with *.txt; none is there")
+    if missing:
+        _log.warning("%s: no questions of %s: the sums of MME are without them", root, ", ".join(missing))
     return Questions(entries)
 
 

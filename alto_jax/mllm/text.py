@@ -15,6 +15,8 @@ from pathlib import Path
 import re
 from typing import Any
 
+from alto_jax.mllm import literals
+
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 IMAGE = "<image>"  # Where the image stands in a conversation; never a token.
 IMG, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -25,6 +27,7 @@ PAD = "<pad>"
 
 # Note: the order in which the reference appends tokens to a vocabulary; converted weights depend on it.
 VISION_TOKENS = (IMG, IMG_END, IMG_CONTEXT, "<quad>", "</quad>", REF, REF_END, BOX, BOX_END)
+MARKUP = ("<quad>", "</quad>", REF, REF_END, BOX, BOX_END)  # Special tokens that people and model may write.
 MASK_TOKENS = (MASK_START, MASK_END)
 PAD_CANDIDATES = (PAD, "</s>", "<|endoftext|>")  # The first in the vocabulary (built-in, InternLM2, Qwen2).
 BOS = "<s>"  # Put in front of a text once, where the vocabulary has it (InternLM2).
@@ -66,10 +69,10 @@ def reference(phrase: str) -> str:
     """Returns `<ref>phrase</ref>`; a phrase that already carries `<ref>` or `<box>` is kept as it is.
 
     Raises:
-      ValueError: the phrase has no text.
+      ValueError: the phrase has no text, or holds `<image>`, which would place the image there.
     """
-    if not phrase.strip():
-        raise ValueError(f"phrase: expected the name or description of an object, got {phrase!r}")
+    if not phrase.strip() or IMAGE in phrase:
+        raise ValueError(f"phrase: expected the name or description of an object, got {phrase!r:.80}")
     return phrase if REF in phrase or BOX in phrase else f"{REF}{phrase}{REF_END}"
 
 
@@ -110,8 +113,16 @@ def join_classes(names: Sequence[str]) -> str:
 
 def find_reference(text: str) -> str | None:
     """Returns the first `<ref>…</ref>` or `<box>…</box>` of a human turn with its tags, None without one."""
-    found = re.search(rf"{REF}.*?{REF_END}|{BOX}.*?{BOX_END}", text, flags=re.DOTALL)
-    return found.group(0) if found else None
+    return next(iter(find_references(text)), None)
+
+
+def find_references(text: str) -> list[str]:
+    """Returns all `<ref>…</ref>` and `<box>…</box>` of a human turn with their tags, in order.
+
+    A `<box>` right after a `<ref>` tells where that is; it belongs to the same object and is left out.
+    """
+    found = re.findall(rf"({REF}.*?{REF_END})(?:\s*{BOX}.*?{BOX_END})?|({BOX}.*?{BOX_END})", text, flags=re.DOTALL)
+    return [ref or box for ref, box in found]
 
 
 def resize_placeholders(text: str, num_placeholders: int) -> str:
@@ -165,6 +176,7 @@ class TextTokenizer:
     Attributes:
       ids: SpecialIds of this vocabulary.
       vocab_size: number of tokens, special ones included.
+      reserved_ids: the special tokens but MARKUP: those that the template and the masks are made of.
     """
 
     def __init__(self, tokenizer: Any, source: str = "tokenizer"):
@@ -173,6 +185,10 @@ class TextTokenizer:
         self._fixed: dict[str, tuple[int, ...]] = {}
         self.ids = _special_ids(tokenizer, source)
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        special |= {i for i in dataclasses.astuple(self.ids)[:-1] if i is not None}
+        special |= set(range(self.ids.code_0, self.ids.code_0 + self.ids.num_codes))
+        self.reserved_ids = frozenset(special - {tokenizer.token_to_id(token) for token in MARKUP})
 
     @classmethod
     def load(cls, path: str | Path, *, num_codes: int | None = None) -> "TextTokenizer":
@@ -334,14 +350,19 @@ def render_prompt(
 ) -> list[int]:
     """Returns the ids of a single-turn prompt that ends where the assistant's answer begins.
 
+    It has exactly `num_image_tokens` image tokens, whatever the question says.
+
     Args:
       tok: tokenizer.
       question: the human turn; `<image>` and a line break are put in front if it has no `<image>`.
       num_image_tokens: `<IMG_CONTEXT>` tokens of the image; 0 for a prompt without an image.
       system: the system message, None leaves the system segment out.
       answer_prefix: start of the answer, e.g. FORCED_ANSWER_PREFIX, so that generation goes on inside a mask.
+
+    Raises:
+      ValueError: a special token written out in the question, see `literals.check_turn`.
     """
-    turns = _with_image([{"from": "human", "value": question}], num_image_tokens)
+    turns = _with_image(tok, [{"from": "human", "value": question}], num_image_tokens, system)
     texts = template_text(turns, system)
     texts[-1] += answer_prefix
     return _bos(tok) + [i for text in texts for i in tok.encode(text)]
@@ -368,11 +389,15 @@ def render_conversation(
 
     Returns:
       (ids, labels), of equal length, unpadded.
+
+    Raises:
+      ValueError: turns out of order, `<image>` twice or in an answer, or a special token written out, see
+        `literals.check_turn`.
     """
     ids = _bos(tok)
     labels = [IGNORE] * len(ids)
     header_length = len(tok.encode_fixed(HEADERS["gpt"]))
-    for text in template_text(_with_image(conversations, num_image_tokens), system):
+    for text in template_text(_with_image(tok, conversations, num_image_tokens, system), system):
         turn = tok.encode_fixed(text) if text.startswith(HEADERS["system"]) else tok.encode(text)
         ids += turn
         if text.startswith(HEADERS["gpt"]):
@@ -391,15 +416,24 @@ def _bos(tok: TextTokenizer) -> list[int]:
     return [] if tok.ids.bos is None else [tok.ids.bos]
 
 
-def _with_image(conversations: Sequence[Mapping[str, str]], num_image_tokens: int) -> list[dict[str, str]]:
-    """Puts the image tokens at `<image>`, which is added to the first human turn where it is missing."""
+def _with_image(
+    tok: TextTokenizer, conversations: Sequence[Mapping[str, str]], num_image_tokens: int, system: str | None
+) -> list[dict[str, str]]:
+    """Puts the image tokens at `<image>`, which is added to the first human turn where it is missing.
+
+    All that is said, the system message included, is checked before: no other image token comes in.
+    """
     turns = [dict(turn) for turn in conversations]
+    for turn in [{"from": "system", "value": system or ""}, *turns]:
+        literals.check_turn(tok, turn["from"], turn["value"])
+        if IMAGE in turn["value"] and turn["from"] != "human":
+            raise ValueError(f"conversation: {IMAGE} stands in the {turn['from']} turn {turn['value'][:60]!r}")
     count = sum(turn["value"].count(IMAGE) for turn in turns)
     if count > 1:
         raise ValueError(f"conversations: expected at most one {IMAGE}, got {count}")
     if num_image_tokens == 0:
         if count:
-            raise ValueError(f"num_image_tokens: expected at least 1 for a text with {IMAGE}, got 0")
+            raise ValueError(f"conversations: {IMAGE} stands in the text, but there is no image")
         return turns
     if count == 0:
         first = next((turn for turn in turns if turn["from"] == "human"), None)

@@ -174,7 +174,12 @@ def make_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) 
     The result holds giou (of the first mask; an answer without a well-formed one counts 0), format_rate (answers with
     one), several_masks_rate (with more), giou_no_codes (the mask decoded from no codes, the baseline that an MLLM must
     beat), mean_length, std_length and the lengths.
+
+    Raises:
+      ValueError: the evaluation data hold no request for one mask; now, not when the training is over.
     """
+    if config.eval.num_samples:
+        sources.chat_source(config, held_out=True, adaptive_only=True)
     generate_cfg = GenerateConfig(max_new_tokens=config.eval.max_new_tokens)
     size = config.model.tokenizer
 

@@ -20,7 +20,7 @@ import optax
 from alto_jax.checkpoint import loading, runs
 from alto_jax.cli import Progress, Stopped, duration
 from alto_jax.config import ConfigError, to_dict, write_whole
-from alto_jax.data import prefetch
+from alto_jax.data import prefetch, sources
 from alto_jax.experiment import ExperimentConfig, claim_workdir
 from alto_jax.lora import adapters
 from alto_jax.parallel import sharding
@@ -43,7 +43,8 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
       workdir: the run's directory; created if missing.
 
     Returns:
-      {"stage", "steps", "seconds", "metrics_first", "metrics_last", "eval": {...}}, as in result.json.
+      {"stage", "steps", "seconds", "metrics_first", "metrics_last", "eval": {...}}, as in result.json; "eval_train"
+      instead of "eval" where evaluation is on training data (`sources.evaluated_on`).
 
     Raises:
       ConfigError: the directory belongs to another configuration.
@@ -56,6 +57,7 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
     if (path / "result.json").exists():
         print(f"[{config.stage}] {path} is already complete")
         return json.loads((path / "result.json").read_text())
+    measured = _name_evaluation(config)
     mesh = run_mesh(config)
     keep = runs.Retention(config.train.keep_checkpoints, config.train.keep_best, config.train.best_mode)
     checkpointer = runs.Checkpointer(path, keep)
@@ -79,16 +81,46 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
     began = time.monotonic()
     try:
         with StopSignals() as signals:
-            run = _Run(config, stage, optimizer, checkpointer, iterator, mesh, path, signals)
+            run = _Run(config, stage, optimizer, checkpointer, iterator, mesh, path, signals, measured)
             state, logs = _steps(run, state)
     finally:
         iterator.close()
         checkpointer.close()
-    evaluation = _final_evaluation(config, stage, state, logs)
-    result = _result(config, path, evaluation, time.monotonic() - began)
+    evaluation = _final_evaluation(config, stage, state, logs, measured)
+    result = _result(config, path, {measured: evaluation}, time.monotonic() - began)
     if jax.process_index() == 0:
         write_whole(path / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _name_evaluation(config: ExperimentConfig) -> str:
+    """The name of the evaluation's metrics ("eval" or "eval_train"); says once if they are not of held-out data.
+
+    Raises:
+      ConfigError: `train.best_metric` is an evaluation's that is not made.
+    """
+    cfg, measured = config.train, sources.evaluated_on(config)
+    best, _, metric = cfg.best_metric.partition("/")
+    if cfg.keep_best and metric and best.startswith("eval"):
+        every = config.eval.every if config.eval.num_samples else 0
+        if best != measured or not every:
+            why = f"eval.every {config.eval.every}, eval.num_samples {config.eval.num_samples}" if not every else (
+                f"evaluation is on {'training' if measured == 'eval_train' else 'held-out'} data (config.eval.source, "
+                f"config.data.validation_fraction), so its metrics are named {measured}/…")  # fmt: skip
+            raise ConfigError(f"config.train.best_metric: {cfg.best_metric!r} is never measured: {why}")
+    if config.eval.num_samples and jax.process_index() == 0:
+        if measured == "eval_train":
+            print(
+                f"[{config.stage}] evaluation is on training data, so its metrics are named eval_train/…; for held-out "
+                "data give config.eval.source or config.data.validation_fraction",
+                flush=True,
+            )
+        elif config.eval.source:
+            shared, count = sources.count_shared_images(config)
+            if shared:
+                print(f"[{config.stage}] warning: {shared} of the {count} images that evaluation takes from "
+                      "config.eval.source are in the training data too", flush=True)  # fmt: skip
+    return measured
 
 
 def run_mesh(config: ExperimentConfig, devices: Any = None) -> jax.sharding.Mesh:
@@ -139,6 +171,7 @@ class _Run:
     """What the steps of a run work with, beside its state.
 
     iterator: of batches on the devices of `mesh`. path: the run's directory. signals: taken while the steps run.
+    measured: the name of the evaluations' metrics.
     """
 
     config: ExperimentConfig
@@ -149,6 +182,7 @@ class _Run:
     mesh: jax.sharding.Mesh
     path: pathlib.Path
     signals: StopSignals
+    measured: str
 
 
 def _steps(run: _Run, state: TrainState) -> tuple[TrainState, _Logs]:
@@ -199,7 +233,7 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, _Logs]:
         if stage.evaluate is not None and config.eval.every and step % config.eval.every == 0 and step < total:
             with meter.aside():
                 found = _evaluate(config, stage, state)
-            scalars = {f"eval/{k}": v for k, v in found.items() if isinstance(v, (int, float))}
+            scalars = {f"{run.measured}/{k}": v for k, v in found.items() if isinstance(v, (int, float))}
             logs.write(step, scalars, tuple(scalars))
         # Note: a rollout in progress is not part of the checkpoint, so saves (and stops) fall between rollouts.
         if step % repeats == 0 or step == total:
@@ -285,16 +319,17 @@ def _evaluate(config: ExperimentConfig, stage: Stage, state: TrainState) -> dict
         return stage.evaluate(state.eval_params())
 
 
-def _final_evaluation(config: ExperimentConfig, stage: Stage, state: TrainState, logs: _Logs) -> dict:
+def _final_evaluation(config: ExperimentConfig, stage: Stage, state: TrainState, logs: _Logs, measured: str) -> dict:
     """Evaluates at the end, writes and prints it, and closes the logs."""
     evaluation: dict = {}
     if stage.evaluate is not None and config.eval.num_samples:
         began = time.monotonic()
         evaluation = _evaluate(config, stage, state)
         scalars = {k: v for k, v in evaluation.items() if isinstance(v, (int, float))}
-        logs.write(config.train.steps, {f"eval/{k}": v for k, v in scalars.items()})
+        logs.write(config.train.steps, {f"{measured}/{k}": v for k, v in scalars.items()})
         line = "  ".join(f"{k} {v:.4g}" for k, v in scalars.items())
-        logs.say(f"[{config.stage}] evaluation ({duration(time.monotonic() - began)}): {line}")
+        where = "" if measured == "eval" else " on training data"
+        logs.say(f"[{config.stage}] evaluation{where} ({duration(time.monotonic() - began)}): {line}")
     logs.close()
     return evaluation
 
@@ -314,18 +349,19 @@ def _result(config: ExperimentConfig, path: pathlib.Path, evaluation: dict, seco
         "seconds": round(seconds, 1),
         "metrics_first": mean(records[:quarter]) if records else {},
         "metrics_last": mean(records[-quarter:]) if records else {},
-        "eval": evaluation,
+        **evaluation,
     }
 
 
 def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
-    """Evaluates the newest checkpoint of a run on held-out data and prints the numbers.
+    """Evaluates the newest checkpoint of a run, on held-out data if there are some, and prints the numbers.
 
     Raises:
       FileNotFoundError: the directory holds no checkpoint.
     """
     runs.find_run(workdir)
     path = claim_workdir(workdir, config)
+    _name_evaluation(config)
     mesh = run_mesh(config)
     stage = make_stage(config, mesh, path)
     if stage.evaluate is None:

@@ -196,7 +196,7 @@ def test_placeholders_are_resized():
         ([], 1, "at least one turn"),
         ([{"from": "gpt", "value": "A"}], 1, r"conversations\[0\].from"),
         ([{"from": "human", "value": "<image><image>"}], 1, "at most one <image>"),
-        ([{"from": "human", "value": "<image>"}], 0, "num_image_tokens"),
+        ([{"from": "human", "value": "<image>"}], 0, "<image> stands in the text, but there is no image"),
     ],
 )
 def test_bad_conversations(builtin, turns, num_image_tokens, message):

@@ -1,0 +1,229 @@
+"""Records of conversation files: found, brought into one form, and counted by what they can be used for.
+
+A file is JSONL or one JSON list of {"image": path, "mask": path or [paths], "conversations": turns}. Turns are {"from",
+"value"} or {"role", "content"}, `images` and `messages` other names of the fields; a record without an image is text.
+"""
+
+import array
+import codecs
+from collections.abc import Iterator
+import dataclasses
+import functools
+import json
+import logging
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from alto_jax.data import prompts
+from alto_jax.data.split import file_hash
+from alto_jax.mllm import text
+
+_log = logging.getLogger(__name__)
+_PARTS = {"image": text.IMAGE, "image_url": text.IMAGE}
+_SPEAKERS = {"user": "human", "assistant": "gpt"}
+GOOD, MALFORMED, UNSUPPORTED = range(3)
+
+
+class Unsupported(ValueError):
+    """A sound record that the model has no place for, such as one of two images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """Where the records of a file stand, and what they are.
+
+    file: the file. unit: what a record's number counts, "line" or "entry" of a list. starts, ends: int64[N], in bytes.
+    numbers: int64[N]. kinds: uint8[N], GOOD, MALFORMED or UNSUPPORTED.
+    num_masks, num_prompts: uint16[N], see source.Chats. image_hashes: uint64[N], see split.py; 0 without an image.
+    problem: what is wrong with the first record that is not good, "" if all are.
+    """
+
+    file: pathlib.Path
+    unit: str
+    starts: np.ndarray
+    ends: np.ndarray
+    numbers: np.ndarray
+    kinds: np.ndarray
+    num_masks: np.ndarray
+    num_prompts: np.ndarray
+    image_hashes: np.ndarray
+    problem: str
+
+    def usable(self, max_masks: int | None = None) -> np.ndarray:
+        """The rows of all records but the unsupported ones and those of more than `max_masks` masks, int64[n].
+
+        Malformed ones stay, to be reported when they are read.
+        """
+        rows = np.flatnonzero(self.kinds != UNSUPPORTED)
+        if max_masks is None:
+            return rows
+        many = self.num_masks[rows] > max_masks
+        if many.any():
+            _log.warning(
+                "%d of %d records have more masks than config.data.max_masks=%d and are passed over, such as %s %s %d",
+                many.sum(), len(self.kinds), max_masks, self.file, self.unit, self.numbers[rows[many.argmax()]],
+            )  # fmt: skip
+        return rows[~many]
+
+    def read(self, row: int) -> tuple[str, dict[str, Any]]:
+        """Where record `row` stands, for messages, and its content, see `checked`."""
+        where = f"{self.file} {self.unit} {self.numbers[row]}"
+        with open(self.file, "rb") as file:
+            file.seek(int(self.starts[row]))
+            content = file.read(int(self.ends[row] - self.starts[row]))
+        return where, checked(_loads(content, where), where)
+
+
+def find_lines(file: pathlib.Path) -> Lines:
+    """Finds the records of a file; all are parsed once to see what they are, and kept while the file is unchanged.
+
+    Raises:
+      ValueError: the file can't be read, holds no record, or begins as a list and is none.
+    """
+    try:
+        state = file.stat()
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
+    return _find_lines(os.fspath(file), state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _find_lines(name: str, size: int, changed: int) -> Lines:
+    del size, changed  # They are there for the cache.
+    file = pathlib.Path(name)
+    problems: dict[int, str] = {}
+    with open(file, "rb") as stream:
+        is_list = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+    unit = "entry" if is_list else "line"
+    columns = [array.array(code) for code in "qqqqqqQ"]  # Note: lists of Python's numbers take ten times as much.
+    for number, start, end, content in _list_entries(file) if is_list else _jsonl_lines(file):
+        kind, masks, count, image, where = GOOD, 0, 0, 0, f"{file} {unit} {number}"
+        try:
+            entry = checked(_loads(content, where) if isinstance(content, bytes) else content, where)
+            masks, image = len(entry["mask"]), file_hash(entry["image"]) if entry["image"] else 0
+            count = len(prompts.requests(entry["conversations"], masks, where))
+        except Unsupported as error:
+            kind = UNSUPPORTED
+            problems.setdefault(kind, str(error))
+        except ValueError as error:  # Counted and reported where the record is read.
+            kind, masks, count = MALFORMED, 0, 1
+            problems.setdefault(kind, str(error))
+        for column, value in zip(columns, (start, end, number, kind, masks, count, image)):
+            column.append(value)
+    starts, ends, numbers, kinds, num_masks, num_prompts = (np.array(column, np.int64) for column in columns[:-1])
+    hashes = np.array(columns[-1], np.uint64)
+    if len(kinds) == 0:
+        raise ValueError(f"{file} holds no {unit}")
+    passed_over = int((kinds == UNSUPPORTED).sum())
+    if passed_over:
+        _log.warning("%d of %d records are passed over, such as %s", passed_over, len(kinds), problems[UNSUPPORTED])
+    problem = next(iter(problems.values()), "")
+    small = lambda counts: np.minimum(counts, 65535).astype(np.uint16)
+    kinds, num_masks, num_prompts = kinds.astype(np.uint8), small(num_masks), small(num_prompts)
+    return Lines(file, unit, starts, ends, numbers, kinds, num_masks, num_prompts, hashes, problem)
+
+
+def _jsonl_lines(file: pathlib.Path) -> Iterator[tuple[int, int, int, bytes]]:
+    """(number, start, end, content) of the lines that are not blank."""
+    start = 0
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, start, start + len(line), line
+            start += len(line)
+
+
+def _list_entries(file: pathlib.Path) -> Iterator[tuple[int, int, int, Any]]:
+    """(number, start, end, content) of the entries of a JSON list, numbered from 1.
+
+    Note: as Latin-1 a character is a byte, so that places in the text are places in the file. Texts beyond ASCII come
+    out wrong; what an entry is does not depend on them, and it is read again as UTF-8.
+    """
+    content = file.read_bytes().decode("latin-1")
+    decoder, number, solid = json.JSONDecoder(), 0, re.compile(r"[^ \t\r\n]|$")
+    skip = lambda at: next(solid.finditer(content, at)).start()
+    position = skip(content.index("[") + 1)
+    try:
+        while content[position] != "]":
+            value, end = decoder.raw_decode(content, position)
+            number += 1
+            yield number, position, end, value
+            position = skip(end)
+            if content[position] == ",":
+                position = skip(position + 1)
+            elif content[position] != "]":
+                raise ValueError(f"expected , or ] after entry {number}")
+        if content[position + 1 :].strip():
+            raise ValueError("there is more after the list")
+    except (IndexError, ValueError, RecursionError) as error:
+        reason = "it is cut short" if isinstance(error, IndexError) else error
+        raise ValueError(f"{file} is no JSON list, after entry {number}: {reason}") from error
+
+
+def _loads(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON: {error}") from error
+
+
+def checked(entry: Any, where: str) -> dict[str, Any]:
+    """A record as {"image": path or None, "mask": [path, …], "conversations": [{"from", "value"}, …]}.
+
+    Raises:
+      Unsupported: several images, or a video.
+      ValueError: malformed; the message names `where` and the field.
+    """
+
+    def refuse(field: str, expected: str) -> ValueError:
+        value = entry.get(field) if isinstance(entry, dict) else entry
+        return ValueError(f"{where}: field {field}: expected {expected}, got {value!r:.80}")
+
+    def paths(*fields: str) -> list[str]:
+        field = next((f for f in fields if entry.get(f)), fields[0])
+        value = entry.get(field) or []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(path, str) for path in value):
+            raise refuse(field, "a path or a list of paths")
+        return [path for path in value if path]
+
+    if not isinstance(entry, dict):
+        raise refuse("image", "a record")
+    images, masks = paths("image", "images"), paths("mask", "masks")
+    if masks and not images:
+        raise refuse("image", "a path, as there is a mask")
+    turns = entry.get("conversations") or entry.get("messages")
+    if not isinstance(turns, list) or not turns:
+        raise refuse("conversations", "a list of turns")
+    if entry.get("video") or entry.get("videos"):
+        raise Unsupported(f"{where}: a video")
+    if len(images) > 1:
+        raise Unsupported(f"{where}: {len(images)} images in one record, the model takes one")
+    conversations = []
+    for turn in turns:
+        speaker, said = _turn(turn)
+        if not isinstance(speaker, str) or not isinstance(said, str):
+            raise refuse("conversations" if entry.get("conversations") else "messages",
+                         'turns {"from": text, "value": text} or {"role", "content"}')  # fmt: skip
+        conversations.append({"from": _SPEAKERS.get(speaker, speaker), "value": said})
+    return {"image": images[0] if images else None, "mask": masks, "conversations": conversations}
+
+
+def _turn(turn: Any) -> tuple[Any, Any]:
+    """Speaker and text of a turn in either form, not yet checked; a content may be a list of texts and images."""
+    if not isinstance(turn, dict):
+        return None, None
+    speaker, said = (turn.get("from"), turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
+    if isinstance(said, list) and all(isinstance(part, dict) for part in said):
+        known = {
+            "text": lambda part: part.get("text"),
+            "image": lambda _: text.IMAGE,
+            "image_url": lambda _: text.IMAGE,
+        }
+        texts = [known.get(part.get("type"), lambda _: None)(part) for part in said]
+        said = "\n".join(texts) if all(isinstance(one, str) for one in texts) else None
+    return speaker, said
