@@ -25,7 +25,7 @@ class Stage:
 
     Attributes:
       init: `init(key) -> params`, all parameters from scratch; traceable.
-      data: `data(process_index, process_count) -> iterator` of host batches with get_state/set_state.
+      data: `data(share) -> iterator` of host batches with get_state/set_state: the rows of a `BatchShare`.
       loss_fn: `loss_fn(params, batch, drawn, step[, totals]) -> (loss, (metrics, aux))`; metrics are float
         scalars, aux (arrays with a row per row of the batch) is handed to `after_update`.
       draw: `draw(rng, batch_size) -> drawn`, a tree with one row per row of the batch: what is random in the loss.

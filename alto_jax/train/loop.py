@@ -62,8 +62,8 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
     is_resumed = checkpointer.latest_step() is not None
     stage = make_stage(config, mesh, path if is_resumed else None)
     optimizer = make_optimizer(config.optim, config.train.steps)
-    data = stage.data(jax.process_index(), jax.process_count())
-    iterator = prefetch.Ahead(data, lambda batch: sharding.put_batch(batch, mesh))
+    data = stage.data(sharding.batch_share(mesh))
+    iterator = prefetch.Ahead(data, lambda batch: sharding.put_batch(batch, mesh, config.train.batch_size))
     if stage.save_files is not None and jax.process_index() == 0:
         stage.save_files(path)
 

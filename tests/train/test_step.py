@@ -23,9 +23,9 @@ def run(config, stage, steps):
     abstract = abstract_state(config, stage, optimizer, mesh)
     state = initial_state(config, stage, optimizer, abstract, mesh)
     update = step.make_step(config, stage, optimizer, jax.tree.map(lambda a: a.sharding, abstract))
-    iterator, states, metrics = stage.data(0, 1), [jax.device_get(state)], []
+    iterator, states, metrics = stage.data(sharding.batch_share(mesh)), [jax.device_get(state)], []
     for _ in range(steps):
-        state, logged = update(state, sharding.put_batch(next(iterator), mesh))
+        state, logged = update(state, sharding.put_batch(next(iterator), mesh, fake_stage.ROWS))
         states.append(jax.device_get(state))
         metrics.append(jax.device_get(logged))
     return states, metrics
@@ -76,7 +76,7 @@ model = {"vision": vision, "tokenizer": tokenizer}
 config = experiment("stage2", train={"batch_size": 4}, model=model, data={"max_masks": 2})
 mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
 stage = make_stage(config, mesh)
-batch = sharding.put_batch(next(stage.data(0, 1)), mesh)
+batch = sharding.put_batch(next(stage.data(sharding.batch_share(mesh))), mesh, 4)
 state = create_state(stage.init(jax.random.key(0)), config.trainable, make_optimizer(config.optim, 10), {})
 counted = []
 for parts in (1, 4):
