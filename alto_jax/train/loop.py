@@ -23,7 +23,7 @@ from alto_jax.config import ConfigError, to_dict, write_whole
 from alto_jax.data import prefetch
 from alto_jax.experiment import ExperimentConfig, claim_workdir
 from alto_jax.lora import adapters
-from alto_jax.parallel import sharding
+from alto_jax.parallel import distributed, sharding
 from alto_jax.params import merge_params
 from alto_jax.stages.stage import Stage
 from alto_jax.stages.table import make_stage
@@ -52,11 +52,13 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
       OSError: the last checkpoint could not be written.
       Stopped: a signal ended the run after a save.
     """
-    path = claim_workdir(workdir, config)
-    if (path / "result.json").exists():
+    path, finished = distributed.from_first(lambda: _claim(workdir, config))
+    path = pathlib.Path(path)
+    if finished is not None:
         print(f"[{config.stage}] {path} is already complete")
-        return json.loads((path / "result.json").read_text())
+        return finished
     mesh = run_mesh(config)
+    sharding.batch_share(mesh).rows(config.train.batch_size, "config.train.batch_size")
     keep = runs.Retention(config.train.keep_checkpoints, config.train.keep_best, config.train.best_mode)
     checkpointer = runs.Checkpointer(path, keep)
     is_resumed = checkpointer.latest_step() is not None
@@ -89,6 +91,13 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
     if jax.process_index() == 0:
         write_whole(path / "result.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _claim(workdir: str | os.PathLike, config: ExperimentConfig) -> tuple[str, dict | None]:
+    """The run's directory, and what its result.json holds (None: the run is not at its end)."""
+    path = claim_workdir(workdir, config)
+    file = path / "result.json"
+    return str(path), json.loads(file.read_text()) if file.exists() else None
 
 
 def run_mesh(config: ExperimentConfig, devices: Any = None) -> jax.sharding.Mesh:
@@ -325,7 +334,7 @@ def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
       FileNotFoundError: the directory holds no checkpoint.
     """
     runs.find_run(workdir)
-    path = claim_workdir(workdir, config)
+    path = pathlib.Path(distributed.from_first(lambda: str(claim_workdir(workdir, config))))
     mesh = run_mesh(config)
     stage = make_stage(config, mesh, path)
     if stage.evaluate is None:
