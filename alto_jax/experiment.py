@@ -7,7 +7,7 @@ import pathlib
 import re
 from typing import Any, Literal
 
-from alto_jax.config import ConfigError, build, require, to_dict, write_whole
+from alto_jax.config import ConfigError, build, local_path, require, to_dict, write_whole
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import ChatConfig, MaskConfig
 from alto_jax.lora.adapters import LoraConfig
@@ -57,6 +57,8 @@ class DataConfig:
     use_caches: bool = True
 
     def __post_init__(self) -> None:
+        local_path(self.root, "root")
+        local_path(self.meta, "meta")
         require(
             self.source != "sa1b" or bool(self.root), "root", self.root, "the SA-1B folder (--config.data.root=DIR)"
         )
@@ -262,6 +264,7 @@ class ExperimentConfig:
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self) -> None:
+        local_path(self.init_from, "init_from")
         if self.lora.rank:
             require(self.stage in ("stage2", "stage3"), "lora.rank", self.lora.rank, f"0 in {self.stage}")
         if self.train.accumulate > 1:
@@ -294,6 +297,7 @@ _FREE_FIELDS = (
     "train.best_",
     "train.accumulate",
     "train.max_bad_steps",
+    "train.spike_sigmas",
     "train.profile_steps",
     "eval.",
     "grpo.log_samples",
@@ -320,7 +324,7 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig) -> pathl
     Raises:
       ConfigError: the directory holds a run of another configuration; names the fields that differ.
     """
-    path = pathlib.Path(workdir)
+    path = local_path(workdir, "--workdir")
     path.mkdir(parents=True, exist_ok=True)
     file, plain = path / "config.json", to_dict(config)
     # Note: a run that failed before its first checkpoint leaves nothing to protect.

@@ -37,6 +37,7 @@ from alto_jax.checkpoint.agreement import (
     known_steps,
     newest_readable,
 )
+from alto_jax.config import local_path
 from alto_jax.parallel import distributed
 from alto_jax.params import merge_params
 
@@ -71,7 +72,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int | Retention = 2):
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = local_path(directory, "--workdir").absolute()
         self._folder = self.directory / CHECKPOINTS
         self._folder.mkdir(parents=True, exist_ok=True)
         self._retention = Retention(keep) if isinstance(keep, int) else keep
@@ -323,7 +324,7 @@ def find_run(directory: str | os.PathLike, *, made_by: str = "") -> tuple[pathli
     Raises:
       FileNotFoundError: the directory is missing or holds no complete checkpoint.
     """
-    root = pathlib.Path(directory).absolute()
+    root = local_path(directory, "checkpoint").absolute()
     if root.name == CHECKPOINTS:
         root = root.parent
     hint = f"; make it with: {made_by}" if made_by else ""

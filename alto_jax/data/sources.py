@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 from alto_jax.batch import ChatBatch, MaskBatch, PromptBatch
+from alto_jax.config import local_path
 from alto_jax.data import benchmarks, caches, composition, pipeline, refcoco, scenes
 from alto_jax.data.conversations import Conversations
 from alto_jax.data.glyphs import catalogue
@@ -88,6 +89,8 @@ def _mixture(config: Any, open_part: Callable[[Any], Records]) -> Records:
     for name, (weight, source, entry) in parts.items():
         if source == "mixture":
             raise ValueError(f"{file}: {name}.source: a mixture in a mixture")
+        for field in ("root", "meta"):
+            local_path(entry.get(field) or "", f"{file}: {name}.{field}")
         paths = {"root": str(file.parent / entry["root"]) if entry.get("root") else "", "meta": entry.get("meta", "")}
         if source == "jsonl":
             paths["meta"] = str(file.parent / paths["meta"])

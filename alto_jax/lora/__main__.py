@@ -56,6 +56,7 @@ def main() -> int:
     command.add_argument("run", help="the run's directory")
     command.add_argument("out", help="a new directory")
     arguments = parser.parse_args()
+    cli.check_paths({"run": arguments.run, "out": arguments.out})
     print(f"merged into {merge(arguments.run, arguments.out)}")
     return 0
 
