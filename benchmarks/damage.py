@@ -103,7 +103,11 @@ def worker(folder: pathlib.Path, count: int, seed: int) -> None:
             copies = [root / f"{number}_{kind}" for kind in ("damaged", "sound")]
             for copy in copies:
                 shutil.copytree(root / "sound", copy)
-            what, victim = damage(copies[0] / "checkpoints" / "2", rng), rng.randrange(2 * jax.process_count())
+            if number < 2:
+                shutil.rmtree(copies[0] / "checkpoints" / "2")
+                what, victim = f"process {number} does not see it", number
+            else:
+                what, victim = damage(copies[0] / "checkpoints" / "2", rng), rng.randrange(2 * jax.process_count())
             seen = [copies[victim < jax.process_count() and index != victim] for index in range(jax.process_count())]
             return [str(path) for path in seen], what
 
@@ -123,8 +127,8 @@ def worker(folder: pathlib.Path, count: int, seed: int) -> None:
             kinds = {text.partition(":")[0] for text in everyone}
             outcome = kinds.pop() if len(kinds) == 1 else f"DIFFERENT: {everyone}"
             if process == 0:
-                for path in {*seen}:
-                    shutil.rmtree(path)
+                for kind in ("damaged", "sound"):
+                    shutil.rmtree(root / f"{number}_{kind}")
                 print(json.dumps({"mesh": name, "number": number, "damage": what, "outcome": outcome, "said": found,
                                   "own_copy": len({*seen}) > 1}), flush=True)  # fmt: skip
     faulthandler.cancel_dump_traceback_later()
