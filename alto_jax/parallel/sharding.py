@@ -345,7 +345,8 @@ def put_batch(batch: Any, mesh: Mesh, num_rows: int, field: str = "config.train.
         shape = (num_rows, *array.shape[1:])
         # Shape: the global one is stated, since from the local one alone JAX would take rows that two processes share
         # for a smaller batch.
-        return jax.make_array_from_callback(shape, sharding, lambda index: array[place[index[0].start or 0]])
+        piece = lambda index: array[place[index[0].start or 0 if index else 0]]
+        return jax.make_array_from_callback(shape, sharding, piece)
 
     return jax.tree.map(put, batch)
 

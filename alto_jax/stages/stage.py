@@ -13,6 +13,7 @@ import jax
 
 from alto_jax.batch import Rollout
 from alto_jax.data.source import Batches
+from alto_jax.parallel.shares import BatchShare
 
 # `Stage` says what the arguments are. Metrics are float32 scalars by name.
 LossFn = Callable[..., tuple[jax.Array, tuple[dict[str, jax.Array], Any]]]
@@ -53,7 +54,7 @@ class Stage:
     """
 
     init: Callable[[jax.Array], dict]
-    data: Callable[[int, int], Batches[Any]]
+    data: Callable[[BatchShare], Batches[Any]]
     loss_fn: LossFn
     draw: Callable[[jax.Array, int], Any] | None = None
     totals: Callable[[dict, Any], dict[str, jax.Array]] | None = None

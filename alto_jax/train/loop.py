@@ -52,8 +52,8 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
       OSError: the last checkpoint could not be written.
       Stopped: a signal ended the run after a save.
     """
-    path, finished = distributed.from_first(lambda: _claim(workdir, config))
-    path = pathlib.Path(path)
+    claimed, finished = distributed.from_first(lambda: _claim(workdir, config))
+    path = pathlib.Path(claimed)
     if finished is not None:
         print(f"[{config.stage}] {path} is already complete")
         return finished
