@@ -1,6 +1,6 @@
 """What the commands share: one clear line for bad input instead of a stack trace, and a progress line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import logging
 import os
 import sys
@@ -8,6 +8,7 @@ import time
 import traceback
 from typing import TextIO
 
+from alto_jax.config import local_path
 from alto_jax.parallel import distributed
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from what was saved.
@@ -42,6 +43,12 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def check_paths(given: Mapping[str, str | os.PathLike | None]) -> None:
+    """Raises ConfigError if one of the paths that a command was given ({"--out": …}, None: not given) is a URL."""
+    for option, path in given.items():
+        local_path(path or "", option)
 
 
 class Progress:

@@ -2,13 +2,15 @@
 
 A config file gives nested plain values (an `ml_collections.ConfigDict`); `build` turns them into the
 dataclasses that stand beside the modules which use them, and rejects what does not fit with the dotted
-name of the field and the value received. `write_whole` is how every room writes a small file.
+name of the field and the value received. `write_whole` is how every room writes a small file, `local_path` how
+it takes a path from its user.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import os
 import pathlib
+import re
 import socket
 import types
 import typing
@@ -107,6 +109,25 @@ def require(condition: bool, field: str, value: Any, expected: str) -> None:
     """Raises ConfigError naming `field`, `value` and what was `expected`, unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{field}: expected {expected}, got {value!r}")
+
+
+# Note: pathlib makes one slash of two.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def local_path(path: str | os.PathLike, field: str) -> pathlib.Path:
+    """The path of a file or folder, which must be on a file system of this machine.
+
+    Args:
+      path: as given by the user.
+      field: what gave it, such as "--workdir", for the message.
+
+    Raises:
+      ConfigError: it is a URL (scheme://…), which would become a local folder of that name.
+    """
+    if _URL.match(os.fspath(path)):
+        raise ConfigError(f"{field}: expected a path on this machine (mount the bucket), got {os.fspath(path)!r}")
+    return pathlib.Path(path)
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:

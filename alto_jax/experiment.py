@@ -7,7 +7,7 @@ import pathlib
 import re
 from typing import Any, Literal
 
-from alto_jax.config import ConfigError, build, require, to_dict, write_whole
+from alto_jax.config import ConfigError, build, local_path, require, to_dict, write_whole
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import ChatConfig, MaskConfig
 from alto_jax.lora.adapters import LoraConfig
@@ -77,7 +77,9 @@ class DataConfig:
 
 
 def _require_place(source: str, root: str, meta: str, group: str) -> None:
-    """Raises ConfigError if a source of `config.{group}` lacks its root or meta."""
+    """Raises ConfigError if a source of `config.{group}` lacks its root or meta, or has a URL there."""
+    local_path(root, "root")
+    local_path(meta, "meta")
     require(source != "sa1b" or bool(root), "root", root, f"the SA-1B folder (--config.{group}.root=DIR)")
     require(source != "jsonl" or bool(meta), "meta", meta, f"the meta file (--config.{group}.meta=FILE)")
     if source in ("prepared", "referring"):
@@ -292,6 +294,7 @@ class ExperimentConfig:
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self) -> None:
+        local_path(self.init_from, "init_from")
         if self.lora.rank:
             require(self.stage in ("stage2", "stage3"), "lora.rank", self.lora.rank, f"0 in {self.stage}")
         if self.train.accumulate > 1:
@@ -324,6 +327,7 @@ _FREE_FIELDS = (
     "train.best_",
     "train.accumulate",
     "train.max_bad_steps",
+    "train.spike_sigmas",
     "train.profile_steps",
     "eval.",
     "grpo.log_samples",
@@ -351,7 +355,7 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig) -> pathl
     Raises:
       ConfigError: the directory holds a run of another configuration; names the fields that differ.
     """
-    path = pathlib.Path(workdir)
+    path = local_path(workdir, "--workdir")
     path.mkdir(parents=True, exist_ok=True)
     file, plain = path / "config.json", to_dict(config)
     # Note: a run that failed before its first checkpoint leaves nothing to protect.

@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from alto_jax import cli
-from alto_jax.config import ConfigError
+from alto_jax.config import ConfigError, local_path
 from alto_jax.parallel import distributed
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory: checkpoints, metrics, results.")
@@ -169,6 +169,7 @@ def main() -> int:
         raise ConfigError(f"unexpected argument {rest[1]!r}; {_USAGE}")
     if not _WORKDIR.value:
         raise ConfigError(f"--workdir is required; {_USAGE}")
+    local_path(_WORKDIR.value, "--workdir")
     # Note: before the configuration is read, which may already touch JAX.
     distributed.initialize(_DISTRIBUTED.value)
     values = read_config(spec, changes)

@@ -285,6 +285,7 @@ def main() -> int:
     parser.add_argument("--overlay", metavar="FILE", help="the image with the mask drawn on it")
     parser.add_argument("--json", metavar="FILE", help="text, token_ids, codes, length, num_masks, iou, seconds")
     options = parser.parse_args()
+    cli.check_paths({f"--{name}": getattr(options, name) for name in ("image", "target", "out", "overlay", "json")})
     from PIL import Image  # late: keeps the start fast
 
     from alto_jax.data import transforms

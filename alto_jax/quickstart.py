@@ -11,6 +11,7 @@ import time
 import numpy as np
 
 from alto_jax import experiment, predict, report
+from alto_jax.config import local_path
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig, make_experiment
 from alto_jax.train.loop import train
@@ -29,7 +30,7 @@ def run(values: dict, workdir: str) -> dict:
       The summary, as in summary.json.
     """
     began = time.monotonic()
-    root = pathlib.Path(workdir)
+    root = local_path(workdir, "--workdir")
     configs, results = {}, {}
     # Note: all directories are claimed before the first training, so that a mismatch is not found an hour later.
     for name, previous in zip(values["stages"], ["", *values["stages"]]):

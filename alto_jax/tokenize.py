@@ -29,6 +29,7 @@ def main() -> int:
         action.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory (any stage)")
         action.add_argument("--out", required=True, metavar="FILE")
     options = parser.parse_args()
+    cli.check_paths({f"--{name}": getattr(options, name, None) for name in ("mask", "codes", "image", "out")})
     if options.action == "encode":
         _encode(options)
     else:

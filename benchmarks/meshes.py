@@ -74,9 +74,9 @@ def run(config: ExperimentConfig, first: TrainState, sizes: tuple[int, ...], ste
     state = jax.device_put(first, shardings)
     step = loop.make_step(config, stage, optimizer, shardings)
     rollout = loop.make_rollout(config, stage) if stage.rollout is not None else None
-    iterator, losses, moments = stage.data(0, 1), [], []
+    iterator, losses, moments = stage.data(sharding.batch_share(mesh)), [], []
     for index in range(steps):
-        batch = sharding.put_batch(next(iterator), mesh)
+        batch = sharding.put_batch(next(iterator), mesh, config.train.batch_size)
         batch = batch if rollout is None else rollout(state, batch)
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))

@@ -86,7 +86,7 @@ def measure() -> dict:
             data=dataclasses.replace(config.data, **data),
             train=dataclasses.replace(config.train, batch_size=int(args.rows * share)),
         )
-        batches[kind] = list(itertools.islice(sources.chat_iterator(changed, text, 0, 1), args.steps))
+        batches[kind] = list(itertools.islice(sources.chat_iterator(changed, text), args.steps))
         runs[kind] = make_run(changed, text.ids, params)
         runs[kind](batches[kind][0])
         found[f"tiny, {kind}"] = {"padding": round(padding(batches[kind]), 3)}

@@ -2,6 +2,7 @@
 
 import pathlib
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,20 +10,16 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="session")
-def debug_model(tmp_path_factory):
-    """A checkpoint of stage2.py:debug's sizes; such that its masks are neither full nor empty."""
+def write_model(path: pathlib.Path, config: Any) -> None:
+    """A checkpoint of a stage-2 configuration's sizes; such that its masks are neither full nor empty."""
     from flax import traverse_util
     import jax
 
-    from alto_jax import experiment, main
     from alto_jax.checkpoint import rows
     from alto_jax.config import to_dict
     from alto_jax.data import sources
     from alto_jax.mllm.alto_llm import init_params
 
-    config = experiment.make_experiment(main.load_config(str(ROOT / "configs/stage2.py:debug")))
-    path = tmp_path_factory.mktemp("debug_model")
     abstract = traverse_util.flatten_dict(
         jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0)), sep="/"
     )
@@ -42,4 +39,14 @@ def debug_model(tmp_path_factory):
     meta = {"stage": "stage2", "model": to_dict(config.model), "data": {"system": None}, "step": 0}
     rows.save_params(path, shapes, fill, meta)
     sources.text_tokenizer(config).save(path)
+
+
+@pytest.fixture(scope="session")
+def debug_model(tmp_path_factory):
+    """A checkpoint of stage2.py:debug's sizes."""
+    from alto_jax import experiment, main
+
+    config = experiment.make_experiment(main.load_config(str(ROOT / "configs/stage2.py:debug")))
+    path = tmp_path_factory.mktemp("debug_model")
+    write_model(path, config)
     return types.SimpleNamespace(path=path, config=config)

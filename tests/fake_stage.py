@@ -67,9 +67,7 @@ def stage(spoil=lambda batch: 1.0) -> Stage:
 
     return Stage(
         init=init,
-        data=lambda process, count: iter(
-            grain.MapDataset.range(ROWS * 100).map(_Rows(spoil)).batch(ROWS).to_iter_dataset()
-        ),
+        data=lambda share: iter(grain.MapDataset.range(ROWS * 100).map(_Rows(spoil)).batch(ROWS).to_iter_dataset()),
         loss_fn=loss_fn,
         draw=lambda rng, rows: jax.random.normal(rng, (rows, 2)),
         totals=lambda params, batch: {"weight": jnp.sum(batch["weight"])},

@@ -40,34 +40,40 @@ def load_model(directory: str | os.PathLike, mesh: jax.sharding.Mesh) -> LoadedM
     """
     root, _ = runs.find_run(directory, made_by="python -m alto_jax.main --config=configs/quickstart.py --workdir=DIR")
 
-    def read(folder: pathlib.Path) -> tuple[dict, Any, dict]:
-        meta = runs.read_meta(folder)
-        cfg = build(ModelConfig, meta["model"], f"{root}: model")
-        if meta["stage"] in ("stage1", "stage1_5"):
-            cfg = dataclasses.replace(cfg, vision=None, language_model=None)
-        shapes = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
-        place = lambda tree: jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            tree,
-            sharding.tree_shardings(tree, mesh),
-        )
-        abstract = place(shapes)
-        if meta.get("lora"):
-            lora_cfg = build(LoraConfig, meta["lora"], f"{root}: lora")
-            added = jax.eval_shape(lambda p: adapters.make_adapters(p, lora_cfg, jax.random.key(0)), shapes)
-            added = runs.read_params(str(directory), place(added), None, folder)
-            base = load_base(meta, abstract, str(directory))
-            params = jax.jit(lambda b, a: adapters.merged(merge_params(b, a), lora_cfg))(base, added)
-        else:
-            params = runs.read_params(str(directory), abstract, None, folder)
-            runs.require_complete(params, abstract, str(directory))
-        return meta, cfg, params
+    def read(folder: pathlib.Path) -> runs.Found:
+        cfg, lora, abstract = _wanted(runs.read_meta(folder), root, mesh)
+        return runs.read_params(str(directory), abstract["adapters" if lora else "model"], None, folder)
 
-    (meta, cfg, params), step = runs.newest_readable(root, read)
+    found, step = runs.newest_readable(root, read)
+    meta, params = runs.described(found), runs.joined(found)
+    cfg, lora, abstract = _wanted(meta, root, mesh)
+    if lora:
+        base = load_base(meta, abstract["model"], str(directory))
+        params = jax.jit(lambda b, a: adapters.merged(merge_params(b, a), lora))(base, params)
+    else:
+        runs.require_complete(params, abstract["model"], str(directory))
     saved = (root / runs.CHECKPOINTS / str(step) / "_CHECKPOINT_METADATA").read_bytes()
     name = f"{meta['stage']} step {step} {hashlib.sha256(saved).hexdigest()[:12]}"
     text = TextTokenizer.load(root) if cfg.language_model is not None else None
     return LoadedModel(root, meta, cfg, params, text, name)
+
+
+def _wanted(meta: dict, root: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Any, Any, dict[str, Any]]:
+    """What a step's description asks for: the model's configuration, that of its adapters (None: without), and the
+    shapes of "model" and "adapters", placed on the mesh."""
+    cfg = build(ModelConfig, meta["model"], f"{root}: model")
+    if meta["stage"] in ("stage1", "stage1_5"):
+        cfg = dataclasses.replace(cfg, vision=None, language_model=None)
+    lora = build(LoraConfig, meta["lora"], f"{root}: lora") if meta.get("lora") else None
+    shapes = {"model": jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))}
+    if lora:
+        draw = lambda params: adapters.make_adapters(params, lora, jax.random.key(0))
+        shapes["adapters"] = jax.eval_shape(draw, shapes["model"])
+    return cfg, lora, jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        shapes,
+        {name: sharding.tree_shardings(tree, mesh) for name, tree in shapes.items()},
+    )  # fmt: skip
 
 
 def adapter_meta(config: Any) -> dict:

@@ -6,7 +6,6 @@ In and out: step 0 of a run's directory, in the layout of `alto_jax.checkpoint.r
 from collections.abc import Callable, Mapping
 import math
 import os
-import pathlib
 from typing import Any
 
 from etils import epath
@@ -15,7 +14,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alto_jax.checkpoint.runs import CHECKPOINTS, array_structure, find_run
+from alto_jax.checkpoint.runs import CHECKPOINTS, array_structure, find_run, sealed
+from alto_jax.config import local_path
 
 _MAX_CHUNK_BYTES = 1 << 26
 _MAX_PENDING_BYTES = 1 << 28
@@ -93,9 +93,9 @@ def save_params(
     registry = ocp.type_handlers.create_type_handler_registry(
         (_Sink, _SinkHandler(lambda: fill(sinks))), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
-    step = epath.Path(pathlib.Path(directory).absolute() / CHECKPOINTS / "0")
+    step = epath.Path(local_path(directory, "the directory to write").absolute() / CHECKPOINTS / "0")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler())) as checkpointer:
-        checkpointer.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta)))
+        checkpointer.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(sealed(meta))))
     # Note: a Checkpointer would call the handler before its folder exists; called by itself it works in this thread.
     (step / "state").mkdir()
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)

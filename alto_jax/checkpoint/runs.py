@@ -12,32 +12,37 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import pathlib
 import shutil
-import sys
 from typing import Any, TypeVar, cast
 
 from etils import epath
 from flax import traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alto_jax.config import ConfigError
+from alto_jax.checkpoint.agreement import (
+    CHECKPOINTS,
+    Found,
+    Mismatch,
+    checksums,
+    complete_steps,
+    flat,
+    json_digest,
+    known_steps,
+    newest_readable,
+)
+from alto_jax.config import local_path
+from alto_jax.parallel import distributed
 from alto_jax.params import merge_params
 
-CHECKPOINTS = "checkpoints"
 BROKEN = "broken_checkpoints"  # What could not be read on resume is moved here.
-T = TypeVar("T")
 S = TypeVar("S")  # A dataclass of trees of arrays, such as TrainState.
-
-
-class Mismatch(ValueError):
-    """The checkpoint is sound but not what was asked for; an older one would not be either."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int | Retention = 2):
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = local_path(directory, "--workdir").absolute()
         self._folder = self.directory / CHECKPOINTS
         self._folder.mkdir(parents=True, exist_ok=True)
         self._retention = Retention(keep) if isinstance(keep, int) else keep
@@ -88,8 +93,8 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(epath.Path(self._folder), options=options)
 
     def latest_step(self) -> int | None:
-        """Newest complete step, or None."""
-        return max(complete_steps(self.directory), default=None)
+        """Newest complete step that any process sees, or None."""
+        return max(known_steps(self.directory), default=None)
 
     def save(self, step: int, state: Any, data_iterator: Any, meta: dict, *, metric: float | None = None) -> None:
         """Starts an asynchronous save of step `step`; does nothing if that step is already saved.
@@ -119,7 +124,13 @@ class Checkpointer:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(parts),
                     data=grain_checkpoint.CheckpointSave(data_iterator),
-                    meta=ocp.args.JsonSave({**meta, "metric": metric, "checksums": checksums(parts)}),
+                    meta=ocp.args.JsonSave(
+                        sealed(
+                            meta
+                            | {"metric": metric, "checksums": checksums(parts)}
+                            | {"position": json_digest(data_iterator.get_state())}
+                        )
+                    ),
                 ),
             )
 
@@ -132,32 +143,27 @@ class Checkpointer:
           ValueError: no step can be read.
         """
 
-        def read(folder: pathlib.Path) -> tuple[dict, Any]:
-            wanted = _without_empty(abstract)
-            restored = _restore_arrays(folder / "state", wanted)
-            _check_sums(folder, restored)
-            return restored, _data_state(folder / "data")
+        def read(folder: pathlib.Path) -> Found:
+            restored = _restore_arrays(folder / "state", _without_empty(abstract))
+            position = _data_state(folder / "data")
+            if read_meta(folder).get("position", json_digest(position)) != json_digest(position):
+                raise ValueError(f"{folder / 'data'}: the position in the data is not what was saved")
+            return Found(restored, _saved_sums(folder, restored), position)
 
-        (saved, position), step = newest_readable(self.directory, read)
-        data_iterator.set_state(position)
-        self._set_aside(step)
-        return dataclasses.replace(cast(Any, abstract), **saved)
+        found, step = newest_readable(self.directory, read)
+        data_iterator.set_state(found.plain)
+        distributed.from_first(functools.partial(self._set_aside, step))
+        self._manager.reload()
+        return dataclasses.replace(cast(Any, abstract), **found.arrays)
 
     def _set_aside(self, step: int) -> None:
         """Moves every folder of a step after `step` out of the way."""
-        names = [p.name for p in self._folder.iterdir() if p.name.isdigit() and int(p.name) > step]
-        if jax.process_index() == 0:
-            for name in names:
-                target = self.directory / BROKEN / name
-                target.parent.mkdir(exist_ok=True)
-                shutil.rmtree(target, ignore_errors=True)
-                (self._folder / name).rename(target)
+        target = self.directory / BROKEN
+        for folder in [p for p in self._folder.iterdir() if p.name.isdigit() and int(p.name) > step]:
+            target.mkdir(exist_ok=True)
+            names = (f"{folder.name}{'.' * bool(i)}{i or ''}" for i in itertools.count())
+            folder.rename(next(target / name for name in names if not (target / name).exists()))
         self._remove_leftovers()
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils  # late: only several processes need it
-
-            multihost_utils.sync_global_devices("alto_jax.checkpoint.set_aside")
-        self._manager.reload()
 
     def _metric(self, step: int) -> float | None:
         """The metric that a step was saved with."""
@@ -231,89 +237,11 @@ def _without_empty(state: Any) -> dict:
     return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
 
-def _flat(tree: Any) -> dict[str, Any]:
-    """Leaves by path, the same for a TrainState's parts and what is read back from them."""
-    name = lambda k: str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
-    return {"/".join(map(name, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-@jax.jit
-def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
-    def total(leaf: jax.Array) -> jax.Array:
-        bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[leaf.dtype.itemsize]
-        leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, bits)
-        return jnp.sum(leaf.astype(jnp.uint32), dtype=jnp.uint32)
-
-    return [total(leaf) for leaf in leaves]
-
-
-def checksums(tree: Any) -> dict[str, int]:
-    """Sum of the bits of every array, read as integers, modulo 2^32; the same on every mesh.
-
-    Args:
-      tree: arrays of any type, on the devices.
-
-    Returns:
-      {"a/b/c": sum}.
-    """
-    flat = _flat(tree)
-    return dict(zip(flat, (int(s) for s in jax.device_get(_sums(list(flat.values()))))))
-
-
-def _check_sums(folder: pathlib.Path, restored: dict) -> None:
-    """Raises ValueError if an array differs from what was saved (arrays read in another type are not compared)."""
+def _saved_sums(folder: pathlib.Path, restored: dict) -> dict[str, int]:
+    """The checksums that the arrays of a step were saved with (arrays read in another type cannot be compared)."""
     saved = read_meta(folder).get("checksums") or {}
-    dtypes = {path: np.dtype(leaf.dtype) for path, leaf in _flat(array_structure(folder / "state")).items()}
-    same = {p: leaf for p, leaf in _flat(restored).items() if p in saved and dtypes.get(p) == leaf.dtype}
-    found = dict(zip(same, (int(s) for s in jax.device_get(_sums(list(same.values()))))))
-    wrong = [path for path in found if found[path] != saved[path]]
-    if wrong:
-        raise ValueError(f"{len(wrong)} arrays are not what was saved, such as {wrong[0]}")
-
-
-def complete_steps(directory: pathlib.Path) -> list[int]:
-    """The complete steps of a run, in rising order."""
-    folder = directory / CHECKPOINTS
-    if not folder.is_dir():
-        return []
-    names = [p.name for p in folder.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()]
-    return sorted(map(int, names))
-
-
-def newest_readable(directory: pathlib.Path, read: Callable[[pathlib.Path], T]) -> tuple[T, int]:
-    """(read(folder), step) of the newest step for which no process fails; says which steps it passes over.
-
-    Raises:
-      ValueError: none can be read.
-    """
-    steps, first = complete_steps(directory)[::-1], None
-    for step in steps:
-        result, failure = None, None
-        try:
-            result = read(directory / CHECKPOINTS / str(step))
-        except (Mismatch, ConfigError, MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as error:  # noqa: BLE001 - damaged files surface as almost anything
-            failure = error
-        if _all_agree(failure is None):
-            return cast(T, result), step
-        text = " ".join(str(failure).split())[:300] if failure is not None else "another process cannot read it"
-        first = first or f"step {step}: {text}"
-        older = [s for s in steps if s < step]
-        going_on = f"going back to step {older[0]}" if older else "there is no other"
-        print(
-            f"warning: {directory}: the checkpoint of step {step} cannot be read ({text}); {going_on}", file=sys.stderr
-        )
-    raise ValueError(f"{directory}: no checkpoint can be read ({first})")
-
-
-def _all_agree(value: bool) -> bool:
-    """Whether `value` is true in every process."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils  # late: only several processes need it
-
-    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+    dtypes = {path: np.dtype(leaf.dtype) for path, leaf in flat(array_structure(folder / "state")).items()}
+    return {p: saved[p] for p, leaf in flat(restored).items() if p in saved and dtypes.get(p) == leaf.dtype}
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
@@ -333,7 +261,10 @@ def _array_checkpointer() -> ocp.Checkpointer:
 def array_structure(folder: pathlib.Path) -> dict:
     """Shapes and dtypes of the arrays in a folder."""
     with _array_checkpointer() as checkpointer:
-        return checkpointer.metadata(epath.Path(folder)).item_metadata.tree
+        found = checkpointer.metadata(epath.Path(folder)).item_metadata
+    if found is None:
+        raise ValueError(f"{folder}: the list of its arrays is missing or damaged")
+    return found.tree
 
 
 def _restore_arrays(folder: pathlib.Path, wanted: Any) -> Any:
@@ -362,9 +293,22 @@ def _data_state(folder: pathlib.Path) -> Any:
     return states[0]
 
 
+def sealed(meta: dict) -> dict:
+    """What a step says of itself, with a hash, so that a changed byte does not go unnoticed."""
+    return {**meta, "digest": json_digest(meta)}
+
+
 def read_meta(folder: pathlib.Path) -> dict:
-    """`load_meta` of one step's folder."""
-    return json.loads((folder / "meta" / "metadata").read_text())
+    """`load_meta` of one step's folder, with the entries that are for this room alone.
+
+    Raises:
+      ValueError: it is not what was saved.
+    """
+    meta = json.loads((folder / "meta" / "metadata").read_text())
+    digest = meta.pop("digest", None)
+    if digest not in (None, json_digest(meta)):
+        raise ValueError(f"{folder / 'meta'}: it is not what was saved")
+    return meta
 
 
 def find_run(directory: str | os.PathLike, *, made_by: str = "") -> tuple[pathlib.Path, int]:
@@ -380,7 +324,7 @@ def find_run(directory: str | os.PathLike, *, made_by: str = "") -> tuple[pathli
     Raises:
       FileNotFoundError: the directory is missing or holds no complete checkpoint.
     """
-    root = pathlib.Path(directory).absolute()
+    root = local_path(directory, "checkpoint").absolute()
     if root.name == CHECKPOINTS:
         root = root.parent
     hint = f"; make it with: {made_by}" if made_by else ""
@@ -395,8 +339,13 @@ def find_run(directory: str | os.PathLike, *, made_by: str = "") -> tuple[pathli
 def load_meta(directory: str | os.PathLike) -> dict:
     """What the run said of itself when it saved: {"stage", "model", "data", "step"}."""
     root, _ = find_run(directory)
-    meta, _ = newest_readable(root, read_meta)
-    return {name: value for name, value in meta.items() if name not in ("checksums", "metric")}
+    found, _ = newest_readable(root, lambda folder: Found(plain=read_meta(folder)))
+    return described(found)
+
+
+def described(found: Found) -> dict:
+    """What a step says of itself, without what it says for this room alone."""
+    return {name: value for name, value in found.plain.items() if name not in ("checksums", "metric", "position")}
 
 
 def identity(directory: str | os.PathLike) -> str:
@@ -425,11 +374,17 @@ def load_params(directory: str | os.PathLike, abstract: dict, *, only: str | Non
       ValueError: a parameter has another shape in the checkpoint, or no checkpoint can be read.
     """
     root, _ = find_run(directory)
-    return newest_readable(root, functools.partial(read_params, str(directory), abstract, only))[0]
+    found, _ = newest_readable(root, functools.partial(read_params, str(directory), abstract, only))
+    return joined(found)
 
 
-def read_params(name: str, abstract: dict, only: str | None, folder: pathlib.Path) -> dict:
-    """`load_params` of one step: its folder; name is the run's, for messages."""
+def joined(found: Found) -> dict:
+    """The parameters of `read_params`, trained and frozen, as one tree."""
+    return merge_params(*found.arrays.values()) if found.arrays else {}
+
+
+def read_params(name: str, abstract: dict, only: str | None, folder: pathlib.Path) -> Found:
+    """`load_params` of one step, by part ("params", "frozen"); name is the run's, for messages."""
     saved = array_structure(folder / "state")
     wanted = traverse_util.flatten_dict(abstract, sep="/")
     if only is not None:
@@ -448,11 +403,11 @@ def read_params(name: str, abstract: dict, only: str | None, folder: pathlib.Pat
                 chosen[path] = leaf
         if chosen:
             item[part] = traverse_util.unflatten_dict(chosen, sep="/")
+    meta = read_meta(folder)
     if not item:
-        return {}
+        return Found(plain=meta)
     restored = _restore_arrays(folder / "state", item)
-    _check_sums(folder, restored)
-    return merge_params(*restored.values())
+    return Found(restored, _saved_sums(folder, restored), meta)
 
 
 def require_complete(params: dict, abstract: dict, directory: str) -> None:

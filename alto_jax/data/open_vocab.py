@@ -205,6 +205,7 @@ def main() -> int:
     parser.add_argument("--samples-per-image", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    cli.check_paths({f"--{name}": getattr(options, name) for name in ("images", "labels", "out", "names", "split")})
     count = build(
         options.name,
         options.images,

@@ -17,6 +17,7 @@ import numpy as np
 
 from alto_jax.data.examples import Examples
 from alto_jax.data.prefetch import Ahead
+from alto_jax.parallel.shares import WHOLE, BatchShare
 
 
 def fill_rows(
@@ -98,8 +99,7 @@ class Packed(grain.IterDataset):
         max_length: int,
         max_segments: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: BatchShare = WHOLE,
         num_threads: int = 4,
     ):
         """Opens the stream.
@@ -111,19 +111,16 @@ class Packed(grain.IterDataset):
           num_rows: of a batch over all processes.
           max_length, max_segments: see `fill_rows`.
           seed: of the shuffling, which differs from epoch to epoch.
-          process_index, process_count: which rows are read here.
+          share: the rows that are read here.
           num_threads: reading threads; with some, a thread of their own prepares the next batch ahead.
 
         Raises:
-          ValueError: rows that do not divide among the processes.
+          ValueError: rows that do not divide among the devices.
         """
         super().__init__()
-        if num_rows < 1 or num_rows % process_count:
-            raise ValueError(f"batch_size: expected a multiple of {process_count} processes, got {num_rows}")
         self.examples, self.measure, self.make_batch = examples, measure, make_batch
         self.shape = {"num_rows": num_rows, "max_length": max_length, "max_segments": max_segments}
-        part = num_rows // process_count
-        self.rows = slice(process_index * part, (process_index + 1) * part)
+        self.rows = share.rows(num_rows)
         self.num_threads = num_threads
         self.order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
 
@@ -159,7 +156,7 @@ class _PackedIterator(grain.DatasetIterator):
 
     def __next__(self) -> Any:
         rows, following = fill_rows(self._length, self._position, **self._dataset.shape)
-        reading = [[self._example(position) for position in row] for row in rows[self._dataset.rows]]
+        reading = [[self._example(position) for position in rows[row]] for row in self._dataset.rows]
         # Where texts were measured without their images, one may turn out bad now: its place stays empty.
         examples = [[e for e in (future.result() for future in row) if e is not None] for row in reading]
         self._position = following

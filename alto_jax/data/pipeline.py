@@ -3,9 +3,9 @@
 In: any random-access source (`len`, `[]`) of MaskRecords or ChatRecords. Out: a `grain.IterDataset` of
 MaskBatch, ChatBatch or PromptBatch. Its iterator has `get_state()` and `set_state(state)`; after
 `set_state` the same batches follow as after `get_state`. The stream is a function of the source, the seed
-and the arguments; with P processes, process p gets rows p B/P .. (p+1) B/P - 1 of every batch of B, so that the
-global batch is the same, row by row, whatever P is. A state counts batches: one that a process of P saved
-may be given to every process of another P, and the same batches follow.
+and the arguments; a process gets the rows of its `BatchShare` of every batch, so that the global batch is the same,
+row by row, whatever mesh and processes are. A state counts batches: one that any process saved may be given to
+every process of another number of them, and the same batches follow.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +18,7 @@ from alto_jax.data import packing
 from alto_jax.data.examples import Examples, chat_example, chat_text, mask_fields, prompt_example
 from alto_jax.data.source import HasConversations, Records, Source
 from alto_jax.mllm import text
+from alto_jax.parallel.shares import WHOLE, BatchShare
 
 
 def batches(
@@ -29,8 +30,7 @@ def batches(
     num_epochs: int | None = None,
     shuffle: bool = True,
     drop_remainder: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: BatchShare = WHOLE,
     num_threads: int = 4,
     prefetch: int = 4,
 ) -> Any:
@@ -44,7 +44,7 @@ def batches(
       num_epochs: None for an endless stream.
       shuffle: whether to shuffle.
       drop_remainder: leave out a last batch that is not full; several processes cannot share one.
-      process_index, process_count: which part of the stream this process reads.
+      share: the rows of each batch that this process reads.
       num_threads: reading threads; 0 reads in the caller's thread.
       prefetch: batches kept ready.
 
@@ -52,30 +52,32 @@ def batches(
       A grain.IterDataset.
 
     Raises:
-      ValueError: a batch size that does not divide among the processes, or too few examples for a batch.
+      ValueError: a batch size that does not divide among the devices, or too few examples for a batch.
     """
     import grain  # late: keeps the start fast
 
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size: expected a multiple of {process_count} processes, got {batch_size}")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index: expected 0..{process_count - 1}, got {process_index}")
-    if process_count > 1 and not drop_remainder:
-        raise ValueError(f"drop_remainder: expected True with {process_count} processes, got False")
+    rows = share.rows(batch_size)
+    if not share.is_whole and not drop_remainder:
+        raise ValueError(f"drop_remainder: expected True with {share.num_processes} processes, got False")
     if num_epochs is not None and drop_remainder and len(examples) * num_epochs < batch_size:
         raise ValueError(f"batch_size: {batch_size} is more than the {len(examples)} records of {num_epochs} epochs")
     dataset = grain.MapDataset.source(examples).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
     dataset = dataset.repeat(num_epochs)
-    # Part k of the stream is rows (k mod P) B/P .. of batch k // P: batching by parts keeps them in one piece.
-    dataset = dataset.batch(batch_size // process_count, drop_remainder=drop_remainder, batch_fn=make_batch)
-    if process_count > 1:
-        parts = None if num_epochs is None else len(examples) * num_epochs // batch_size * process_count
-        dataset = dataset[process_index:parts:process_count]
+    if not share.is_whole:
+        own = functools.partial(_own_row, dataset, batch_size, rows)
+        dataset = grain.MapDataset.range(len(dataset) // batch_size * len(rows)).map(own)
+    dataset = dataset.batch(len(rows), drop_remainder=drop_remainder, batch_fn=make_batch)
     return dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
     )
+
+
+def _own_row(stream: Any, batch_size: int, rows: np.ndarray, index: int) -> Any:
+    """Element `index` of the rows of this process, of which every batch of the stream has some."""
+    batch, place = divmod(index, len(rows))
+    return stream[batch * batch_size + int(rows[place])]
 
 
 def mask_batches(
@@ -96,8 +98,7 @@ def mask_batches(
       image_size, mask_size: sides of the images and masks in the batch, in pixels.
       batch_size, seed: see `batches`.
       max_bad_records, max_bad_fraction: bad records that are passed over, see `Examples`.
-      **options: num_epochs, shuffle, drop_remainder, process_index, process_count, num_threads and
-        prefetch of `batches`.
+      **options: num_epochs, shuffle, drop_remainder, share, num_threads and prefetch of `batches`.
 
     Returns:
       A grain.IterDataset of MaskBatch.
@@ -167,7 +168,9 @@ def chat_batches(
         if length_buckets:
             raise ValueError(f"length_buckets: expected () with pack_samples {pack_samples}, got {length_buckets!r}")
         return _packed_chat_batches(examples, source, tok, texts, pack_samples, batch_size, seed, options)
-    buckets = sorted({*length_buckets, max_length}) if options.get("process_count", 1) == 1 else [max_length]
+    # Note: processes see different rows, and must come to the same shape.
+    is_alone = options.get("share", WHOLE).num_processes == 1
+    buckets = sorted({*length_buckets, max_length}) if is_alone else [max_length]
 
     from alto_jax.batch import ChatBatch  # late: readers and their processes run without JAX
 

@@ -1,6 +1,6 @@
 """One batch ahead, on a thread: the next batch is read and placed on the devices while the current one is used.
 
-    iterator = prefetch.Ahead(stage.data(...), lambda batch: sharding.put_batch(batch, mesh))
+    iterator = prefetch.Ahead(stage.data(...), lambda batch: sharding.put_batch(batch, mesh, batch_size))
 
 In: an iterator with get_state and set_state. Out: one with the same elements, transformed, and the same states.
 """

@@ -383,6 +383,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
+    names = ("source", "out", "images", "cache_features", "cache_tokens")
+    cli.check_paths({f"--{name.replace('_', '-')}": getattr(options, name) for name in names})
     name, kind, source = open_source(
         options.name, options.source, seed=options.seed, protocol=options.protocol, images=options.images,
         draws=options.draws_per_image, num=options.num_scenes,

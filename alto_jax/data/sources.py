@@ -13,6 +13,7 @@ import pathlib
 from typing import Any, TypeVar
 
 from alto_jax.batch import ChatBatch, MaskBatch, PromptBatch
+from alto_jax.config import local_path
 from alto_jax.data import benchmarks, caches, composition, pipeline, refcoco, scenes
 from alto_jax.data.conversations import Conversations
 from alto_jax.data.glyphs import catalogue
@@ -23,6 +24,7 @@ from alto_jax.data.sa1b import Sa1bMasks
 from alto_jax.data.source import Batches, HasImages, HasTexts, Records
 from alto_jax.data.split import EmptySplit, ImageSplit
 from alto_jax.mllm.text import TextTokenizer, question
+from alto_jax.parallel.shares import WHOLE, BatchShare
 
 S = TypeVar("S", Conversations, Prepared, Sa1bMasks, refcoco.Referring)
 _log = logging.getLogger(__name__)
@@ -179,6 +181,8 @@ def _entries(config: Any, field: str) -> dict[str, tuple[float, dict[str, Any]]]
     for name, (_, entry) in found.items():
         if entry["source"] == "mixture":
             raise ValueError(f"{file}: {name}.source: a mixture in a mixture")
+        for place in ("root", "meta"):
+            local_path(entry.get(place) or "", f"{file}: {name}.{place}")
     return found
 
 
@@ -210,9 +214,7 @@ def _scenes(config: Any, held_out: bool) -> composition.ScenesConfig:
     return dataclasses.replace(config.data.scenes, **changes)
 
 
-def mask_iterator(
-    config: Any, process_index: int, process_count: int, directory: os.PathLike | None = None
-) -> Batches[MaskBatch]:
+def mask_iterator(config: Any, share: BatchShare = WHOLE, directory: os.PathLike | None = None) -> Batches[MaskBatch]:
     """Endless MaskBatches of stages 1 and 1.5, with get_state and set_state; `directory`: the run, if it has begun."""
     size, source = config.model.tokenizer, mask_source(config)
     _check_caches(source, config, "masks", directory)
@@ -221,13 +223,13 @@ def mask_iterator(
             source,
             image_size=size.image_size,
             mask_size=size.mask_size,
-            **_options(config, process_index, process_count),
+            **_options(config, share),
         )
     )
 
 
 def chat_iterator(
-    config: Any, text: TextTokenizer, process_index: int, process_count: int, directory: os.PathLike | None = None
+    config: Any, text: TextTokenizer, share: BatchShare = WHOLE, directory: os.PathLike | None = None
 ) -> Batches[ChatBatch]:
     """Endless ChatBatches of stage 2, see `mask_iterator`."""
     source = chat_source(config)
@@ -242,13 +244,13 @@ def chat_iterator(
             max_masks=config.data.max_masks,
             length_buckets=config.data.length_buckets,
             pack_samples=config.data.pack_samples,
-            **_options(config, process_index, process_count),
+            **_options(config, share),
         )
     )
 
 
 def prompt_iterator(
-    config: Any, text: TextTokenizer, process_index: int, process_count: int, directory: os.PathLike | None = None
+    config: Any, text: TextTokenizer, share: BatchShare = WHOLE, directory: os.PathLike | None = None
 ) -> Batches[PromptBatch]:
     """Endless PromptBatches of stage 3, see `mask_iterator`."""
     source = chat_source(config, adaptive_only=True)
@@ -259,7 +261,7 @@ def prompt_iterator(
             text,
             **_sizes(config),
             max_prompt_length=config.data.max_length,
-            **_options(config, process_index, process_count),
+            **_options(config, share),
         )
     )
 
@@ -310,12 +312,11 @@ class _First:
         return self._source[index]
 
 
-def _options(config: Any, process_index: int, process_count: int) -> dict:
+def _options(config: Any, share: BatchShare) -> dict:
     options = {
         "batch_size": config.train.batch_size,
         "seed": config.seed + _SEED_OFFSET,
-        "process_index": process_index,
-        "process_count": process_count,
+        "share": share,
         "num_threads": config.data.num_threads,
         "max_bad_fraction": config.data.max_bad_fraction,
     }

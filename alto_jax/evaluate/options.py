@@ -5,7 +5,7 @@ import dataclasses
 import os
 from typing import Literal
 
-from alto_jax.config import require
+from alto_jax.config import local_path, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,8 @@ class EvaluateOptions:
     threads: int = 2
 
     def __post_init__(self) -> None:
+        for name in ("checkpoint", "out", "data", "images", "paper_rows"):
+            local_path(getattr(self, name) or "", f"--{name.replace('_', '-')}")
         require(not isinstance(self.benchmarks, str), "benchmarks", self.benchmarks, "a list of names")
         for name in ("limit", "max_new_tokens", "min_pixels"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")

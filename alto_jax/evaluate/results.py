@@ -11,7 +11,6 @@ import os
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 
 from alto_jax import metrics
@@ -71,18 +70,10 @@ def read_results(path: str | os.PathLike) -> tuple[dict[str, Any], list[dict[str
     return lines[0], lines[1:]
 
 
-def gather_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of all processes, in order of the processes; every process gets them all."""
-    if jax.process_count() == 1:
-        return lines
-    from jax.experimental import multihost_utils  # late: only several processes need it
-
-    mine = np.frombuffer(json.dumps(lines).encode(), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.array([len(mine)]))).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(mine)] = mine
-    parts = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
-    return [line for part, size in zip(parts, sizes) for line in json.loads(part[:size].tobytes())]
+def merge_lines(parts: Sequence[Sequence[dict[str, Any]]], total: int) -> list[dict[str, Any]]:
+    """The lines of all processes in order of their "index", each once (processes may share samples), below `total`."""
+    by_index = {line["index"]: line for part in reversed(parts) for line in part}
+    return [by_index[index] for index in sorted(by_index) if index < total]
 
 
 # --- summaries --------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ import jax
 
 from alto_jax.checkpoint import loading
 from alto_jax.cli import Progress
-from alto_jax.config import ConfigError, write_whole
+from alto_jax.config import write_whole
 from alto_jax.data import bad_data
 from alto_jax.evaluate import results, tables
 from alto_jax.evaluate.options import EvaluateOptions
 from alto_jax.evaluate.tasks import Task, make_tasks
-from alto_jax.parallel import sharding
+from alto_jax.parallel import distributed, sharding
 
 _NUM_TIMED_FROM = 1  # Note: the first batch of a process compiles and is left out of the times.
 
@@ -29,18 +29,11 @@ class Runner:
     def __init__(
         self, out: str | os.PathLike, mesh: Any, *, batch_size: int, max_bad_fraction: float, threads: int = 2
     ):
-        """ConfigError: a batch size that does not split over the devices, or devices that do not over the processes."""
+        """ConfigError: a batch size that does not split over the devices."""
         self.out, self.mesh, self.batch_size = pathlib.Path(out), mesh, batch_size
         self._max_bad, self._threads = max_bad_fraction, threads
         self._process, self._processes = jax.process_index(), jax.process_count()
-        parts = mesh.shape["data"] * mesh.shape["fsdp"]
-        if batch_size < 1 or batch_size % parts:
-            raise ConfigError(f"--batch-size: expected a multiple of the {parts} devices, got {batch_size}")
-        if parts % self._processes:
-            raise ConfigError(
-                f"--tensor: devices that share one sample must be of one process, got {mesh.shape['tensor']} of "
-                f"{mesh.size} devices in {self._processes} processes"
-            )
+        self._rows = sharding.batch_share(mesh).rows(batch_size, "--batch-size").tolist()
 
     def run(self, task: Task, header: dict[str, Any]) -> tuple[list[dict], dict]:
         """Runs what is left of a task.
@@ -66,8 +59,8 @@ class Runner:
             for number, (start, examples) in enumerate(self._batches(task, done, total)):
                 began = time.monotonic()
                 lines, tokens = self._batch(task, examples)
-                lines = results.gather_lines(lines)[: total - start]
-                lines = [{"index": start + i, **line} for i, line in enumerate(lines)]
+                lines = [{"index": start + row, **line} for row, line in zip(self._rows, lines, strict=True)]
+                lines = results.merge_lines(distributed.gather(lines), total)
                 if file is not None:
                     file.append(lines)
                     if number >= _NUM_TIMED_FROM:
@@ -92,29 +85,22 @@ class Runner:
 
         Every process comes to the same numbers, or raises the same ConfigError: only the first one sees the file.
         """
-        file: results.ResultFile | None = None
-        found: dict[str, Any] = {"error": ""}
-        if self._process == 0:
-            try:
-                file = results.ResultFile(path, header, batch_size=self.batch_size, total=total)
-                found |= {"done": file.done, "bad": [x for x in results.read_results(path)[1] if "error" in x]}
-            except ConfigError as error:
-                found["error"] = str(error)
-        found = results.gather_lines([found])[0]
-        if found["error"]:
-            raise ConfigError(found["error"])
-        return file, found["done"], found["bad"]
+        files: list[results.ResultFile] = []
+
+        def open_file() -> tuple[int, list[dict]]:
+            files.append(results.ResultFile(path, header, batch_size=self.batch_size, total=total))
+            return files[0].done, [line for line in results.read_results(path)[1] if "error" in line]
+
+        done, earlier = distributed.from_first(open_file)
+        return files[0] if files else None, done, earlier
 
     def _batches(self, task: Any, done: int, total: int) -> Iterator[tuple[int, list]]:
         """(index of the first sample, this process's examples) of each batch, read ahead by threads.
 
         A last batch that is not full is filled up with its last sample.
         """
-        part = self.batch_size // self._processes
         with ThreadPoolExecutor(max_workers=self._threads) as pool:
-            submit = lambda start: [
-                pool.submit(_example, task, min(start + self._process * part + i, total - 1)) for i in range(part)
-            ]
+            submit = lambda start: [pool.submit(_example, task, min(start + row, total - 1)) for row in self._rows]
             starts = list(range(done, total, self.batch_size))
             ahead = [submit(start) for start in starts[:2]]
             for number, start in enumerate(starts):

@@ -22,7 +22,7 @@ from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, segment
 from alto_jax.mllm.generate import GenerateConfig, bucket_length, generate
 from alto_jax.mllm.language_model import LanguageModel
-from alto_jax.parallel import sharding
+from alto_jax.parallel import distributed, sharding
 from alto_jax.stages.tokenizer import mask_iou, tokenizer_apply
 from alto_jax.tokenizer.alto import ALTo
 
@@ -163,11 +163,7 @@ class Answerer:
     def batch(self, examples: list[dict], name: str, mesh: Any) -> PromptBatch:
         """The prompts `name` of examples, left padded to a common length, on the devices."""
         longest = max(len(e[name]) for e in examples)
-        if jax.process_count() > 1:  # Note: all processes must come to the same shape.
-            from jax.experimental import multihost_utils  # late: only several processes need it
-
-            longest = int(np.max(multihost_utils.process_allgather(np.array([longest]))))
-        length = bucket_length(longest)
+        length = bucket_length(max(distributed.gather(longest)))  # Note: all processes must come to the same shape.
         pad, size = self.text.ids.pad, self.cfg.tokenizer.mask_size
         batch = PromptBatch(
             image=np.stack([e["image"] for e in examples]),
@@ -176,7 +172,7 @@ class Answerer:
             prompt_mask=np.array([np.arange(length) >= length - len(e[name]) for e in examples]),
             mask=np.zeros((len(examples), size, size), np.float32),
         )
-        return sharding.put_batch(batch, mesh)
+        return sharding.put_batch(batch, mesh, sharding.batch_share(mesh).batch_size(len(examples)), "--batch-size")
 
     def segment(self, batch: PromptBatch, config: GenerateConfig, mesh: Any) -> dict[str, np.ndarray]:
         """Of this process's rows: probability [B, h, w], length and valid of the first mask, num_masks, ids, mask."""
@@ -192,7 +188,7 @@ class Answerer:
                 "num_masks": found.masks.num_masks,
             }
 
-        return _local(self._compiled(("segment", config), run, mesh)(self.params, batch), batch.prompt_ids.shape[0])
+        return _local(self._compiled(("segment", config), run, mesh)(self.params, batch), mesh)
 
     def answer(self, batch: PromptBatch, config: GenerateConfig, mesh: Any) -> dict[str, np.ndarray]:
         """Ids and mask of answers in words."""
@@ -205,7 +201,7 @@ class Answerer:
             found = generate(*language, inputs, batch.prompt_mask, config, self.text.ids, jax.random.key(0))
             return {"ids": found.ids, "mask": found.mask}
 
-        return _local(self._compiled(("answer", config), run, mesh)(self.params, batch), batch.prompt_ids.shape[0])
+        return _local(self._compiled(("answer", config), run, mesh)(self.params, batch), mesh)
 
     def words(self, found: dict[str, np.ndarray], row: int) -> str:
         """The answer of a row as text."""
@@ -227,11 +223,10 @@ def _compiled(cfg: ModelConfig, function: Any, mesh: Any) -> Any:
     return jax.jit(sharding.on_mesh(mesh, told), out_shardings=sharding.replicated(mesh))
 
 
-def _local(found: dict[str, Any], rows: int) -> dict[str, np.ndarray]:
+def _local(found: dict[str, Any], mesh: Any) -> dict[str, np.ndarray]:
     """This process's part of arrays that every process holds whole."""
-    part = rows // jax.process_count()
-    start = jax.process_index() * part
-    return {name: np.asarray(value)[start : start + part] for name, value in jax.device_get(found).items()}
+    share = sharding.batch_share(mesh)
+    return {name: value[share.rows(len(value))] for name, value in jax.device_get(found).items()}
 
 
 class SegmentationTask:
@@ -392,10 +387,9 @@ class Reconstruction:
         if "reconstruct" not in self._compiled:
             self._compiled["reconstruct"] = _compiled(self._model, self._reconstruct, mesh)
         batch = MaskBatch(image=np.stack([e["image"] for e in examples]), mask=np.stack([e["mask"] for e in examples]))
-        found = _local(
-            self._compiled["reconstruct"](self._params, sharding.put_batch(batch, mesh)),
-            len(examples) * jax.process_count(),
-        )
+        num_rows = sharding.batch_share(mesh).batch_size(len(examples))
+        batch = sharding.put_batch(batch, mesh, num_rows, "--batch-size")
+        found = _local(self._compiled["reconstruct"](self._params, batch), mesh)
         lines = []
         for i, example in enumerate(examples):
             line = {"key": example["key"], "length": int(found["length"][i])}

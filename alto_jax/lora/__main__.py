@@ -39,7 +39,7 @@ def merge(run: str, out: str) -> pathlib.Path:
         for path, sink in sinks.items():
             sink[...] = np.asarray(flat[path])
 
-    dropped = ("lora", "base", "base_identity", "checksums", "metric")
+    dropped = ("lora", "base", "base_identity")
     plain = {name: value for name, value in model.meta.items() if name not in dropped}
     target.mkdir(parents=True, exist_ok=True)
     rows.save_params(target, {p: (v.shape, v.dtype) for p, v in flat.items()}, fill, plain)
@@ -56,6 +56,7 @@ def main() -> int:
     command.add_argument("run", help="the run's directory")
     command.add_argument("out", help="a new directory")
     arguments = parser.parse_args()
+    cli.check_paths({"run": arguments.run, "out": arguments.out})
     print(f"merged into {merge(arguments.run, arguments.out)}")
     return 0
 

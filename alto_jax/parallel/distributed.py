@@ -4,17 +4,18 @@ Each process owns its devices and reads its part of the data; process 0 alone wr
 scripts that start the processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import hashlib
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 from alto_jax.config import ConfigError, to_dict
 
 _joined = False
+T = TypeVar("T")
 
 
 class ProcessLost(RuntimeError):
@@ -78,6 +79,47 @@ def _variable(name: str, *, number: bool = False) -> str:
     return value
 
 
+def gather(value: Any) -> list[Any]:
+    """What each process gives, in order of the processes; every process gets it all. For values that JSON can hold."""
+    import jax  # late: keeps the start fast
+
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils  # late: only several processes need it
+    import numpy as np  # late: keeps the start fast
+
+    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array([len(mine)]))).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(mine)] = mine
+    parts = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [json.loads(part[:size].tobytes()) for part, size in zip(parts, sizes)]
+
+
+def from_first(function: Callable[[], T]) -> T:
+    """What `function` returns in process 0 (something that JSON can hold); the others do not call it.
+
+    For what is read of files: the processes may not see the same ones, and must not go different ways.
+
+    Raises:
+      ConfigError: in every process, with what `function` raised in process 0 (ValueError, OSError).
+    """
+    import jax  # late: keeps the start fast
+
+    if jax.process_count() == 1:
+        return function()
+    found: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            found["value"] = function()
+        except (ValueError, OSError) as error:
+            found["error"] = str(error)
+    found = gather(found)[0]
+    if "error" in found:
+        raise ConfigError(found["error"])
+    return found["value"]
+
+
 def check_same_config(config: Any) -> None:
     """Compares the configuration of all processes.
 
@@ -88,13 +130,9 @@ def check_same_config(config: Any) -> None:
 
     if jax.process_count() == 1:
         return
-    from jax.experimental import multihost_utils  # late: only several processes need it
-    import numpy as np
-
     text = json.dumps(to_dict(config), sort_keys=True)
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.int32)
-    all_digests = np.asarray(multihost_utils.process_allgather(digest))
-    others = [i for i in range(len(all_digests)) if not np.array_equal(all_digests[i], all_digests[0])]
+    all_digests = gather(hashlib.sha256(text.encode()).hexdigest())
+    others = [i for i, digest in enumerate(all_digests) if digest != all_digests[0]]
     if others:
         raise ConfigError(
             f"process {jax.process_index()}: the configurations of the processes differ:"

@@ -22,6 +22,7 @@ import numpy as np
 
 from alto_jax.config import require
 from alto_jax.parallel.devices import find_device
+from alto_jax.parallel.shares import BatchShare
 
 AXES = ("data", "fsdp", "tensor")
 _BOTH = ("fsdp", "tensor")
@@ -306,22 +307,46 @@ def constrain(x: jax.Array, *names: str | None | EllipsisType) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, cast(tuple[str | None, ...], names), mesh))
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Places this process's part of a host batch on the mesh, split over the batch axis.
+def batch_share(mesh: Any, process: int | None = None) -> BatchShare:
+    """The part of every batch that lies on the devices of a process (None: this one), by `batch_spec`."""
+    process = jax.process_index() if process is None else process
+    num_parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    # Note: by the devices' own processes, since a mesh of a TPU slice does not follow the processes' order.
+    owners = [{device.process_index for device in row} for row in mesh.devices.reshape(num_parts, -1)]
+    parts = tuple(part for part, found in enumerate(owners) if process in found)
+    if not parts:
+        raise ValueError(f"config.mesh: process {process} has no device in a mesh of {mesh.devices.size} devices")
+    return BatchShare(parts, num_parts, len(set().union(*owners)))
+
+
+def put_batch(batch: Any, mesh: Mesh, num_rows: int, field: str = "config.train.batch_size") -> Any:
+    """Places this process's rows of a host batch on the mesh, split over the batch axis.
+
+    Args:
+      batch: a tree of host arrays with the rows that `batch_share(mesh).rows(num_rows)` names, in this order.
+      mesh: of the run.
+      num_rows: rows of the batch over all processes.
+      field: what says so, for messages.
 
     Raises:
-      ValueError: the batch does not divide over the data and fsdp axes.
+      ValueError: the batch does not divide over the data and fsdp axes, or another number of rows is there.
     """
-    sharding = NamedSharding(mesh, batch_spec())
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    sharding, share = NamedSharding(mesh, batch_spec()), batch_share(mesh)
+    num_local, size = len(share.rows(num_rows, field)), num_rows // share.num_parts
+    place = {part * size: slice(i * size, (i + 1) * size) for i, part in enumerate(share.parts)}
 
     def put(array: Any) -> jax.Array:
         array = np.asarray(array)
-        if array.shape[0] * jax.process_count() % parts:
+        if array.shape[0] != num_local:
             raise ValueError(
-                f"config.train.batch_size: {array.shape[0] * jax.process_count()} does not split over {parts} devices"
+                f"{field}: process {jax.process_index()} has {array.shape[0]} rows, where {num_local} of the"
+                f" {num_rows} are on its devices"
             )
-        return jax.make_array_from_process_local_data(sharding, array)
+        shape = (num_rows, *array.shape[1:])
+        # Shape: the global one is stated, since from the local one alone JAX would take rows that two processes share
+        # for a smaller batch.
+        piece = lambda index: array[place[index[0].start or 0 if index else 0]]
+        return jax.make_array_from_callback(shape, sharding, piece)
 
     return jax.tree.map(put, batch)
 

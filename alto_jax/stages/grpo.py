@@ -42,7 +42,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
     return Stage(
         init=lambda key: init_params(config.model, key),
         finish_init=finish_init,
-        data=lambda process, count: sources.prompt_iterator(config, text, process, count, directory),
+        data=lambda share: sources.prompt_iterator(config, text, share, directory),
         loss_fn=make_loss(config, text.ids),
         rollout=functools.partial(rollout, config, text.ids),
         refill=refill,

@@ -28,7 +28,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
     text = sources.text_tokenizer(config, directory)
     return Stage(
         init=lambda key: init_params(config.model, key),
-        data=lambda process, count: sources.chat_iterator(config, text, process, count, directory),
+        data=lambda share: sources.chat_iterator(config, text, share, directory),
         loss_fn=make_loss(config, text.ids),
         draw=jax.random.split if config.model.need_vision().drop_path_rate > 0 else None,
         totals=make_totals(config, text.ids),

@@ -13,6 +13,7 @@ import jax
 
 from alto_jax.batch import Rollout
 from alto_jax.data.source import Batches
+from alto_jax.parallel.shares import BatchShare
 
 # `Stage` says what the arguments are. Metrics are float32 scalars by name.
 LossFn = Callable[..., tuple[jax.Array, tuple[dict[str, jax.Array], Any]]]
@@ -25,7 +26,7 @@ class Stage:
 
     Attributes:
       init: `init(key) -> params`, all parameters from scratch; traceable.
-      data: `data(process_index, process_count) -> iterator` of host batches with get_state/set_state.
+      data: `data(share) -> iterator` of host batches with get_state/set_state: the rows of a `BatchShare`.
       loss_fn: `loss_fn(params, batch, drawn, step[, totals]) -> (loss, (metrics, aux))`; metrics are float
         scalars, aux (arrays with a row per row of the batch) is handed to `after_update`.
       draw: `draw(rng, batch_size) -> drawn`, a tree with one row per row of the batch: what is random in the loss.
@@ -53,7 +54,7 @@ class Stage:
     """
 
     init: Callable[[jax.Array], dict]
-    data: Callable[[int, int], Batches[Any]]
+    data: Callable[[BatchShare], Batches[Any]]
     loss_fn: LossFn
     draw: Callable[[jax.Array, int], Any] | None = None
     totals: Callable[[dict, Any], dict[str, jax.Array]] | None = None

@@ -82,7 +82,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
     reseeds = is_first and cfg.reseed_every > 0
     return Stage(
         init=init,
-        data=lambda process, count: sources.mask_iterator(config, process, count, directory),
+        data=lambda share: sources.mask_iterator(config, share, directory),
         loss_fn=loss_fn,
         draw=draw if cfg.keep_tokens == "random" else None,
         inherits=("tokenizer",),

@@ -23,7 +23,7 @@ from alto_jax.config import ConfigError, to_dict, write_whole
 from alto_jax.data import prefetch, sources
 from alto_jax.experiment import ExperimentConfig, claim_workdir
 from alto_jax.lora import adapters
-from alto_jax.parallel import sharding
+from alto_jax.parallel import distributed, sharding
 from alto_jax.params import merge_params
 from alto_jax.stages.stage import Stage
 from alto_jax.stages.table import make_stage
@@ -53,19 +53,21 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
       OSError: the last checkpoint could not be written.
       Stopped: a signal ended the run after a save.
     """
-    path = claim_workdir(workdir, config)
-    if (path / "result.json").exists():
+    claimed, finished = distributed.from_first(lambda: _claim(workdir, config))
+    path = pathlib.Path(claimed)
+    if finished is not None:
         print(f"[{config.stage}] {path} is already complete")
-        return json.loads((path / "result.json").read_text())
+        return finished
     measured = _name_evaluation(config)
     mesh = run_mesh(config)
+    sharding.batch_share(mesh).rows(config.train.batch_size, "config.train.batch_size")
     keep = runs.Retention(config.train.keep_checkpoints, config.train.keep_best, config.train.best_mode)
     checkpointer = runs.Checkpointer(path, keep)
     is_resumed = checkpointer.latest_step() is not None
     stage = make_stage(config, mesh, path if is_resumed else None)
     optimizer = make_optimizer(config.optim, config.train.steps)
-    data = stage.data(jax.process_index(), jax.process_count())
-    iterator = prefetch.Ahead(data, lambda batch: sharding.put_batch(batch, mesh))
+    data = stage.data(sharding.batch_share(mesh))
+    iterator = prefetch.Ahead(data, lambda batch: sharding.put_batch(batch, mesh, config.train.batch_size))
     if stage.save_files is not None and jax.process_index() == 0:
         stage.save_files(path)
 
@@ -121,6 +123,13 @@ def _name_evaluation(config: ExperimentConfig) -> str:
                 print(f"[{config.stage}] warning: {shared} of the {count} images that evaluation takes from "
                       "config.eval.source are in the training data too", flush=True)  # fmt: skip
     return measured
+
+
+def _claim(workdir: str | os.PathLike, config: ExperimentConfig) -> tuple[str, dict | None]:
+    """The run's directory, and what its result.json holds (None: the run is not at its end)."""
+    path = claim_workdir(workdir, config)
+    file = path / "result.json"
+    return str(path), json.loads(file.read_text()) if file.exists() else None
 
 
 def run_mesh(config: ExperimentConfig, devices: Any = None) -> jax.sharding.Mesh:
@@ -360,7 +369,7 @@ def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
       FileNotFoundError: the directory holds no checkpoint.
     """
     runs.find_run(workdir)
-    path = claim_workdir(workdir, config)
+    path = pathlib.Path(distributed.from_first(lambda: str(claim_workdir(workdir, config))))
     _name_evaluation(config)
     mesh = run_mesh(config)
     stage = make_stage(config, mesh, path)

@@ -4,9 +4,11 @@
 it), the optimizer, the moving average of the parameters, and the guard against updates that would do harm.
 
 The guard: an update is bad if its loss or gradient is not finite, or, with `train.spike_sigmas` = s > 0 and after
-SPIKE_AFTER good updates, if its loss exceeds m + s * d, where m and d are mean and standard deviation of the
-losses of the good updates (exponentially weighted, SPIKE_DECAY). A bad update changes nothing in the state but
-its counters: `step` goes on (the data is consumed), `guard["skipped"]` counts all, `guard["in_a_row"]` the last ones.
+SPIKE_AFTER good updates, if its loss exceeds m + s * d, where m and d are mean and standard deviation of the losses
+so far (exponentially weighted, SPIKE_DECAY; a spike counts as m + s * d). After SPIKE_PATIENCE bad updates in a row
+(fewer, if `train.max_bad_steps` is no more) a finite loss is no spike but a new level, from which m and d go on.
+A bad update changes nothing in the state but its counters, m and d: `step` goes on (the data is consumed),
+`guard["skipped"]` counts all, `guard["in_a_row"]` the last ones.
 """
 
 from collections.abc import Callable
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from alto_jax.config import ConfigError
-from alto_jax.experiment import ExperimentConfig
+from alto_jax.experiment import ExperimentConfig, TrainConfig
 from alto_jax.lora import adapters
 from alto_jax.parallel import sharding
 from alto_jax.params import cast, merge_params, watched
@@ -28,6 +30,7 @@ from alto_jax.train.state import TrainState, make_schedule
 
 SPIKE_AFTER = 100
 SPIKE_DECAY = 0.98
+SPIKE_PATIENCE = 5
 
 
 def make_step(config: ExperimentConfig, stage: Stage, optimizer: optax.GradientTransformation, shardings: Any) -> Any:
@@ -63,7 +66,7 @@ def make_step(config: ExperimentConfig, stage: Stage, optimizer: optax.GradientT
             decay = jnp.minimum(config.optim.ema_decay, (1.0 + done) / (10.0 + done))
             average = lambda old, new: decay * old + (1 - decay) * new.astype(jnp.float32)
             updated = dataclasses.replace(updated, ema=jax.tree.map(average, state.ema, updated.params))
-        bad, guard = _guard(state, loss, grad_norm, done, config.train.spike_sigmas)
+        bad, guard = _guard(state, loss, grad_norm, done, config.train)
         keep = lambda old, new: jax.tree.map(lambda o, n: jnp.where(bad, o, n), old, new)
         updated = dataclasses.replace(
             updated,
@@ -181,23 +184,32 @@ def _checked_gradients(config: ExperimentConfig, stage: Stage, state: TrainState
 
 
 def _guard(
-    state: TrainState, loss: jax.Array, grad_norm: jax.Array, done: jax.Array, sigmas: float
+    state: TrainState, loss: jax.Array, grad_norm: jax.Array, done: jax.Array, cfg: TrainConfig
 ) -> tuple[jax.Array, dict]:
     """Whether the update is bad, and the counters after it."""
     guard, loss = state.guard, loss.astype(jnp.float32)
-    bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
-    mean, variance = guard["loss_mean"], guard["loss_variance"]
+    mean, variance, in_a_row = guard["loss_mean"], guard["loss_variance"], guard["in_a_row"]
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    is_first = (mean == 0) & (variance == 0)
+    is_spike = is_level = jnp.bool_(False)
+    sigmas, seen = cfg.spike_sigmas, loss
     if sigmas > 0:
-        bad |= (done >= SPIKE_AFTER) & (loss > mean + sigmas * jnp.sqrt(variance))
-        delta = loss - mean
-        weight = jnp.where(done == 0, 1.0, 1 - SPIKE_DECAY)
-        spread = jnp.where(done == 0, 0.0, SPIKE_DECAY * (variance + weight * delta**2))
-        mean, variance = jnp.where(bad, mean, mean + weight * delta), jnp.where(bad, variance, spread)
+        highest = mean + sigmas * jnp.sqrt(variance)
+        is_high = is_finite & (done >= SPIKE_AFTER) & ~is_first & (loss > highest)
+        is_level = is_high & (in_a_row >= max(min(SPIKE_PATIENCE, cfg.max_bad_steps - 1), 1))
+        is_spike = is_high & ~is_level
+        seen = jnp.where(is_spike, highest, loss)
+    # Note: also while the guard is off, so that it may be turned on later.
+    delta, weight = jnp.clip(seen - mean, -1e18, 1e18), jnp.where(is_first | is_level, 1.0, 1 - SPIKE_DECAY)
+    spread = jnp.where(is_first, 0.0, SPIKE_DECAY * (variance + weight * delta**2))
+    # Note: one loss says nothing of the deviation at its level. Until that has settled, twice the jump is a spike.
+    spread = jnp.where(is_level, (delta / max(sigmas, 1e-9)) ** 2, spread)
+    bad = ~is_finite | is_spike
     return bad, {
         "skipped": guard["skipped"] + bad,
-        "in_a_row": jnp.where(bad, guard["in_a_row"] + 1, 0),
-        "loss_mean": mean,
-        "loss_variance": variance,
+        "in_a_row": jnp.where(bad, in_a_row + 1, 0),
+        "loss_mean": jnp.where(is_finite, mean + weight * delta, mean),
+        "loss_variance": jnp.where(is_finite, spread, variance),
     }
 
 

@@ -51,7 +51,7 @@ def with_data(debug_model, root, **data):
 
 
 def batches(config, count=4):
-    iterator = sources.chat_iterator(config, sources.text_tokenizer(config), 0, 1)
+    iterator = sources.chat_iterator(config, sources.text_tokenizer(config))
     return [next(iterator) for _ in range(count)]
 
 
@@ -92,11 +92,11 @@ def test_masks_have_features_too(debug_model, tmp_path):
     np.testing.assert_allclose(two["features"].astype(np.float32), computed, rtol=2**-8, atol=1e-5)
     config = dataclasses.replace(with_data(debug_model, folder), stage="stage1_5")
     optim = dataclasses.replace(config.optim, trainable="^tokenizer/length/")
-    batch = next(sources.mask_iterator(dataclasses.replace(config, optim=optim), 0, 1))
+    batch = next(sources.mask_iterator(dataclasses.replace(config, optim=optim)))
     assert batch.image is None and batch.features.shape == (4, *computed.shape)
     optim = dataclasses.replace(config.optim, trainable="^tokenizer/")
     with pytest.raises(ConfigError, match="cached features.*sam_encoder.*config.optim.trainable trains here"):
-        sources.mask_iterator(dataclasses.replace(config, optim=optim), 0, 1)
+        sources.mask_iterator(dataclasses.replace(config, optim=optim))
     with pytest.raises(ConfigError, match="--cache-tokens: .*'masks'"):
         job(debug_model.path, "scene_masks", SIZES)
     with pytest.raises(ConfigError, match="--cache-features: --image-size is 0"):
@@ -126,7 +126,7 @@ def test_prompts_carry_features(debug_model, chats):
     assert any(not record["masks"] for record in raw)  # left out in stage 3
     data = dataclasses.replace(config.data, max_bad_fraction=0.5)
     config = dataclasses.replace(config, stage="stage3", data=data)
-    batch = next(sources.prompt_iterator(config, sources.text_tokenizer(config), 0, 1))
+    batch = next(sources.prompt_iterator(config, sources.text_tokenizer(config)))
     assert batch.pixel_image is None and batch.features.shape == (4, 8, 8, 16)
 
 

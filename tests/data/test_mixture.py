@@ -10,6 +10,7 @@ from alto_jax.data import pipeline, prepare, sources
 from alto_jax.data.mixture import Mixture
 from alto_jax.evaluate import results, runner
 from alto_jax.mllm.text import TextTokenizer
+from alto_jax.parallel.shares import BatchShare
 from tests.data import replicas
 from tests.data.test_prepare import SIZES, job
 from tests.evaluate.test_runner import options as evaluate_options
@@ -52,8 +53,8 @@ def test_text_buckets_cut_padding_only(tmp_path, debug_model):
     for a, b, length in zip(whole, cut, lengths):
         np.testing.assert_array_equal(a.ids[:, :length], b.ids)
         assert not a.text_mask[:, length:].any() and a.text_mask.sum() == b.text_mask.sum()
-    part = next(iter(pipeline.chat_batches(source, tok, **sizes, **options | {"batch_size": 2}, process_count=2,
-                                           length_buckets=(60, 80))))  # fmt: skip
+    options |= {"batch_size": 2, "share": BatchShare((0,), 2, 2)}
+    part = next(iter(pipeline.chat_batches(source, tok, **sizes, **options, length_buckets=(60, 80))))
     assert part.ids.shape[1] == 256
 
 
@@ -123,7 +124,7 @@ def test_stage_three_and_stage_one_sources(tmp_path, debug_model):
     sizes = {**SIZES, "vision_size": 0}
     folder = prepare.prepare(job("sa1b", tmp_path / "sa1b", sizes), tmp_path / "out", max_bad_fraction=0)
     config = dataclasses.replace(config_of(debug_model, source="prepared", root=str(folder)), stage="stage1")
-    batch = next(sources.mask_iterator(config, 0, 1))
+    batch = next(sources.mask_iterator(config))
     assert batch.image.shape == (2, 64, 64, 3) and batch.mask.shape == (2, 32, 32)
     with pytest.raises(ValueError, match="prepared kind is 'masks', expected 'chat'"):
         sources.chat_source(config)

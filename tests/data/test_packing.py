@@ -8,6 +8,7 @@ import pytest
 from alto_jax.data import examples, packing, pipeline
 from alto_jax.data.scenes import SceneChats, ScenesConfig
 from alto_jax.mllm import text
+from alto_jax.parallel.shares import BatchShare
 
 OPTIONS = dict(vision_size=28, image_size=32, mask_size=16, num_image_tokens=4, num_latent_tokens=5, max_masks=2,
                seed=0, system=None, max_length=200, batch_size=4)  # fmt: skip
@@ -113,7 +114,7 @@ def test_processes_and_resuming_give_the_same_batches(tok, kind, threads):
     assert all(5 not in row for batch in whole for row in shown(batch))
     state = None
     for count, steps in ((2, range(2)), (4, range(2, 4)), (1, range(4, 5)), (4, range(5, 6))):
-        parts = [packed(source(), tok, **options, process_index=p, process_count=count) for p in range(count)]
+        parts = [packed(source(), tok, **options, share=BatchShare((p,), count, count)) for p in range(count)]
         for part in parts:
             if state is not None:
                 part.set_state(state)
@@ -129,15 +130,15 @@ def test_processes_and_resuming_give_the_same_batches(tok, kind, threads):
 
 def test_processes_read_only_the_images_of_their_rows(tok):
     source = Readable(40)
-    iterator = packed(source, tok, num_threads=0, process_index=1, process_count=2)
+    iterator = packed(source, tok, num_threads=0, share=BatchShare((1,), 2, 2))
     batch = next(iterator)
     blank = 1  # read once, for the shapes
     assert len(source.read) - blank == sum(len(row) for row in shown(batch))
 
 
 def test_wrong_options_are_refused(tok):
-    with pytest.raises(ValueError, match="batch_size.*3 processes.*4"):
-        packed(Texts(), tok, process_count=3)
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 3 parts.*4"):
+        packed(Texts(), tok, share=BatchShare((0,), 3, 3))
     with pytest.raises(ValueError, match="length_buckets.*pack_samples 3"):
         packed(Texts(), tok, length_buckets=(60,))
     with pytest.raises(ValueError, match="record r.*: .*max_length is 40"):

@@ -8,6 +8,7 @@ from alto_jax.data import pipeline
 from alto_jax.data.examples import mask_example
 from alto_jax.data.scenes import ChatConfig, SceneChats, ScenesConfig
 from alto_jax.mllm import text
+from alto_jax.parallel.shares import BatchShare
 
 CHAT = dict(vision_size=28, image_size=32, mask_size=16, num_image_tokens=4, seed=0, system=None)
 
@@ -92,7 +93,8 @@ def test_iterator_resumes_exactly(threads, taken):
 
 def slices(process_count, state=None, **options):
     """One iterator a process, all at `state`."""
-    iterators = [numbers(process_index=p, process_count=process_count, **options) for p in range(process_count)]
+    shares = [BatchShare((p,), process_count, process_count) for p in range(process_count)]
+    iterators = [numbers(share=share, **options) for share in shares]
     for iterator in iterators if state is not None else ():
         iterator.set_state(state)
     return iterators
@@ -125,13 +127,23 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(threads):
         assert read_whole(slices(after, state, **options), 5) == whole[3:]
 
 
+@pytest.mark.parametrize("epochs", [None, 3])
+def test_rows_follow_the_devices(epochs):
+    """Processes that share parts read the same rows, and the parts of a process need not follow each other."""
+    whole = read(numbers(batch_size=8, num_epochs=epochs), 3)
+    for parts in ((0, 1), (2, 3), (0, 2), (1, 3), (0, 1, 3), (0, 1, 2, 3)):
+        own = numbers(batch_size=8, num_epochs=epochs, share=BatchShare(parts, 4, 4))
+        rows = [row for part in parts for row in (2 * part, 2 * part + 1)]
+        assert read(own, 3) == [[batch[row] for row in rows] for batch in whole]
+
+
 def test_wrong_sizes_are_refused():
-    with pytest.raises(ValueError, match="batch_size.*3 processes.*4"):
-        numbers(process_count=3)
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 3 parts.*4"):
+        numbers(share=BatchShare((0,), 3, 3))
     with pytest.raises(ValueError, match="batch_size: 16 is more than"):
         numbers(10, batch_size=16, num_epochs=1)
     with pytest.raises(ValueError, match="drop_remainder.*2 processes"):
-        numbers(process_count=2, drop_remainder=False)
+        numbers(share=BatchShare((0,), 2, 2), drop_remainder=False)
     with pytest.raises(ValueError, match="no record"):
         numbers(0)
 

@@ -79,7 +79,7 @@ def test_the_end_and_errors_reach_the_reader():
 def test_checkpoints_are_exact(tmp_path):
     """Saved between two batches while the next one is ready, restored into a new iterator, on a mesh."""
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    place = lambda batch: sharding.put_batch(batch, mesh)
+    place = lambda batch: sharding.put_batch(batch, mesh, len(batch.image))
     state = TrainState(jnp.zeros((), jnp.int32), {"w": jnp.ones(3)}, {}, {}, {})
     plain, ahead = numbers(), Ahead(numbers(), place)
     whole = [next(plain) for _ in range(8)]

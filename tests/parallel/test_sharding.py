@@ -118,6 +118,6 @@ def test_mesh_sizes():
 
 def test_batch_must_split():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    batch = sharding.put_batch({"x": np.arange(6.0).reshape(3, 2)}, mesh)
+    batch = sharding.put_batch({"x": np.arange(6.0).reshape(3, 2)}, mesh, 3)
     np.testing.assert_array_equal(batch["x"], np.arange(6.0).reshape(3, 2))
     assert batch["x"].sharding.spec == sharding.batch_spec()

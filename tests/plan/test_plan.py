@@ -28,7 +28,7 @@ def test_abstract_batch_is_what_the_data_give(stage, packed):
     config = config_of(stage)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, pack_samples=packed))
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    real = next(make_stage(config, mesh).data(0, 1))
+    real = next(make_stage(config, mesh).data(sharding.batch_share(mesh)))
     described = jax.tree.map(lambda a: (a.shape, str(a.dtype)), abstract_batch(config))
     assert described == jax.tree.map(lambda a: (np.shape(a), str(np.asarray(a).dtype)), real)
 

@@ -53,7 +53,7 @@ def compare(mesh: jax.sharding.Mesh) -> dict:
     completions = np.where(mask, rng.integers(0, 40, (BATCH, GROUP, LENGTH)), case.SPECIAL.pad).astype(np.int32)
     noise = rng.normal(size=(2, BATCH, GROUP, LENGTH)).astype(np.float32).swapaxes(0, 1)
     advantages = rng.normal(size=(BATCH, GROUP)).astype(np.float32)
-    data = sharding.put_batch((batch, completions, mask, noise, advantages), mesh)
+    data = sharding.put_batch((batch, completions, mask, noise, advantages), mesh, BATCH)
 
     batch, completions, mask, noise, advantages = data
     apply = lambda p, image: ALToLLM(case.CONFIG).apply({"params": p}, image, method="image_tokens")

@@ -6,12 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from alto_jax.experiment import make_experiment
+from alto_jax import experiment
+from alto_jax.experiment import TrainConfig, make_experiment
 from alto_jax.main import load_config
 from alto_jax.parallel import sharding
 from alto_jax.train import step
 from alto_jax.train.start import abstract_state, initial_state
-from alto_jax.train.state import make_optimizer
+from alto_jax.train.state import TrainState, make_optimizer
 from tests import fake_stage
 from tests.conftest import ROOT, run_python
 
@@ -23,9 +24,9 @@ def run(config, stage, steps):
     abstract = abstract_state(config, stage, optimizer, mesh)
     state = initial_state(config, stage, optimizer, abstract, mesh)
     update = step.make_step(config, stage, optimizer, jax.tree.map(lambda a: a.sharding, abstract))
-    iterator, states, metrics = stage.data(0, 1), [jax.device_get(state)], []
+    iterator, states, metrics = stage.data(sharding.batch_share(mesh)), [jax.device_get(state)], []
     for _ in range(steps):
-        state, logged = update(state, sharding.put_batch(next(iterator), mesh))
+        state, logged = update(state, sharding.put_batch(next(iterator), mesh, fake_stage.ROWS))
         states.append(jax.device_get(state))
         metrics.append(jax.device_get(logged))
     return states, metrics
@@ -76,7 +77,7 @@ model = {"vision": vision, "tokenizer": tokenizer}
 config = experiment("stage2", train={"batch_size": 4}, model=model, data={"max_masks": 2})
 mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
 stage = make_stage(config, mesh)
-batch = sharding.put_batch(next(stage.data(0, 1)), mesh)
+batch = sharding.put_batch(next(stage.data(sharding.batch_share(mesh))), mesh, 4)
 state = create_state(stage.init(jax.random.key(0)), config.trainable, make_optimizer(config.optim, 10), {})
 counted = []
 for parts in (1, 4):
@@ -166,6 +167,71 @@ def test_spikes(monkeypatch):
     assert [i for i, m in enumerate(metrics) if m["skipped"]] == [9]
     _, metrics = run(fake_stage.config(optim=calm), stage, 12)
     assert not any(m["skipped"] for m in metrics)
+
+
+def skipped(losses, sigmas=6.0, max_bad_steps=10, guard=None):
+    """Indices of the losses that the guard skips, and its state at the end."""
+    cfg = TrainConfig(spike_sigmas=sigmas, max_bad_steps=max_bad_steps)
+    zeros = {"skipped": 0, "in_a_row": 0, "loss_mean": 0.0, "loss_variance": 0.0}
+
+    def one(carry, loss):
+        guard, done = carry
+        bad, guard = step._guard(TrainState(done, {}, {}, {}, {}, {}, guard), loss, jnp.float32(1), done, cfg)
+        return (guard, done + ~bad), bad
+
+    start = jax.tree.map(jnp.asarray, guard or zeros), jnp.int32(0 if guard is None else 1000)
+    (guard, _), bad = jax.lax.scan(one, start, jnp.asarray(losses, jnp.float32))
+    return np.flatnonzero(bad).tolist(), guard
+
+
+def noise(count, seed=0):
+    return np.random.default_rng(seed).normal(0, 0.1, count)
+
+
+@pytest.mark.parametrize("sigmas", [2.5, 6.0, 20.0])
+@pytest.mark.parametrize("jump", [3.0, 1e4])
+def test_the_guard_follows_a_new_level(sigmas, jump):
+    """At most SPIKE_PATIENCE updates are lost to it, and single spikes are skipped before and after."""
+    losses = 1 + noise(700)
+    losses[200:] += jump
+    losses[[150, 600]] += 10 * jump
+    found, _ = skipped(losses, sigmas)
+    of_noise = [i for i in found if i not in (150, 600) and not 200 <= i < 200 + step.SPIKE_PATIENCE]
+    assert (
+        {150, 600} <= {*found}
+        and (200 in found or sigmas * 0.1 * 2 > jump)
+        and len(of_noise) <= (10 if sigmas < 3 else 0)
+    ), found
+
+
+def test_the_guard_follows_levels_that_alternate():
+    """Where highs never come often enough in a row, they still widen the deviation."""
+    losses = 1 + noise(900)
+    losses[200::2] += 5
+    losses[201::2] += 5 * (np.arange(350) % 3 == 0)
+    found, _ = skipped(losses, 6.0)
+    assert found and max(found) < 260, found
+
+
+def test_the_guard_ends_with_fewer_updates_than_the_run():
+    losses = 1 + noise(300)
+    losses[200:] += 5
+    assert skipped(losses, 6.0, max_bad_steps=3)[0] == [200, 201]
+    losses[250:260] = np.nan
+    found, guard = skipped(losses)
+    assert found == [200, 201, 202, 203, 204, *range(250, 260)] and np.isfinite(guard["loss_mean"])
+
+
+def test_the_guard_may_be_turned_on_and_off_later():
+    losses = 1 + noise(200)
+    off, guard = skipped(losses, sigmas=0.0)
+    on, _ = skipped(np.where(np.arange(200) == 50, 9.0, losses), 6.0, guard=guard)
+    assert off == [] and on == [50]
+    # A checkpoint whose guard was off when nothing was counted, and losses too large to be squared.
+    empty = {"skipped": 0, "in_a_row": 0, "loss_mean": 0.0, "loss_variance": 0.0}
+    found, guard = skipped([*losses, *[3e38] * 8, *losses], 6.0, guard=empty)
+    assert 200 in found and len(found) < 15 and np.isfinite(guard["loss_variance"])
+    assert "train.spike_sigmas" in experiment._FREE_FIELDS
 
 
 def test_norms_of_groups():

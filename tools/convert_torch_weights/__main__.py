@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 from alto_jax import cli
-from alto_jax.config import ConfigError
+from alto_jax.config import ConfigError, local_path
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -62,6 +62,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one sub-command."""
     options = parse(arguments)
+    for name, value in vars(options).items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path):
+                local_path(path, name)
     return {"import": run_import, "export": run_export, "inspect": run_inspect}[options.command](options)
 
 

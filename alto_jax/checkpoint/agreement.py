@@ -1,0 +1,187 @@
+"""Which step several processes read: they agree before any of them does what waits for the others.
+
+A process may not be able to read what another reads: its part of an array is damaged, or its file system shows an
+older state. So reading (of files alone, `Found`) comes first, then a vote, then checksums (which need all processes),
+then a vote on these. With one process the same happens without votes.
+"""
+
+from collections.abc import Callable
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import json
+import logging
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alto_jax.config import ConfigError
+from alto_jax.parallel import distributed
+
+CHECKPOINTS = "checkpoints"
+
+
+class Mismatch(ValueError):
+    """The checkpoint is sound but not what was asked for; an older one would not be either."""
+
+
+# What ends the command, since an older step would end like it.
+_FATAL = (Mismatch, ConfigError, MemoryError, jax.errors.JaxRuntimeError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a process has read of a step; the same in all processes, but for the parts of arrays that each holds.
+
+    Attributes:
+      arrays: a tree of arrays on the devices.
+      sums: of those that can be compared with what was saved, by path, see `checksums`.
+      plain: what else was read; JSON can hold it.
+    """
+
+    arrays: Any = dataclasses.field(default_factory=dict)
+    sums: dict[str, int] = dataclasses.field(default_factory=dict)
+    plain: Any = None
+
+    def digest(self) -> str:
+        """What must be the same in all processes, before they may work together on the arrays."""
+        outline = {path: [str(leaf.dtype), *leaf.shape] for path, leaf in flat(self.arrays).items()}
+        return json_digest([outline, self.sums, self.plain])
+
+
+def json_digest(value: Any) -> str:
+    """A hash of what JSON can hold."""
+    text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """Leaves by path, the same for a TrainState's parts and what is read back from them."""
+    name = lambda k: str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
+    return {"/".join(map(name, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@jax.jit
+def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    def total(leaf: jax.Array) -> jax.Array:
+        bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[leaf.dtype.itemsize]
+        leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, bits)
+        return jnp.sum(leaf.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return [total(leaf) for leaf in leaves]
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """Sum of the bits of every array, read as integers, modulo 2^32; the same on every mesh.
+
+    Args:
+      tree: arrays of any type, on the devices; all processes must call this together.
+
+    Returns:
+      {"a/b/c": sum}.
+    """
+    leaves = flat(tree)
+    return dict(zip(leaves, (int(s) for s in jax.device_get(_sums(list(leaves.values()))))))
+
+
+def complete_steps(directory: pathlib.Path) -> list[int]:
+    """The complete steps of a run, as this process sees them, in rising order."""
+    folder = directory / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    names = [p.name for p in folder.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()]
+    return sorted(map(int, names))
+
+
+def known_steps(directory: pathlib.Path) -> list[int]:
+    """The complete steps that any process sees, in rising order."""
+    return sorted(set().union(*distributed.gather(complete_steps(directory))))
+
+
+def newest_readable(directory: pathlib.Path, read: Callable[[pathlib.Path], Found]) -> tuple[Found, int]:
+    """(read(folder), step) of the newest step for which no process fails; says which steps it passes over.
+
+    Args:
+      directory: a run's.
+      read: reads files alone; must not wait for another process.
+
+    Raises:
+      ValueError: none can be read.
+    """
+    steps, first = known_steps(directory)[::-1], None
+    for step in steps:
+        found, error = _attempt(read, directory / CHECKPOINTS / str(step))
+        why = _vote(found, error)
+        if why is None:
+            assert found is not None
+            why = _vote(found, _wrong_sums(found))
+            if why is None:
+                return found, step
+        found = None  # Note: its memory is needed for the next one.
+        first = first or f"step {step}: {why}"
+        older = [s for s in steps if s < step]
+        going_on = f"going back to step {older[0]}" if older else "there is no other"
+        if jax.process_index() == 0:
+            print(
+                f"warning: {directory}: the checkpoint of step {step} cannot be read ({why}); {going_on}",
+                file=sys.stderr,
+            )
+    raise ValueError(f"{directory}: no checkpoint can be read ({first or 'there is none'})")
+
+
+def _attempt(read: Callable[[pathlib.Path], Found], folder: pathlib.Path) -> tuple[Found | None, Exception | None]:
+    """What `read` returns, or what it raises."""
+    with _without_tracebacks():
+        try:
+            if not folder.is_dir():
+                raise FileNotFoundError(f"{folder} is not there")
+            return read(folder), None
+        except Exception as error:  # noqa: BLE001 - damaged files surface as almost anything
+            # Note: without its frames, which keep what was read so far.
+            return None, error.with_traceback(None)
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Any:
+    """Keeps asyncio from printing a stack trace for every array that Orbax could not read."""
+    logger = logging.getLogger("asyncio")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        gc.collect()  # Note: it prints when the tasks are collected.
+        logger.setLevel(level)
+
+
+def _wrong_sums(found: Found) -> Exception | None:
+    """ValueError if an array differs from what was saved; all processes compute this together."""
+    sums = checksums(found.arrays) if found.sums else {}
+    wrong = [path for path, value in found.sums.items() if sums[path] != value]
+    return ValueError(f"{len(wrong)} arrays are not what was saved, such as {wrong[0]}") if wrong else None
+
+
+def _vote(found: Found | None, error: Exception | None) -> str | None:
+    """Why the step cannot be taken, the same in all processes; None if it can.
+
+    Raises:
+      Exception: what would end an older step too: this process's own, or ConfigError with another one's.
+    """
+    text = None if error is None else (" ".join(str(error).split()) or type(error).__name__)[:300]
+    own = {"error": text, "is_fatal": isinstance(error, _FATAL), "digest": found.digest() if found else ""}
+    votes = distributed.gather(own)
+    if error is not None and own["is_fatal"]:
+        raise error
+    name = lambda index: f"process {index}: " if len(votes) > 1 else ""
+    for index, vote in enumerate(votes):
+        if vote["is_fatal"]:
+            raise ConfigError(f"{name(index)}{vote['error']}")
+    for index, vote in enumerate(votes):
+        if vote["error"] is not None:
+            return f"{name(index)}{vote['error']}"
+    other = [index for index, vote in enumerate(votes) if vote["digest"] != votes[0]["digest"]]
+    return f"process {other[0]} reads something else than process 0" if other else None

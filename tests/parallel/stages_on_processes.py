@@ -1,0 +1,53 @@
+"""Trains three steps of every stage on several meshes, one after the other: one process of a run, or the only one.
+
+    python tests/parallel/stages_on_processes.py FOLDER [DATA,FSDP,TENSOR ...]
+
+Writes FOLDER/STAGE_MESH/metrics.jsonl; FOLDER/start is where stages 1.5, 2 and 3 begin. See test_several_processes.py.
+"""
+
+import os
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+STAGES = ("stage1", "stage1_5", "stage2", "stage3")
+
+
+def config_of(stage: str, mesh: tuple[int, ...], start: str):
+    """The stage's debug configuration, smaller, with a batch of 8 and as many heads as tensor devices."""
+    from alto_jax.experiment import make_experiment
+    from alto_jax.main import load_config
+    from benchmarks import reliability
+
+    plain = load_config(f"{ROOT}/configs/{stage}.py:debug").to_dict()
+    plain["train"] |= {"steps": 3, "batch_size": 8, "log_every": 1, "checkpoint_every": 0}
+    plain["eval"]["num_samples"] = 0
+    plain["mesh"] |= dict(zip(("data", "fsdp", "tensor"), mesh))
+    plain["init_from"] = "" if stage == "stage1" else start
+    plain["data"]["scenes"]["image_size"] = 32
+    plain["model"]["tokenizer"] = reliability.get_config().model.tokenizer.to_dict()
+    if stage in ("stage2", "stage3"):
+        plain["model"]["vision"] |= {"image_size": 28, "embed_dim": 16, "mlp_dim": 16}
+        plain["model"]["language_model"] |= {"num_layers": 1, "num_heads": 4}
+    if stage == "stage3":
+        plain["grpo"]["reward"]["kind"] = "reference"  # the paper's gives an untrained model nothing to learn from
+        plain["grpo"]["generate"]["max_new_tokens"] = 6
+    return make_experiment(plain)
+
+
+def main(folder: pathlib.Path, cases: list[str]) -> None:
+    from alto_jax.parallel import distributed
+
+    distributed.initialize("env" if "ALTO_COORDINATOR" in os.environ else "none")
+    from alto_jax.train import loop
+
+    for case in cases:
+        stage, _, mesh = case.partition(":")
+        config = config_of(stage, tuple(map(int, mesh.split(","))), str(folder / "start"))
+        loop.train(config, folder / case)
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]), sys.argv[2:])
