@@ -29,9 +29,7 @@ KINDS = ("masks", "chat", "referring")
 FORMATS = ("raw", "png", "jpeg")
 MANIFEST = "manifest.json"
 IMAGES = "images.npy"  # What image each record shows: its name and its hash (split.py), so that no record need be read.
-REQUESTS = (
-    "requests.npy"  # uint16[N, 2]: of each record of kind "chat", its requests for one mask (prompts.py), its masks.
-)
+REQUESTS = "requests.npy"  # uint16[N, 2]: requests for one mask (prompts.py) and masks of each record of kind "chat"
 
 
 def features(kind: str, image_format: str, caches: Mapping[str, Any] | None = None) -> Any:

@@ -48,6 +48,12 @@ CASES += [("refcoco_train", "psalm"), ("refcoco_val", "psalm"), ("grefcoco_val",
 CASES += [(name, "") for name in ("refcocom_val_part_only", "refcocom_val_object_part", "a150", "pc59", "pas20")]
 
 
+def test_progress_is_no_line_a_shard(source, tmp_path, capsys):
+    prepare.prepare(job("conversations", source / "chat", records_per_shard=1), tmp_path, max_bad_fraction=0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[conversations]")]
+    assert len(lines) <= 2 and "6/6" in lines[-1]
+
+
 @pytest.mark.parametrize("image_format", ["png", "raw"])
 @pytest.mark.parametrize(("name", "folder"), CASES)
 def test_prepared_equals_raw(source, tmp_path, name, folder, image_format):

@@ -57,6 +57,25 @@ def test_readers(tmp_path):
         questions.open_questions("pope", "popular", tmp_path)
 
 
+@pytest.mark.parametrize("outer", ["mme", "MME/MME_Benchmark_release_version", "MME_Benchmark_release_version"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_mme_as_published(tmp_path, outer, inside, caplog):
+    texts, images = ("questions_answers_YN", "images") if inside else ("", "")
+    for category in ("artwork", "count"):
+        for folder in (texts, images):
+            (tmp_path / outer / category / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(replicas.scenes(1)[0].image).save(tmp_path / outer / category / images / "a.jpg")
+        said = "Is this by Cézanne?\tYes\nIs it new?\tNo\n"
+        (tmp_path / outer / category / texts / "a.txt").write_text(said, encoding="utf-8")
+        (tmp_path / outer / category / texts / "._a.txt").write_bytes(b"\x00\x05")
+    source = questions.open_questions("mme", "test", tmp_path)
+    assert len(source) == 4 and [source[i]["category"] for i in range(4)] == ["count"] * 2 + ["artwork"] * 2
+    assert source[0]["question"].startswith("Is this by Cézanne?") and source[1]["label"] == "no"
+    assert "no questions of existence, position" in caplog.text
+    with pytest.raises(ValueError, match="MME: expected existence/, count/ … in one of mme/MME_Benchmark"):
+        questions.open_questions("mme", "test", tmp_path / outer / "artwork")
+
+
 @pytest.mark.parametrize(
     ("answer", "reading"),
     [("Yes", "yes"), ("No", "no"), ("no, there is none", "no"), ("There is not any. Yes", "no"), ("Nothing", "yes")],
