@@ -174,6 +174,7 @@ def main() -> int:
     distributed.initialize(_DISTRIBUTED.value)
     values = read_config(spec, changes)
     if "stages" in values:
+        distributed.require_alone(f"--config={spec}: several stages in a row")
         from alto_jax import quickstart  # late: keeps the start fast
 
         quickstart.run(values, _WORKDIR.value)

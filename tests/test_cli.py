@@ -1,6 +1,7 @@
 """The commands: bad input ends in one clear line and a non-zero exit; importing and --help are quick."""
 
 import json
+import pathlib
 import re
 import sys
 import time
@@ -9,8 +10,15 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from alto_jax import cli, predict, tokenize
-from tests.conftest import run_python
+from alto_jax import cli, main, predict, tokenize
+from alto_jax.checkpoint import runs
+from alto_jax.config import ConfigError, local_path
+from alto_jax.data import open_vocab, prepare, sources
+from alto_jax.evaluate import __main__ as evaluate
+from alto_jax.experiment import claim_workdir, make_experiment
+from alto_jax.lora import __main__ as lora
+from tests.conftest import ROOT, run_python
+from tools.convert_torch_weights import __main__ as convert
 
 DEBUG = "--config=configs/stage1.py:debug"
 
@@ -52,6 +60,57 @@ def test_main_refuses(arguments, message, tmp_path):
 
 def test_main_needs_a_workdir():
     assert "--workdir is required" in run_main(DEBUG)
+
+
+def test_how_processes_join_may_follow_a_space(tmp_path):
+    for flag in (["--distributed", "env"], ["--distributed=env"]):
+        assert "ALTO_COORDINATOR must be set" in run_main(DEBUG, f"--workdir={tmp_path / 'run'}", *flag)
+
+
+URL = "gs://bucket/runs"
+
+
+def test_main_refuses_urls(tmp_path, monkeypatch):
+    line = run_main(DEBUG, f"--workdir={URL}")
+    assert line == f"error: --workdir: expected a path on this machine (mount the bucket), got {URL!r}"
+    monkeypatch.chdir(tmp_path)
+    plain = main.load_config(str(ROOT / "configs/stage2.py:debug")).to_dict()
+    for group, field in (("", "init_from"), ("data", "root"), ("data", "meta")):
+        changed = plain | ({group: plain[group] | {field: URL}} if group else {field: URL})
+        name = f"config.{group}.{field}" if group else f"config.{field}"
+        with pytest.raises(ConfigError, match=f"{name}: expected a path on this machine .*'{URL}'"):
+            make_experiment(changed)
+    mixture = tmp_path / "mixture.json"
+    mixture.write_text(json.dumps({"one": {"weight": 1, "source": "prepared", "root": URL}}))
+    config = make_experiment(plain | {"data": plain["data"] | {"source": "mixture", "meta": str(mixture)}})
+    with pytest.raises(ConfigError, match="mixture.json: one.root: expected a path on this machine"):
+        sources.chat_source(config)
+    for path in (URL, "S3://bucket", "https://host/run", pathlib.Path(URL)):
+        for opened in (runs.find_run, runs.Checkpointer, lambda path: claim_workdir(path, config)):
+            with pytest.raises(ConfigError, match="expected a path on this machine"):
+                opened(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mixture.json"]
+    assert local_path("runs/a:b", "out") == pathlib.Path("runs/a:b")
+
+
+def test_commands_refuse_urls(refused, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    run = ["--checkpoint", "run", "--out", "out"]
+    commands = [
+        (predict, ["--image", files["good"], *run], "image target out overlay json checkpoint"),
+        (evaluate, ["--benchmark", "scenes", *run], "checkpoint data out images paper-rows"),
+        (prepare, ["scene_masks", "--out", "out"], "source out images cache-features cache-tokens"),
+        (open_vocab, ["a150", "--images", "i", "--labels", "l", "--out", "o"], "images labels out names split"),
+        (tokenize, ["encode", "--mask", files["mask"], *run], "mask out checkpoint"),
+    ]
+    for module, arguments, names in commands:
+        for name in names.split():
+            line = refused(module, *arguments, f"--{name}", URL)
+            assert f"{name}: expected a path on this machine" in line and URL in line
+    assert "out: expected a path on this machine" in refused(lora, "merge", "run", URL)
+    assert "paths: expected a path on this machine" in refused(convert, "import", files["good"], URL)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_workdir_of_another_config(quickstart):

@@ -79,6 +79,12 @@ def _variable(name: str, *, number: bool = False) -> str:
     return value
 
 
+def require_alone(what: str) -> None:
+    """Raises ConfigError if there are several processes: `what` is for one."""
+    if _joined:
+        raise ConfigError(f"--distributed: {what} are for one process; start each stage by its own command")
+
+
 def gather(value: Any) -> list[Any]:
     """What each process gives, in order of the processes; every process gets it all. For values that JSON can hold."""
     import jax  # late: keeps the start fast

@@ -204,3 +204,10 @@ def test_metrics_on_hand_worked_cases():
     assert found["ciou"] == pytest.approx(12 / (12 + 8 + 0 + 8 + 8), abs=1e-12)
     assert found["n_acc"] == 0.5 and found["t_acc"] == pytest.approx(2 / 3)
     assert found["precision@0.7"] == pytest.approx(1 / 3) and found["intervals"]["giou"][0] < found["giou"]
+
+
+def test_lines_of_processes_that_share_samples_count_once():
+    lines = [{"index": index, "iou": index / 10} for index in range(8)]
+    # A tensor axis spans processes 0 and 1, which read the same samples; the last two only fill the batch.
+    parts = [[lines[i] for i in rows] for rows in ((0, 1, 4, 5), (0, 1, 4, 5), (2, 3, 6, 7))]
+    assert results.merge_lines(parts, 6) == lines[:6]

@@ -127,3 +127,10 @@ def test_an_error_of_the_first_process_is_everyones(monkeypatch):
     with pytest.raises(ValueError, match="no such run"):
         distributed.from_first(fail)
     assert distributed.from_first(lambda: [1]) == [1]
+
+
+def test_what_is_for_one_process_says_so(monkeypatch):
+    distributed.require_alone("these")
+    monkeypatch.setattr(distributed, "_joined", True)
+    with pytest.raises(ValueError, match="--distributed: these are for one process"):
+        distributed.require_alone("these")
