@@ -18,6 +18,7 @@ from typing import Any
 
 from alto_jax import cli
 from alto_jax.config import ConfigError, local_path
+from tools.convert_torch_weights.files import read_json
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -34,6 +35,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--sam", type=Path, metavar="F", help="official SAM checkpoint")
     command.add_argument("--internvl", type=Path, metavar="DIR", help="InternVL (with --alto: a start for stage 2)")
     command.add_argument("--alto", type=Path, metavar="F", help="ALTo tokenizer checkpoint")
+    command.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="PEFT adapter to merge into SOURCE (or --internvl)"
+    )
+    command.add_argument("--entry", metavar="NAME", help="of the weights in a pickle; default: found by itself")
     command.add_argument("--kind", help="what SOURCE is; default: recognised from its keys")
     command.add_argument(
         "--config", metavar="JSON", help="ModelConfig fields that the source does not tell: a file, or text"
@@ -52,10 +57,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--files", type=Path, metavar="DIR", help="config.json and tokenizer files to take over")
     command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="such as 5GB or 500MB")
     command.add_argument("--force", action="store_true", help="also forms that the PyTorch code does not have")
+    command.add_argument("--step", type=int, metavar="N", help="of a run's checkpoints (default: the newest)")
     command = commands.add_parser("inspect", help="parameters of a checkpoint, or differences of two")
     command.add_argument("checkpoint", type=Path)
     command.add_argument("other", type=Path, nargs="?")
     command.add_argument("--depth", type=int, help="group what lies deeper")
+    command.add_argument("--step", type=int, metavar="N", help="of a run's checkpoints (default: the newest)")
     return parser.parse_args(arguments)
 
 
@@ -107,12 +114,13 @@ def _plan(options: argparse.Namespace, composite: list[str]) -> Any:
     from tools.convert_torch_weights.sources import open_source
 
     changes: dict[str, Any] = {"config": _config(options.config), "dtype": options.dtype}
-    sources = [open_source(getattr(options, name)) for name in composite] or [open_source(options.paths[0])]
+    paths = [getattr(options, name) for name in composite] or [options.paths[0]]
+    sources = [open_source(paths[0], entry=options.entry, adapter=options.adapter), *map(open_source, paths[1:])]
     try:
         if composite == ["titok", "sam"]:
             return plans.plan_stage1_start(*sources, **changes)
         if composite == ["internvl", "alto"]:
-            return plans.plan_stage2_start(*sources, **changes)
+            return plans.plan_stage2_start(*sources, tokenizer=_tokenizer_folder(options, sources[0]), **changes)
         return plans.make_plan(sources[0], kind=options.kind, **changes)
     except plans.PlanError as error:
         if options.dry_run:
@@ -125,29 +133,49 @@ def _config(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        value = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
-    except ValueError as error:
+        value = json.loads(text) if text.lstrip().startswith("{") else read_json(Path(text))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config: not readable as JSON: {error}") from error
+    if not text.lstrip().startswith("{") and not Path(text).exists():
+        raise FileNotFoundError(f"--config: no such file {text}")
     if not isinstance(value, dict):
         raise ConfigError(f"--config: expected a JSON object, got {text!r}")
     return value
+
+
+def _tokenizer_folder(options: argparse.Namespace, source: Any, is_whole: bool = False) -> Path | None:
+    """Where the tokenizer's files lie; None where there are none (said) or none are wanted.
+
+    Raises:
+      FileNotFoundError: none in the directory that --tokenizer names.
+    """
+    from tools.convert_torch_weights import text
+
+    if options.tokenizer == "none":
+        return None
+    directory = Path(options.tokenizer) if options.tokenizer else source.directory
+    if text.has_tokenizer(directory):
+        return directory
+    if options.tokenizer or is_whole:
+        raise FileNotFoundError(
+            f"{directory}: no tokenizer files (tokenizer.json, tokenizer.model, or vocab.json and merges.txt);"
+            " name their directory with --tokenizer DIR, or leave them out with --tokenizer none"
+        )
+    print(f"note: {directory} holds no tokenizer files, so there will be no tokenizer.json")
+    return None
 
 
 def _tokenizer_writer(options: argparse.Namespace, plan: Any) -> Any:
     """What writes tokenizer.json into a directory, or None where there is no text."""
     from tools.convert_torch_weights import text
 
-    if "language_model" not in plan.values or options.tokenizer == "none":
+    if plan.vocabulary is not None:
+        return plan.vocabulary.save
+    if "language_model" not in plan.values or options.internvl:
         return None
-    directory = Path(options.tokenizer) if options.tokenizer else plan.parts[0].source.directory
     is_whole = plan.kind.startswith("altollm-")
-    if not text.has_tokenizer(directory):
-        if is_whole or options.tokenizer:
-            raise FileNotFoundError(
-                f"{directory}: no tokenizer files (tokenizer.json, tokenizer.model, or vocab.json and merges.txt);"
-                " name their directory with --tokenizer DIR, or leave them out with --tokenizer none"
-            )
-        print(f"note: {directory} holds no tokenizer files, so there will be no tokenizer.json")
+    directory = _tokenizer_folder(options, plan.parts[0].source, is_whole)
+    if directory is None:
         return None
     num_codes = plan.values["tokenizer"]["codebook_size"] if is_whole else None
     vocab_size = plan.values["language_model"]["vocab_size"]

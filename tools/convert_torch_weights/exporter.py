@@ -20,7 +20,7 @@ from alto_jax.mllm.alto_llm import ModelConfig
 from tools.convert_torch_weights import configs_for_torch, mapping, rules
 from tools.convert_torch_weights.importer import TORCH_FILES
 from tools.convert_torch_weights.plans import PREFIXES, mapping_config, prefixed
-from tools.convert_torch_weights.sources import DTYPE_NAMES
+from tools.convert_torch_weights.safetensors_files import DTYPE_NAMES
 from tools.convert_torch_weights.staging import staged
 
 # Parameters of our runs that are no part of a model.
