@@ -3,6 +3,8 @@
     python -m tools.convert_torch_weights import SOURCE OUT              # one checkpoint
     python -m tools.convert_torch_weights import --titok F --sam F OUT   # a start for stage 1
     python -m tools.convert_torch_weights import --internvl DIR --alto F OUT   # a start for stage 2
+    python -m tools.convert_torch_weights import SOURCE OUT --adapter DIR      # with a PEFT adapter merged
+    python -m tools.convert_torch_weights import CHECKPOINT OUT --adapter DIR  # a run of adapters on CHECKPOINT
     python -m tools.convert_torch_weights export CHECKPOINT OUT
     python -m tools.convert_torch_weights inspect CHECKPOINT [OTHER]
 
@@ -35,9 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--sam", type=Path, metavar="F", help="official SAM checkpoint")
     command.add_argument("--internvl", type=Path, metavar="DIR", help="InternVL (with --alto: a start for stage 2)")
     command.add_argument("--alto", type=Path, metavar="F", help="ALTo tokenizer checkpoint")
-    command.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="PEFT adapter to merge into SOURCE (or --internvl)"
-    )
+    command.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter for SOURCE (or --internvl)")
     command.add_argument("--entry", metavar="NAME", help="of the weights in a pickle; default: found by itself")
     command.add_argument("--kind", help="what SOURCE is; default: recognised from its keys")
     command.add_argument(
@@ -91,6 +91,13 @@ def run_import(options: argparse.Namespace) -> int:
         from tools.convert_torch_weights.staging import check_free
 
         check_free(out)
+    if options.adapter is not None and not composite and is_checkpoint(options.paths[0]):
+        if out is None:
+            raise ConfigError("--dry-run: not known for adapters of a checkpoint of alto_jax")
+        from tools.convert_torch_weights import lora_run
+
+        print(f"wrote {out}: {lora_run.write(options.paths[0], options.adapter, out)}")
+        return 0
     plan = _plan(options, composite)
     report.print_plan(plan, full=options.dry_run)
     tokenizer = _tokenizer_writer(options, plan)
@@ -106,6 +113,11 @@ def run_import(options: argparse.Namespace) -> int:
 
         return verify.run(plan, out)
     return 0
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a run's directory (or a converted checkpoint) and not one of PyTorch."""
+    return (path / "checkpoints").is_dir()
 
 
 def _plan(options: argparse.Namespace, composite: list[str]) -> Any:

@@ -51,11 +51,6 @@ def unwrapped(key: str) -> str:
     return _WRAPPERS.sub(r"\1", key)
 
 
-def is_hf(keys: Iterable[str]) -> bool:
-    """Whether the keys are those of Hugging Face's own InternVL."""
-    return any(unwrapped(key).endswith(_HF_ANCHOR) for key in keys)
-
-
 def from_hf(key: str) -> str:
     """The reference's name of a tensor (or module) of Hugging Face's own InternVL."""
     for pattern, name in _HF_PARTS:

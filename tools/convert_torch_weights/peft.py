@@ -81,12 +81,8 @@ def base_of(folder: Path) -> Path:
     )
 
 
-def open_adapter(folder: Path, *, is_hf: bool = False) -> Adapter:
-    """Opens a PEFT adapter's folder.
-
-    Args:
-      folder: with adapter_config.json and the weights.
-      is_hf: the base is Hugging Face's own InternVL, whose names the adapter has.
+def open_adapter(folder: Path) -> Adapter:
+    """Opens a PEFT adapter's folder; names of Hugging Face's own InternVL become the reference's.
 
     Raises:
       FileNotFoundError: no such folder, or a file is missing. SourceError: not LoRA, or of a form that is not read.
@@ -115,9 +111,9 @@ def open_adapter(folder: Path, *, is_hf: bool = False) -> Adapter:
     entries = safetensors_entries(file) if file.suffix == ".safetensors" else pickles.pickle_entries(file)[0]
     entries = {layouts.unwrapped(key): entry for key, entry in entries.items()}
     pairs, rest = _pairs(entries, scale)
-    name = layouts.from_hf if is_hf else lambda key: key
-    replaced = {name(_SAVED.sub(".", key)): entry for key, entry in rest.items()}
-    return Adapter(folder, {name(module + ".").removesuffix("."): pair for module, pair in pairs.items()}, replaced)
+    replaced = {layouts.from_hf(_SAVED.sub(".", key)): entry for key, entry in rest.items()}
+    named = {layouts.from_hf(module + ".").removesuffix("."): pair for module, pair in pairs.items()}
+    return Adapter(folder, named, replaced)
 
 
 def _number(value: Any, where: Path, field: str) -> float:

@@ -178,7 +178,7 @@ def plan_stage2_start(
     """Plans the start of stage 2: InternVL with mask tokens appended to its vocabulary, and an ALTo tokenizer.
 
     Rows of the input and output embeddings that no token of InternVL owns (the mask tokens', vision tokens that its
-    vocabulary lacks, and the padding of a table that is larger than its vocabulary) are the mean of the table's rows, as
+    vocabulary lacks, and the padding of a table larger than the vocabulary) are the mean of the table's rows, as
     the reference makes new rows. The table gets as many rows as the tokenizer has tokens.
 
     Args:

@@ -93,7 +93,7 @@ def open_source(path: str | os.PathLike, *, entry: str | None = None, adapter: P
     named, notes = layouts.renamed(raw)
     named, parts = peft.split_unmerged(named, path, read_json(directory / "config.json"))
     if adapter is not None:
-        parts = [*parts, peft.open_adapter(adapter, is_hf=layouts.is_hf(raw))]
+        parts = [*parts, peft.open_adapter(adapter)]
     for part in parts:
         named = peft.merged(named, part)
         notes.append(f"merged: {part.describe()}")
