@@ -200,7 +200,7 @@ def run_export(options: argparse.Namespace) -> int:
     with report.late_progress("export") as (begin, advance):
         kind = exporter.export(
             options.checkpoint, options.out, max_shard_bytes=_size(options.max_shard_size), files=options.files,
-            force=options.force, advance=advance, begin=begin,
+            force=options.force, step=options.step, advance=advance, begin=begin,
         )  # fmt: skip
     print(f"wrote {options.out} ({kind})")
     return 0
@@ -217,7 +217,7 @@ def _size(text: str) -> int:
 def run_inspect(options: argparse.Namespace) -> int:
     from tools.convert_torch_weights import inspector
 
-    first = inspector.tensors_of(options.checkpoint)
+    first = inspector.tensors_of(options.checkpoint, options.step)
     if options.other is None:
         separator = "/" if any("/" in name for name in first) else "."
         print("\n".join(inspector.tree_lines(first, separator, options.depth)))
