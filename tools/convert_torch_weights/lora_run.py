@@ -26,8 +26,6 @@ from tools.convert_torch_weights.plans import mapping_config
 from tools.convert_torch_weights.rules import Rule, Shape, Table
 from tools.convert_torch_weights.staging import staged
 
-_VISION_PART = re.compile(r"(vision_model\..*\.attn\.)([qkv])_proj\.weight$")
-
 
 @dataclasses.dataclass(frozen=True)
 class _Low:
@@ -134,16 +132,14 @@ def _changes(adapter: peft.Adapter, table: Table) -> dict[str, dict[str, peft.Pa
               for key, (_, shape) in zip(rule.keys(row), rule.sources)}  # fmt: skip
     changes: dict[str, dict[str, peft.Pair]] = {}
     for module, pair in adapter.pairs.items():
-        part = _VISION_PART.search(f"{module}.weight")
-        wanted = f"{part[1]}qkv.weight" if part else f"{module}.weight"
-        key = peft.place(shapes, wanted, adapter.path)
+        key, third = peft.placed(shapes, module, adapter.path)
         if pair.is_embedding or len(shapes[key]) != 2 or "embed" in key:
             raise _cannot(adapter.path, f"adapts {module}, no matrix product")
         rows, columns = shapes[key]
-        if (pair.b.shape[0], pair.a.shape[1]) != ((rows // 3 if part else rows), columns):
-            found = (pair.b.shape[0], pair.a.shape[1])
+        found = (pair.b.shape[0], pair.a.shape[1])
+        if found != (rows if third is None else rows // 3, columns):
             raise SourceError(f"{adapter.path}: {module} adapts a weight of shape {found}, the base's is {shapes[key]}")
-        changes.setdefault(key, {})[part[2] if part else ""] = pair
+        changes.setdefault(key, {})["" if third is None else "qkv"[third]] = pair
     if not changes:
         raise SourceError(f"{adapter.path}: holds no adapters")
     return changes

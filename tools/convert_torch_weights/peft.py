@@ -6,6 +6,7 @@ whole (`modules_to_save`, biases). `merged` gives the base's tensors with that a
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import math
 from pathlib import Path
 import re
@@ -22,6 +23,7 @@ _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.weight)?$")
 _OTHER = re.compile(r"\.(lora_magnitude_vector|lora_[A-Za-z_]+|ia3_l|oft_\w+|hada_\w+|vera_\w+|prompt_embeddings)\b")
 _SAVED = re.compile(r"\.(?:modules_to_save(?:\.[^.]+)?)\.")
+_THIRD = re.compile(r"(vision_model\..*\.attn\.)([qkv])_proj$")
 # Settings that change what an adapter computes → the value under which it is plain LoRA.
 _PLAIN = {"use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "layer_replication": None}
 
@@ -192,20 +194,31 @@ def merged(entries: Mapping[str, Entry], adapter: Adapter) -> dict[str, Entry]:
     for key, entry in adapter.replaced.items():
         out[place(out, key, adapter.path)] = entry
     for module, pair in adapter.pairs.items():
-        key = place(out, f"{module}.weight", adapter.path)
+        key, part = placed(out, module, adapter.path)
         base, (inner, outer) = out[key], (pair.a.shape[1], pair.b.shape[0])
-        wanted = (inner, outer) if pair.is_embedding else (outer, inner)
+        wanted = (inner, outer) if pair.is_embedding else (outer if part is None else 3 * outer, inner)
         if base.shape != wanted:
             raise SourceError(f"{adapter.path}: {module} adapts a weight of shape {wanted}, the base's is {base.shape}")
-        out[key] = dataclasses.replace(base, load=lambda base=base, pair=pair: _sum(base, pair))
+        rows = slice(None) if part is None else slice(part * outer, (part + 1) * outer)
+        out[key] = dataclasses.replace(base, load=functools.partial(_sum, base, pair, rows))
     return out
 
 
-def _sum(base: Entry, pair: Pair) -> np.ndarray:
-    return (base.load().astype(np.float32) + pair.delta()).astype(base.dtype)
+def _sum(base: Entry, pair: Pair, rows: slice) -> np.ndarray:
+    weight = base.load().astype(np.float32)
+    weight[rows] += pair.delta()
+    return weight.astype(base.dtype)
 
 
-def place(entries: Mapping[str, Entry], key: str, path: Path) -> str:
+def placed(entries: Mapping[str, Any], module: str, path: Path) -> tuple[str, int | None]:
+    """(the base's name of a module's weight, which third of it); q, k and v of a vision tower are one there."""
+    third = _THIRD.search(module)
+    if third is None or any(name.endswith(f"{module}.weight") for name in entries):
+        return place(entries, f"{module}.weight", path), None
+    return place(entries, f"{third[1]}qkv.weight", path), "qkv".index(third[2])
+
+
+def place(entries: Mapping[str, Any], key: str, path: Path) -> str:
     """The base's name of a tensor of an adapter, which may have been trained on a part of the base."""
     if key in entries:
         return key
