@@ -1,6 +1,6 @@
 """What the commands share: one clear line for bad input instead of a stack trace, and a progress line."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import logging
 import os
 import sys
@@ -8,7 +8,7 @@ import time
 import traceback
 from typing import TextIO
 
-from alto_jax.config import local_path
+from alto_jax.config import ConfigError, local_path
 from alto_jax.parallel import distributed
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from what was saved.
@@ -49,6 +49,57 @@ def check_paths(given: Mapping[str, str | os.PathLike | None]) -> None:
     """Raises ConfigError if one of the paths that a command was given ({"--out": …}, None: not given) is a URL."""
     for option, path in given.items():
         local_path(path or "", option)
+
+
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # Forms without loss: a mask stays 0 and 255.
+PICTURE_SUFFIXES = (*MASK_SUFFIXES, ".jpg", ".jpeg", ".webp")
+
+
+def check_outputs(
+    outputs: Mapping[str, tuple[str | None, Sequence[str]]], inputs: Mapping[str, str | None] | None = None
+) -> None:
+    """Checks before any work that its results can be written.
+
+    Args:
+      outputs: flag → (file, the suffixes that it may have); a file of None is not wanted.
+      inputs: flag → file that is read, which no output may overwrite.
+
+    Raises:
+      ConfigError: a folder is missing, a file may not be written, has an unknown suffix, or stands twice.
+    """
+    places: dict[str, str] = {}
+
+    def claim(flag: str, path: str) -> None:
+        place = os.path.realpath(path)
+        twin = next((other for known, other in places.items() if _is_same(known, place)), None)
+        if twin is not None:
+            raise ConfigError(f"{flag}={path}: the same file as {twin}")
+        places[place] = flag
+
+    for flag, path in (inputs or {}).items():
+        places |= {os.path.realpath(path): f"{flag}, which is read"} if path else {}
+    for flag, (path, suffixes) in outputs.items():
+        if path is None:
+            continue
+        folder, suffix = os.path.dirname(path) or ".", os.path.splitext(path)[1].lower()
+        is_device = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+        if not os.path.basename(path) or os.path.isdir(path):
+            raise ConfigError(f"{flag}={path}: expected a file's name, got {'a folder' if path else 'nothing'}")
+        if suffix not in suffixes and not is_device:
+            raise ConfigError(f"{flag}={path}: expected a name that ends in {', '.join(suffixes)}")
+        if not os.path.isdir(folder):
+            raise ConfigError(f"{flag}={path}: there is no folder {folder}")
+        if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+            raise ConfigError(f"{flag}={path}: no permission to write there")
+        if not is_device:
+            claim(flag, path)
+
+
+def _is_same(first: str, second: str) -> bool:
+    """Whether two names are one file."""
+    if os.path.exists(first) and os.path.exists(second):
+        return os.path.samefile(first, second)
+    return first == second
 
 
 class Progress:

@@ -349,17 +349,27 @@ def make_experiment(values: Any) -> ExperimentConfig:
     return build(ExperimentConfig, plain)
 
 
-def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig) -> pathlib.Path:
+def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig, *, is_training: bool = True) -> pathlib.Path:
     """Makes the run's directory, or checks that it belongs to this configuration.
 
+    A run may be given another number of updates (`train.steps`), as long as it has not done more already: it goes on
+    from its newest checkpoint, with the learning rate that the schedule of the new length has there.
+
+    Args:
+      workdir: the run's directory.
+      config: the configuration.
+      is_training: False: only reads there, so that `train.steps` may differ and nothing is written.
+
     Raises:
-      ConfigError: the directory holds a run of another configuration; names the fields that differ.
+      ConfigError: the directory holds a run of another configuration, names the fields that differ; or one that has
+        done more updates than `train.steps`.
     """
     path = local_path(workdir, "--workdir")
     path.mkdir(parents=True, exist_ok=True)
     file, plain = path / "config.json", to_dict(config)
     # Note: a run that failed before its first checkpoint leaves nothing to protect.
-    if file.exists() and any(p.name.isdigit() for p in path.glob("checkpoints/*")):
+    done = max((int(p.name) for p in path.glob("checkpoints/*") if p.name.isdigit()), default=None)
+    if file.exists() and done is not None:
         try:
             old = _completed(json.loads(file.read_text()))
         except ValueError as error:
@@ -367,13 +377,23 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig) -> pathl
         differences = [
             f"{name}: {before!r} there, {now!r} here"
             for name, before, now in _differences(old, json.loads(json.dumps(plain)))
-            if not name.startswith(_FREE_FIELDS)
+            if not name.startswith((*_FREE_FIELDS, "train.steps"))
         ]
         if differences:
             raise ConfigError(
                 f"--workdir={workdir} holds a run of another configuration ({'; '.join(differences[:3])});"
                 " choose another directory or the same configuration"
             )
+        if is_training and old["train"].get("steps") != config.train.steps:
+            if config.train.steps < done:
+                raise ConfigError(
+                    f"config.train.steps: expected at least the {done} updates that {workdir} has done, got"
+                    f" {config.train.steps}"
+                )
+            # Note: in this order, so that a run which is stopped in between is not taken for complete.
+            (path / "result.json").unlink(missing_ok=True)
+            old["train"]["steps"] = config.train.steps
+            write_whole(file, json.dumps(old, indent=2) + "\n")
         return path
     # Note: every process of a run writes the same.
     write_whole(file, json.dumps(plain, indent=2) + "\n")

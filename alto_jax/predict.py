@@ -9,8 +9,11 @@ python -m alto_jax.predict --checkpoint DIR --image FILE --text "the red apple" 
 import argparse
 import dataclasses
 import json
+import math
+import numbers
 import os
 import pathlib
+import re
 import time
 from typing import Any
 
@@ -18,6 +21,8 @@ import numpy as np
 
 from alto_jax import cli, metrics
 from alto_jax.config import ConfigError
+
+_MAX_SIDE = 1 << 14  # of a mask that codes are decoded to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +118,11 @@ class TokenizerModel:
         tokenizer = self.cfg.tokenizer
         if not 1 <= len(codes) <= tokenizer.num_latent_tokens:
             raise ValueError(f"codes: expected 1..{tokenizer.num_latent_tokens} codes, got {len(codes)}")
-        bad = [c for c in codes if not 0 <= c < tokenizer.codebook_size]
+        bad = [c for c in codes if not _is_whole(c, 0, tokenizer.codebook_size - 1)]
         if bad:
             raise ValueError(f"codes: expected values in 0..{tokenizer.codebook_size - 1}, got {bad[0]!r}")
+        if len(size) != 2 or not all(_is_whole(side, 1, _MAX_SIDE) for side in size):
+            raise ValueError(f"size: expected height and width in 1..{_MAX_SIDE}, got {size!r}")
         params = self.params["tokenizer"]
         features = None
         if image is not None and tokenizer.sam is not None:
@@ -173,6 +180,13 @@ class Segmenter(TokenizerModel):
         began = time.monotonic()
         num_tokens = self.cfg.tokenizer.num_latent_tokens
         count = _token_count(length, num_tokens)
+        limits = {"max_new_tokens": (max_new_tokens, 1 << 16), "min_length": (min_length, num_tokens),
+                  "max_length": (max_length, num_tokens)}  # fmt: skip
+        for name, (value, most) in limits.items():
+            if value is not None and not _is_whole(value, 1, most):
+                raise ValueError(f"{name}: expected a whole number in 1..{most}, got {value!r}")
+        if not math.isfinite(end_bias):
+            raise ValueError(f"end_bias: expected a finite number, got {end_bias!r}")
         if prompt is None:
             if not any(c.isalnum() for c in text):
                 raise ValueError(f"text: expected the name or description of an object, got {text!r}")
@@ -197,10 +211,10 @@ class Segmenter(TokenizerModel):
             mask=np.zeros((1, size, size), np.float32),
         )
         config = GenerateConfig(
-            max_new_tokens=max_new_tokens or num_tokens + 32,
+            max_new_tokens=num_tokens + 32 if max_new_tokens is None else int(max_new_tokens),
             grammar=True,
-            min_length=min_length,
-            max_length=num_tokens if max_length is None else (_token_count(max_length, num_tokens) or num_tokens),
+            min_length=int(min_length),
+            max_length=num_tokens if max_length is None else int(max_length),
             forced_length=count,
             end_logit_bias=end_bias,
         )
@@ -241,19 +255,55 @@ class Segmenter(TokenizerModel):
         return self._functions[config]
 
 
-def _token_count(length: str | int, num_tokens: int) -> int | None:
-    """Number of mask tokens of "full" or an int; None for "adaptive"."""
-    if length == "adaptive":
-        return None
-    if length == "full":
-        return num_tokens
-    if isinstance(length, int) and 1 <= length <= num_tokens:
-        return length
-    raise ValueError(f"length: expected 'adaptive', 'full' or a number in 1..{num_tokens}, got {length!r}")
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    """Whether a value is an integer of any type (NumPy's too, but no bool) in low..high."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= value <= high
 
 
-def load(directory: str | os.PathLike) -> TokenizerModel:
+def _token_count(length: Any, num_tokens: int) -> int | None:
+    """Number of mask tokens of "full" or an integer of any type; None for "adaptive"."""
+    if isinstance(length, str) and length in ("adaptive", "full"):
+        return None if length == "adaptive" else num_tokens
+    if _is_whole(length, 1, num_tokens):
+        return int(length)
+    raise ValueError(f"length: expected 'adaptive', 'full' or a whole number in 1..{num_tokens}, got {length!r}")
+
+
+def parse_length(text: str) -> str | int:
+    """The value of a flag --length; its upper limit is the model's.
+
+    Raises:
+      ConfigError: neither "adaptive" nor "full" nor a whole number of at least 1.
+    """
+    if text in ("adaptive", "full"):
+        return text
+    if re.fullmatch("[0-9]{1,9}", text) and int(text) >= 1:
+        return int(text)
+    raise ConfigError(f"--length={text}: expected adaptive, full or a whole number of at least 1")
+
+
+def describe(checkpoint: str, step: int | None, length: str | int) -> dict[str, Any]:
+    """What a checkpoint says of itself, before its parameters are read.
+
+    Raises:
+      FileNotFoundError: no complete checkpoint there.
+      ConfigError: no such step, or a length that the model does not have.
+    """
+    from alto_jax.checkpoint import runs  # late: keeps the start fast
+
+    meta = runs.load_meta(checkpoint, step)
+    most = meta["model"]["tokenizer"]["num_latent_tokens"]
+    if isinstance(length, int) and length > most:
+        raise ConfigError(f"--length={length}: the model of {checkpoint} has {most} mask tokens at most")
+    return meta
+
+
+def load(directory: str | os.PathLike, step: int | None = None) -> TokenizerModel:
     """Opens a run's directory: a `Segmenter` (stages 2 and 3), or a `TokenizerModel` (stages 1 and 1.5).
+
+    Args:
+      directory: of the run.
+      step: of its checkpoints; None: the newest readable one.
 
     Raises:
       FileNotFoundError: no complete checkpoint there.
@@ -264,7 +314,8 @@ def load(directory: str | os.PathLike) -> TokenizerModel:
     from alto_jax.checkpoint import loading
     from alto_jax.parallel import sharding
 
-    loaded = loading.load_model(directory, sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1]))
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+    loaded = loading.load_model(directory, mesh, step)
     if loaded.text is None:
         return TokenizerModel(loaded.cfg, loaded.params, str(directory))
     return Segmenter(loaded.cfg, loaded.params, str(directory), loaded.text, loaded.meta["data"]["system"])
@@ -274,6 +325,7 @@ def main() -> int:
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m alto_jax.predict", description="Segment what a phrase names.")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory (stage 2 or 3)")
+    parser.add_argument("--step", type=int, metavar="N", help="of the run's checkpoints (default: the newest)")
     parser.add_argument("--image", required=True, metavar="FILE")
     parser.add_argument("--text", default="", help='the object, such as "the red apple"')
     parser.add_argument("--length", default="adaptive", help="adaptive, full, or a number of mask tokens")
@@ -286,16 +338,20 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="text, token_ids, codes, length, num_masks, iou, seconds")
     options = parser.parse_args()
     cli.check_paths({f"--{name}": getattr(options, name) for name in ("image", "target", "out", "overlay", "json")})
+    outputs = {"--out": (options.out, cli.MASK_SUFFIXES), "--overlay": (options.overlay, cli.PICTURE_SUFFIXES),
+               "--json": (options.json, (".json",))}  # fmt: skip
+    cli.check_outputs(outputs, {"--image": options.image, "--target": options.target})
+    length = parse_length(options.length)
+    if describe(options.checkpoint, options.step, length)["stage"] in ("stage1", "stage1_5"):
+        raise ConfigError(f"--checkpoint={options.checkpoint}: a mask tokenizer alone; predict needs stage 2 or 3")
     from PIL import Image  # late: keeps the start fast
 
     from alto_jax.data import transforms
 
     image = transforms.open_image(options.image)
     target = transforms.open_mask(options.target) if options.target else None
-    length = int(options.length) if options.length.isdigit() else options.length
-    model = load(options.checkpoint)
-    if not isinstance(model, Segmenter):
-        raise ConfigError(f"--checkpoint={options.checkpoint}: a mask tokenizer alone; predict needs stage 2 or 3")
+    model = load(options.checkpoint, options.step)
+    assert isinstance(model, Segmenter)
     result = model.segment(
         image, options.text, length=length, prompt=options.prompt, target=target, max_length=options.max_length,
         end_bias=options.end_bias,

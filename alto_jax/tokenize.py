@@ -27,6 +27,7 @@ def main() -> int:
     decode.add_argument("--image", metavar="FILE", help="the image, whose features sharpen the mask")
     for action in (encode, decode):
         action.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory (any stage)")
+        action.add_argument("--step", type=int, metavar="N", help="of the run's checkpoints (default: the newest)")
         action.add_argument("--out", required=True, metavar="FILE")
     options = parser.parse_args()
     cli.check_paths({f"--{name}": getattr(options, name, None) for name in ("mask", "codes", "image", "out")})
@@ -40,9 +41,11 @@ def main() -> int:
 def _encode(options: argparse.Namespace) -> None:
     from alto_jax.data import transforms  # late: keeps the start fast
 
+    cli.check_outputs({"--out": (options.out, (".json",))}, {"--mask": options.mask})
+    length = predict.parse_length(options.length)
+    predict.describe(options.checkpoint, options.step, length)
     mask = transforms.open_mask(options.mask)
-    length = int(options.length) if options.length.isdigit() else options.length
-    codes = predict.load(options.checkpoint).encode(mask, length)
+    codes = predict.load(options.checkpoint, options.step).encode(mask, length)
     result = {"codes": codes, "length": len(codes), "size": list(mask.shape)}
     pathlib.Path(options.out).write_text(json.dumps(result) + "\n")
     print(f"{len(codes)} codes: {' '.join(map(str, codes))}")
@@ -53,13 +56,15 @@ def _decode(options: argparse.Namespace) -> None:
 
     from alto_jax.data import transforms
 
+    read = {"--codes": options.codes, "--image": options.image}
+    cli.check_outputs({"--out": (options.out, cli.MASK_SUFFIXES)}, read)
     try:
         saved = json.loads(pathlib.Path(options.codes).read_text())
-        codes, (height, width) = [int(c) for c in saved["codes"]], map(int, saved["size"])
-    except (ValueError, KeyError, TypeError) as error:
+        codes, (height, width) = list(saved["codes"]), saved["size"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{options.codes}: expected the JSON that encode writes (codes, size): {error!r}") from error
     image = transforms.open_image(options.image) if options.image else None
-    mask = predict.load(options.checkpoint).decode(codes, (height, width), image)
+    mask = predict.load(options.checkpoint, options.step).decode(codes, (height, width), image)
     Image.fromarray(mask.astype(np.uint8) * 255).save(options.out)
     print(f"{int(mask.sum())} pixels of {width}x{height} in {options.out}")
 

@@ -6,12 +6,9 @@ then a vote on these. With one process the same happens without votes.
 """
 
 from collections.abc import Callable
-import contextlib
 import dataclasses
-import gc
 import hashlib
 import json
-import logging
 import pathlib
 import sys
 from typing import Any
@@ -19,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from alto_jax.checkpoint import damage
 from alto_jax.config import ConfigError
 from alto_jax.parallel import distributed
 
@@ -102,32 +100,41 @@ def known_steps(directory: pathlib.Path) -> list[int]:
     return sorted(set().union(*distributed.gather(complete_steps(directory))))
 
 
-def newest_readable(directory: pathlib.Path, read: Callable[[pathlib.Path], Found]) -> tuple[Found, int]:
+def newest_readable(
+    directory: pathlib.Path, read: Callable[[pathlib.Path], Found], step: int | None = None
+) -> tuple[Found, int]:
     """(read(folder), step) of the newest step for which no process fails; says which steps it passes over.
 
     Args:
       directory: a run's.
       read: reads files alone; must not wait for another process.
+      step: this one and no other; None: the newest that can be read.
 
     Raises:
+      ConfigError: there is no such step; names those that there are.
       ValueError: none can be read.
     """
     steps, first = known_steps(directory)[::-1], None
+    if step is not None:
+        if step not in steps:
+            raise ConfigError(f"--step={step}: {directory} has the steps {', '.join(map(str, steps[::-1]))}")
+        steps = [step]
     for step in steps:
-        found, error = _attempt(read, directory / CHECKPOINTS / str(step))
-        why = _vote(found, error)
+        folder = directory / CHECKPOINTS / str(step)
+        found, error = _attempt(read, folder)
+        why = _vote(folder, found, error)
         if why is None:
             assert found is not None
-            why = _vote(found, _wrong_sums(found))
+            why = _vote(folder, found, _wrong_sums(found))
             if why is None:
                 return found, step
         found = None  # Note: its memory is needed for the next one.
         first = first or f"step {step}: {why}"
         older = [s for s in steps if s < step]
-        going_on = f"going back to step {older[0]}" if older else "there is no other"
-        if jax.process_index() == 0:
+        if older and jax.process_index() == 0 and damage.is_news(folder):
             print(
-                f"warning: {directory}: the checkpoint of step {step} cannot be read ({why}); {going_on}",
+                f"warning: {directory}: the checkpoint of step {step} cannot be read ({why});"
+                f" going back to step {older[0]}",
                 file=sys.stderr,
             )
     raise ValueError(f"{directory}: no checkpoint can be read ({first or 'there is none'})")
@@ -135,27 +142,14 @@ def newest_readable(directory: pathlib.Path, read: Callable[[pathlib.Path], Foun
 
 def _attempt(read: Callable[[pathlib.Path], Found], folder: pathlib.Path) -> tuple[Found | None, Exception | None]:
     """What `read` returns, or what it raises."""
-    with _without_tracebacks():
-        try:
+    try:
+        with damage.quiet():
             if not folder.is_dir():
                 raise FileNotFoundError(f"{folder} is not there")
             return read(folder), None
-        except Exception as error:  # noqa: BLE001 - damaged files surface as almost anything
-            # Note: without its frames, which keep what was read so far.
-            return None, error.with_traceback(None)
-
-
-@contextlib.contextmanager
-def _without_tracebacks() -> Any:
-    """Keeps asyncio from printing a stack trace for every array that Orbax could not read."""
-    logger = logging.getLogger("asyncio")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        gc.collect()  # Note: it prints when the tasks are collected.
-        logger.setLevel(level)
+    except Exception as error:  # noqa: BLE001 - damaged files surface as almost anything
+        # Note: without its frames, which keep what was read so far.
+        return None, error.with_traceback(None)
 
 
 def _wrong_sums(found: Found) -> Exception | None:
@@ -165,14 +159,15 @@ def _wrong_sums(found: Found) -> Exception | None:
     return ValueError(f"{len(wrong)} arrays are not what was saved, such as {wrong[0]}") if wrong else None
 
 
-def _vote(found: Found | None, error: Exception | None) -> str | None:
+def _vote(folder: pathlib.Path, found: Found | None, error: Exception | None) -> str | None:
     """Why the step cannot be taken, the same in all processes; None if it can.
 
     Raises:
       Exception: what would end an older step too: this process's own, or ConfigError with another one's.
     """
-    text = None if error is None else (" ".join(str(error).split()) or type(error).__name__)[:300]
-    own = {"error": text, "is_fatal": isinstance(error, _FATAL), "digest": found.digest() if found else ""}
+    is_fatal = isinstance(error, _FATAL)
+    text = None if error is None else str(error)[:300] if is_fatal else damage.reason(folder, error)
+    own = {"error": text, "is_fatal": is_fatal, "digest": found.digest() if found else ""}
     votes = distributed.gather(own)
     if error is not None and own["is_fatal"]:
         raise error

@@ -31,11 +31,15 @@ class LoadedModel:
     identity: str
 
 
-def load_model(directory: str | os.PathLike, mesh: jax.sharding.Mesh) -> LoadedModel:
-    """Opens the newest readable checkpoint of a run with its parameters placed on the mesh, adapters merged.
+def load_model(directory: str | os.PathLike, mesh: jax.sharding.Mesh, step: int | None = None) -> LoadedModel:
+    """Opens a checkpoint of a run with its parameters placed on the mesh, adapters merged.
+
+    Args:
+      directory: of the run. mesh: where the parameters go. step: which one; None: the newest that can be read.
 
     Raises:
       FileNotFoundError: no complete checkpoint there.
+      ConfigError: there is no such step.
       ValueError: the checkpoint lacks parameters of its own model, or cannot be read.
     """
     root, _ = runs.find_run(directory, made_by="python -m alto_jax.main --config=configs/quickstart.py --workdir=DIR")
@@ -44,7 +48,7 @@ def load_model(directory: str | os.PathLike, mesh: jax.sharding.Mesh) -> LoadedM
         cfg, lora, abstract = _wanted(runs.read_meta(folder), root, mesh)
         return runs.read_params(str(directory), abstract["adapters" if lora else "model"], None, folder)
 
-    found, step = runs.newest_readable(root, read)
+    found, step = runs.newest_readable(root, read, step)
     meta, params = runs.described(found), runs.joined(found)
     cfg, lora, abstract = _wanted(meta, root, mesh)
     if lora:

@@ -6,6 +6,7 @@ In and out: step 0 of a run's directory, in the layout of `alto_jax.checkpoint.r
 from collections.abc import Callable, Mapping
 import math
 import os
+import pathlib
 from typing import Any
 
 from etils import epath
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alto_jax.checkpoint.runs import CHECKPOINTS, array_structure, find_run, sealed
+from alto_jax.checkpoint.runs import CHECKPOINTS, Found, array_structure, find_run, newest_readable, sealed
 from alto_jax.config import local_path
 
 _MAX_CHUNK_BYTES = 1 << 26
@@ -126,12 +127,25 @@ class LazyArray:
         return array if dtype is None else array.astype(dtype)
 
 
-def open_params(directory: str | os.PathLike) -> dict[str, LazyArray]:
-    """All parameters of the newest step, trained and frozen, by their path "a/b/c", not yet read."""
+def open_params(directory: str | os.PathLike, step: int | None = None) -> dict[str, LazyArray]:
+    """All parameters, trained and frozen, by their path "a/b/c", not yet read.
+
+    Args:
+      directory: of the run. step: which one; None: the newest that can be opened.
+
+    Raises:
+      ConfigError: there is no such step. ValueError: none can be opened.
+    """
+    root, _ = find_run(directory)
+    _, step = newest_readable(root, lambda folder: Found(plain=sorted(_open(folder))), step)
+    return _open(root / CHECKPOINTS / str(step))
+
+
+def _open(folder: pathlib.Path) -> dict[str, LazyArray]:
+    """`open_params` of one step's folder."""
     import tensorstore as ts  # late: keeps the start fast
 
-    root, step = find_run(directory)
-    folder = root / CHECKPOINTS / str(step) / "state"
+    folder = folder / "state"
     saved = array_structure(folder)
     is_ocdbt, opened = (folder / "manifest.ocdbt").exists(), {}
     for part in ("params", "frozen"):

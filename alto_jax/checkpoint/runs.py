@@ -26,6 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from alto_jax.checkpoint import foreign
 from alto_jax.checkpoint.agreement import (
     CHECKPOINTS,
     Found,
@@ -327,6 +328,8 @@ def find_run(directory: str | os.PathLike, *, made_by: str = "") -> tuple[pathli
     root = local_path(directory, "checkpoint").absolute()
     if root.name == CHECKPOINTS:
         root = root.parent
+    if found := foreign.explain(pathlib.Path(directory)):
+        raise FileNotFoundError(found)
     hint = f"; make it with: {made_by}" if made_by else ""
     if not (root / CHECKPOINTS).is_dir():
         raise FileNotFoundError(f"{directory}: no checkpoint there (expected a folder {CHECKPOINTS}/){hint}")
@@ -336,10 +339,10 @@ def find_run(directory: str | os.PathLike, *, made_by: str = "") -> tuple[pathli
     return root, steps[-1]
 
 
-def load_meta(directory: str | os.PathLike) -> dict:
-    """What the run said of itself when it saved: {"stage", "model", "data", "step"}."""
+def load_meta(directory: str | os.PathLike, step: int | None = None) -> dict:
+    """What the run said of itself when it saved: {"stage", "model", "data", "step"}; step: None is the newest."""
     root, _ = find_run(directory)
-    found, _ = newest_readable(root, lambda folder: Found(plain=read_meta(folder)))
+    found, _ = newest_readable(root, lambda folder: Found(plain=read_meta(folder)), step)
     return described(found)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from alto_jax import cli
 
 
-def merge(run: str, out: str) -> pathlib.Path:
-    """Writes base plus adapters of a run as a checkpoint of parameters alone, for any command.
+def merge(run: str, out: str, step: int | None = None) -> pathlib.Path:
+    """Writes base plus adapters of a run (of a step; None: the newest) as a checkpoint of parameters alone.
 
     Raises:
       FileNotFoundError: no checkpoint in `run`.
@@ -27,12 +27,12 @@ def merge(run: str, out: str) -> pathlib.Path:
     from alto_jax.checkpoint import loading, rows, runs
     from alto_jax.parallel import sharding
 
-    meta, target = runs.load_meta(run), pathlib.Path(out)
+    meta, target = runs.load_meta(run, step), pathlib.Path(out)
     if not meta.get("lora"):
         raise ValueError(f"{run}: its checkpoint has no adapters (config.lora.rank was 0)")
     if (target / runs.CHECKPOINTS).exists():
         raise ValueError(f"{out}: holds a checkpoint already")
-    model = loading.load_model(run, sharding.make_mesh(sharding.MeshConfig(), jax.devices()))
+    model = loading.load_model(run, sharding.make_mesh(sharding.MeshConfig(), jax.devices()), step)
     flat = traverse_util.flatten_dict(model.params, sep="/")
 
     def fill(sinks: dict[str, Any]) -> None:
@@ -55,9 +55,10 @@ def main() -> int:
     command = commands.add_parser("merge", help="base + adapters of a run → a checkpoint like any other")
     command.add_argument("run", help="the run's directory")
     command.add_argument("out", help="a new directory")
+    command.add_argument("--step", type=int, metavar="N", help="of the run's checkpoints (default: the newest)")
     arguments = parser.parse_args()
     cli.check_paths({"run": arguments.run, "out": arguments.out})
-    print(f"merged into {merge(arguments.run, arguments.out)}")
+    print(f"merged into {merge(arguments.run, arguments.out, arguments.step)}")
     return 0
 
 

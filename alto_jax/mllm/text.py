@@ -213,9 +213,13 @@ class TextTokenizer:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # Note: the library raises plain `Exception`.
             raise ValueError(f"{file}: not a tokenizer.json ({error})") from error
-        if num_codes is not None:
-            _append(tokenizer, (*VISION_TOKENS, *MASK_TOKENS, *map(code_token, range(num_codes))))
-        return cls(tokenizer, str(file))
+        return cls(tokenizer, str(file)) if num_codes is None else cls.complete(tokenizer, num_codes, str(file))
+
+    @classmethod
+    def complete(cls, tokenizer: Any, num_codes: int, source: str = "tokenizer") -> "TextTokenizer":
+        """Wraps a `tokenizers.Tokenizer` after appending the vision and mask tokens that it lacks, as `load` does."""
+        _append(tokenizer, (*VISION_TOKENS, *MASK_TOKENS, *map(code_token, range(num_codes))))
+        return cls(tokenizer, source)
 
     @classmethod
     def train_builtin(cls, texts: Iterable[str], vocab_size: int, num_codes: int) -> "TextTokenizer":

@@ -50,8 +50,9 @@ class TokenizerConfig:
     remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self) -> None:
+        require(self.patch_size >= 1, "patch_size", self.patch_size, "at least 1")
         require(
-            self.mask_size % self.patch_size == 0,
+            self.mask_size >= self.patch_size and self.mask_size % self.patch_size == 0,
             "mask_size",
             self.mask_size,
             f"a multiple of patch_size {self.patch_size}",

@@ -369,7 +369,8 @@ def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
       FileNotFoundError: the directory holds no checkpoint.
     """
     runs.find_run(workdir)
-    path = pathlib.Path(distributed.from_first(lambda: str(claim_workdir(workdir, config))))
+    claim = lambda: str(claim_workdir(workdir, config, is_training=False))
+    path = pathlib.Path(distributed.from_first(claim))
     _name_evaluation(config)
     mesh = run_mesh(config)
     stage = make_stage(config, mesh, path)

@@ -28,7 +28,7 @@ from tests.tools.torch_checkpoints import (
     tiny_state,
     write_source,
 )
-from tools.convert_torch_weights import configs_for_torch, exporter, importer, plans, sources
+from tools.convert_torch_weights import configs_for_torch, exporter, importer, pickles, plans, sources
 from tools.convert_torch_weights.__main__ import main
 from tools.convert_torch_weights.mapping import get_table
 from tools.convert_torch_weights.sources import SourceError, open_source
@@ -229,7 +229,7 @@ def test_pickles_are_read_without_running_code(tmp_path):
     importer.write(plans.make_plan(source, config=own_values("alto")), tmp_path / "out")
     exporter.export(tmp_path / "out", tmp_path / "back")
     back = torch.load(tmp_path / "back" / "alto.pth", weights_only=True)
-    assert_same({key: sources.to_numpy(value) for key, value in back.items()}, state)
+    assert_same({key: pickles.to_numpy(value) for key, value in back.items()}, state)
     half = {"a": torch.arange(8).to(torch.bfloat16)}
     torch.save(half, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     np.testing.assert_array_equal(open_source(tmp_path / "pytorch_model.bin")["a"].astype(np.float32), np.arange(8))
@@ -249,7 +249,7 @@ def test_pickles_are_read_without_running_code(tmp_path):
 
 def test_pickles_without_torch_name_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "alto.pth").write_bytes(b"")
+    (tmp_path / "alto.pth").write_bytes(b"PK\x03\x04")
     with pytest.raises(ImportError, match=r"alto_jax\[convert\]"):
         open_source(tmp_path / "alto.pth")
 

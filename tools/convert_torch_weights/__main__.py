@@ -3,6 +3,8 @@
     python -m tools.convert_torch_weights import SOURCE OUT              # one checkpoint
     python -m tools.convert_torch_weights import --titok F --sam F OUT   # a start for stage 1
     python -m tools.convert_torch_weights import --internvl DIR --alto F OUT   # a start for stage 2
+    python -m tools.convert_torch_weights import SOURCE OUT --adapter DIR      # with a PEFT adapter merged
+    python -m tools.convert_torch_weights import CHECKPOINT OUT --adapter DIR  # a run of adapters on CHECKPOINT
     python -m tools.convert_torch_weights export CHECKPOINT OUT
     python -m tools.convert_torch_weights inspect CHECKPOINT [OTHER]
 
@@ -18,6 +20,7 @@ from typing import Any
 
 from alto_jax import cli
 from alto_jax.config import ConfigError, local_path
+from tools.convert_torch_weights.files import read_json
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -34,6 +37,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--sam", type=Path, metavar="F", help="official SAM checkpoint")
     command.add_argument("--internvl", type=Path, metavar="DIR", help="InternVL (with --alto: a start for stage 2)")
     command.add_argument("--alto", type=Path, metavar="F", help="ALTo tokenizer checkpoint")
+    command.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter for SOURCE (or --internvl)")
+    command.add_argument("--entry", metavar="NAME", help="of the weights in a pickle; default: found by itself")
     command.add_argument("--kind", help="what SOURCE is; default: recognised from its keys")
     command.add_argument(
         "--config", metavar="JSON", help="ModelConfig fields that the source does not tell: a file, or text"
@@ -52,10 +57,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--files", type=Path, metavar="DIR", help="config.json and tokenizer files to take over")
     command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="such as 5GB or 500MB")
     command.add_argument("--force", action="store_true", help="also forms that the PyTorch code does not have")
+    command.add_argument("--step", type=int, metavar="N", help="of a run's checkpoints (default: the newest)")
     command = commands.add_parser("inspect", help="parameters of a checkpoint, or differences of two")
     command.add_argument("checkpoint", type=Path)
     command.add_argument("other", type=Path, nargs="?")
     command.add_argument("--depth", type=int, help="group what lies deeper")
+    command.add_argument("--step", type=int, metavar="N", help="of a run's checkpoints (default: the newest)")
     return parser.parse_args(arguments)
 
 
@@ -84,6 +91,13 @@ def run_import(options: argparse.Namespace) -> int:
         from tools.convert_torch_weights.staging import check_free
 
         check_free(out)
+    if options.adapter is not None and not composite and is_checkpoint(options.paths[0]):
+        if out is None:
+            raise ConfigError("--dry-run: not known for adapters of a checkpoint of alto_jax")
+        from tools.convert_torch_weights import lora_run
+
+        print(f"wrote {out}: {lora_run.write(options.paths[0], options.adapter, out)}")
+        return 0
     plan = _plan(options, composite)
     report.print_plan(plan, full=options.dry_run)
     tokenizer = _tokenizer_writer(options, plan)
@@ -101,18 +115,24 @@ def run_import(options: argparse.Namespace) -> int:
     return 0
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a run's directory (or a converted checkpoint) and not one of PyTorch."""
+    return (path / "checkpoints").is_dir()
+
+
 def _plan(options: argparse.Namespace, composite: list[str]) -> Any:
     """Opens the sources and plans the import."""
     from tools.convert_torch_weights import plans
     from tools.convert_torch_weights.sources import open_source
 
     changes: dict[str, Any] = {"config": _config(options.config), "dtype": options.dtype}
-    sources = [open_source(getattr(options, name)) for name in composite] or [open_source(options.paths[0])]
+    paths = [getattr(options, name) for name in composite] or [options.paths[0]]
+    sources = [open_source(paths[0], entry=options.entry, adapter=options.adapter), *map(open_source, paths[1:])]
     try:
         if composite == ["titok", "sam"]:
             return plans.plan_stage1_start(*sources, **changes)
         if composite == ["internvl", "alto"]:
-            return plans.plan_stage2_start(*sources, **changes)
+            return plans.plan_stage2_start(*sources, tokenizer=_tokenizer_folder(options, sources[0]), **changes)
         return plans.make_plan(sources[0], kind=options.kind, **changes)
     except plans.PlanError as error:
         if options.dry_run:
@@ -125,29 +145,49 @@ def _config(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        value = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text())
-    except ValueError as error:
+        value = json.loads(text) if text.lstrip().startswith("{") else read_json(Path(text))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config: not readable as JSON: {error}") from error
+    if not text.lstrip().startswith("{") and not Path(text).exists():
+        raise FileNotFoundError(f"--config: no such file {text}")
     if not isinstance(value, dict):
         raise ConfigError(f"--config: expected a JSON object, got {text!r}")
     return value
+
+
+def _tokenizer_folder(options: argparse.Namespace, source: Any, is_whole: bool = False) -> Path | None:
+    """Where the tokenizer's files lie; None where there are none (said) or none are wanted.
+
+    Raises:
+      FileNotFoundError: none in the directory that --tokenizer names.
+    """
+    from tools.convert_torch_weights import text
+
+    if options.tokenizer == "none":
+        return None
+    directory = Path(options.tokenizer) if options.tokenizer else source.directory
+    if text.has_tokenizer(directory):
+        return directory
+    if options.tokenizer or is_whole:
+        raise FileNotFoundError(
+            f"{directory}: no tokenizer files (tokenizer.json, tokenizer.model, or vocab.json and merges.txt);"
+            " name their directory with --tokenizer DIR, or leave them out with --tokenizer none"
+        )
+    print(f"note: {directory} holds no tokenizer files, so there will be no tokenizer.json")
+    return None
 
 
 def _tokenizer_writer(options: argparse.Namespace, plan: Any) -> Any:
     """What writes tokenizer.json into a directory, or None where there is no text."""
     from tools.convert_torch_weights import text
 
-    if "language_model" not in plan.values or options.tokenizer == "none":
+    if plan.vocabulary is not None:
+        return plan.vocabulary.save
+    if "language_model" not in plan.values or options.internvl:
         return None
-    directory = Path(options.tokenizer) if options.tokenizer else plan.parts[0].source.directory
     is_whole = plan.kind.startswith("altollm-")
-    if not text.has_tokenizer(directory):
-        if is_whole or options.tokenizer:
-            raise FileNotFoundError(
-                f"{directory}: no tokenizer files (tokenizer.json, tokenizer.model, or vocab.json and merges.txt);"
-                " name their directory with --tokenizer DIR, or leave them out with --tokenizer none"
-            )
-        print(f"note: {directory} holds no tokenizer files, so there will be no tokenizer.json")
+    directory = _tokenizer_folder(options, plan.parts[0].source, is_whole)
+    if directory is None:
         return None
     num_codes = plan.values["tokenizer"]["codebook_size"] if is_whole else None
     vocab_size = plan.values["language_model"]["vocab_size"]
@@ -160,7 +200,7 @@ def run_export(options: argparse.Namespace) -> int:
     with report.late_progress("export") as (begin, advance):
         kind = exporter.export(
             options.checkpoint, options.out, max_shard_bytes=_size(options.max_shard_size), files=options.files,
-            force=options.force, advance=advance, begin=begin,
+            force=options.force, step=options.step, advance=advance, begin=begin,
         )  # fmt: skip
     print(f"wrote {options.out} ({kind})")
     return 0
@@ -177,7 +217,7 @@ def _size(text: str) -> int:
 def run_inspect(options: argparse.Namespace) -> int:
     from tools.convert_torch_weights import inspector
 
-    first = inspector.tensors_of(options.checkpoint)
+    first = inspector.tensors_of(options.checkpoint, options.step)
     if options.other is None:
         separator = "/" if any("/" in name for name in first) else "."
         print("\n".join(inspector.tree_lines(first, separator, options.depth)))

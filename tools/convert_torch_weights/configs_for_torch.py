@@ -46,6 +46,8 @@ def torch_config(kind: str, model: Mapping[str, Any], kept: Mapping[str, Any], h
       `kept` with the sizes of this model, and our own configuration in the section "alto_jax".
     """
     own = {name: value for name, value in model.items() if value is not None}
+    if configs_from_torch.is_hf(kept):
+        kept = {}  # Note: of Hugging Face's own InternVL; what is exported is the reference's.
     if kind in ("alto", "titok", "sam"):
         return {**kept, configs_from_torch.OWN_SECTION: own}
     dtypes = {dtype.name for _, dtype, _ in headers.values() if dtype.name != "bool"}

@@ -18,9 +18,10 @@ from alto_jax.checkpoint import rows, runs
 from alto_jax.config import ConfigError, build
 from alto_jax.mllm.alto_llm import ModelConfig
 from tools.convert_torch_weights import configs_for_torch, mapping, rules
+from tools.convert_torch_weights.files import read_json
 from tools.convert_torch_weights.importer import TORCH_FILES
 from tools.convert_torch_weights.plans import PREFIXES, mapping_config, prefixed
-from tools.convert_torch_weights.sources import DTYPE_NAMES
+from tools.convert_torch_weights.safetensors_files import DTYPE_NAMES
 from tools.convert_torch_weights.staging import staged
 
 # Parameters of our runs that are no part of a model.
@@ -35,6 +36,7 @@ def export(
     max_shard_bytes: int = 5 * 10**9,
     files: Path | None = None,
     force: bool = False,
+    step: int | None = None,
     advance: Callable[[int], None] = lambda nbytes: None,
     begin: Callable[[int], None] = lambda nbytes: None,
 ) -> str:
@@ -47,14 +49,15 @@ def export(
       files: a directory with config.json and tokenizer files to take over; None: those of the checkpoint that
         the run started from.
       force: export a model whose forms the PyTorch code does not have, too.
+      step: of a run's checkpoints; None: the newest.
       advance, begin: progress: called with bytes written, and before that with their total.
 
     Returns:
       The kind that was exported.
     """
     root, _ = runs.find_run(directory)
-    meta = runs.load_meta(root)
-    params = {p: v for p, v in rows.open_params(root).items() if not p.startswith(_REFERENCE_POLICY)}
+    meta = runs.load_meta(root, step)
+    params = {p: v for p, v in rows.open_params(root, step).items() if not p.startswith(_REFERENCE_POLICY)}
     kind = meta.get("kind") or kind_of(meta["model"], params)
     if not force:
         configs_for_torch.check_forms(kind, meta["model"])
@@ -96,16 +99,15 @@ def find_files(root: Path) -> Path | None:
         if (root / TORCH_FILES).is_dir():
             return root / TORCH_FILES
         config = root / "config.json"
-        start = json.loads(config.read_text()).get("init_from") if config.is_file() else None
-        if not start or not Path(start).is_dir():
+        start = read_json(config).get("init_from")
+        if not isinstance(start, str) or not start or not Path(start).is_dir():
             return None
         root = Path(start)
     return None
 
 
 def _kept_config(kept: Path | None) -> dict[str, Any]:
-    file = kept / "config.json" if kept else None
-    return json.loads(file.read_text()) if file and file.is_file() else {}
+    return read_json(kept / "config.json") if kept else {}
 
 
 def _copy_files(kept: Path | None, root: Path, folder: Path) -> None:

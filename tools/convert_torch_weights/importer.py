@@ -52,17 +52,18 @@ class _Prepared(Mapping):
         if not self._allow and has_nonfinite(array):
             cast = f" as {self._dtype}" if self._dtype is not None else ""
             raise MappingError(f"{key}: holds NaN or infinity{cast}; take it all the same with --allow-nonfinite")
-        return _grown(array, self._part.rows[key]) if key in self._part.rows else array
+        return _regrown(array, self._part.kept[key]) if key in self._part.kept else array
 
 
-def _grown(table: np.ndarray, rows: int) -> np.ndarray:
-    """A table with rows appended that are the mean of its own."""
+def _regrown(table: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
+    """A table of `len(is_kept)` rows: those of `table` where True, elsewhere the mean of all its rows."""
     total = np.zeros(table.shape[1:], np.float64)
     for start in range(0, len(table), 4096):
         total += table[start : start + 4096].astype(np.float64).sum(axis=0)
-    grown = np.empty((rows, *table.shape[1:]), table.dtype)
-    grown[: len(table)] = table
-    grown[len(table) :] = (total / len(table)).astype(np.float32).astype(table.dtype)
+    grown = np.empty((len(is_kept), *table.shape[1:]), table.dtype)
+    grown[...] = (total / len(table)).astype(np.float32).astype(table.dtype)
+    kept = np.flatnonzero(is_kept)
+    grown[kept] = table[kept]
     return grown
 
 

@@ -11,10 +11,10 @@ from alto_jax.checkpoint import rows, runs
 from tools.convert_torch_weights.sources import open_source
 
 
-def tensors_of(path: Path) -> dict[str, Any]:
-    """Name → lazy array (shape, dtype, np.asarray) of one of our checkpoints or of a PyTorch one."""
+def tensors_of(path: Path, step: int | None = None) -> dict[str, Any]:
+    """Name → lazy array (shape, dtype, np.asarray) of one of our checkpoints (of a step) or of a PyTorch one."""
     if (path / runs.CHECKPOINTS).is_dir() or path.name == runs.CHECKPOINTS:
-        return dict(rows.open_params(path))
+        return dict(rows.open_params(path, step))
     source = open_source(path)
     return {key: _Tensor(entry) for key, entry in source.entries.items()}
 

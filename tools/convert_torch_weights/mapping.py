@@ -90,7 +90,8 @@ def _language_table(family: str, cfg: LanguageModelConfig) -> Table:
 
 
 def _vision_table(cfg: InternViTConfig) -> Table:
-    return Table(tuple(mllm_rules.vision_rules(cfg)), _BUFFERS)
+    mask_token = (r"embeddings\.mask_token", "used in pretraining on masked patches only")
+    return Table(tuple(mllm_rules.vision_rules(cfg)), (*_BUFFERS, mask_token))
 
 
 def _mllm_table(family: str, with_tokenizer: bool, cfg: Any) -> Table:

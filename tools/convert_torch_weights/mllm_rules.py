@@ -46,7 +46,7 @@ def _head(cfg: LanguageModelConfig, key: str) -> list[Rule]:
     return [] if cfg.tie_embeddings else dense(key, "head", (cfg.embed_dim,), (cfg.vocab_size,), False)
 
 
-def _packed_wqkv(cfg: LanguageModelConfig) -> Rule:
+def packed_wqkv(cfg: LanguageModelConfig) -> Rule:
     """InternLM2's wqkv: for each key head its query heads, then its key, then its value."""
     dim, head_dim, groups = cfg.embed_dim, cfg.head_width, cfg.num_heads // cfg.num_kv_heads
     packed = (cfg.num_kv_heads, groups + 2, head_dim, dim)
@@ -77,7 +77,7 @@ def internlm2_rules(cfg: LanguageModelConfig) -> list[Rule]:
     dim, heads, mlp_dim = cfg.embed_dim, (cfg.num_heads, cfg.head_width), cfg.mlp_dim
     block = [
         *norm("attention_norm", "attn_norm", dim, False),
-        _packed_wqkv(cfg),
+        packed_wqkv(cfg),
         *dense("attention.wo", "attn/out", heads, (dim,), False),
         *norm("ffn_norm", "mlp_norm", dim, False),
         *dense("feed_forward.w1", "mlp/gate", (dim,), (mlp_dim,), False),
@@ -92,7 +92,7 @@ def internlm2_rules(cfg: LanguageModelConfig) -> list[Rule]:
     ]
 
 
-def _key_value(cfg: LanguageModelConfig) -> list[Rule]:
+def key_value(cfg: LanguageModelConfig) -> list[Rule]:
     """Separate k_proj and v_proj ↔ one packed kv."""
     dim, kv = cfg.embed_dim, (cfg.num_kv_heads, cfg.head_width)
     rows = cfg.num_kv_heads * cfg.head_width
@@ -118,7 +118,7 @@ def qwen2_rules(cfg: LanguageModelConfig) -> list[Rule]:
     block = [
         *norm("input_layernorm", "attn_norm", dim, False),
         *dense("self_attn.q_proj", "attn/q", (dim,), heads, cfg.qkv_bias),
-        *_key_value(cfg),
+        *key_value(cfg),
         *dense("self_attn.o_proj", "attn/out", heads, (dim,), False),
         *norm("post_attention_layernorm", "mlp_norm", dim, False),
         *dense("mlp.gate_proj", "mlp/gate", (dim,), (mlp_dim,), False),

@@ -7,6 +7,7 @@ SAM) and of stage 2 (InternVL and ALTo).
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+from pathlib import Path
 import re
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from alto_jax.config import build
 from alto_jax.mllm.alto_llm import ModelConfig
-from tools.convert_torch_weights import configs_from_torch, mapping, rules
+from tools.convert_torch_weights import configs_from_torch, mapping, rules, text
 from tools.convert_torch_weights.rules import MappingError, Table
 from tools.convert_torch_weights.sources import Source, is_float
 
@@ -35,15 +36,18 @@ class PlanError(MappingError):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One source and the rules that place its tensors; `rows`: key → number of rows that a table grows to."""
+    """One source and the rules that place its tensors.
+
+    kept: key of a table whose rows change → bool[new rows], True: the source's row; False: the mean of all its rows.
+    """
 
     source: Source
     table: Table
-    rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    kept: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def shape(self, key: str) -> tuple[int, ...]:
         shape = self.source.entries[key].shape
-        return (self.rows[key], *shape[1:]) if key in self.rows else shape
+        return (len(self.kept[key]), *shape[1:]) if key in self.kept else shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +56,8 @@ class Plan:
 
     kind: of the result. parts: the sources. values: plain nested ModelConfig values (of the parts that
     there are). shapes: path → (shape, dtype) of every parameter written. fresh: path → why it is
-    initialised and not read. dtype: what tensors become, None: as they are.
+    initialised and not read. dtype: what tensors become, None: as they are. vocabulary: the tokenizer, if it was
+    needed for the plan.
     """
 
     kind: str
@@ -61,6 +66,7 @@ class Plan:
     shapes: dict[str, tuple[tuple[int, ...], np.dtype]]
     fresh: dict[str, str]
     dtype: np.dtype | None
+    vocabulary: text.Vocabulary | None = None
 
     @property
     def model(self) -> ModelConfig | None:
@@ -122,18 +128,28 @@ def make_plan(
       MappingError, ConfigError: naming what does not fit.
     """
     kind = kind or mapping.detect_kind(source)
-    values = configs_from_torch.model_values(kind, source.shapes(), source.config)
-    values = _completed(values, source.config, config)
+    if kind not in mapping.KINDS:
+        raise MappingError(f"--kind: expected one of {', '.join(mapping.KINDS)}, got {kind!r}")
+    values = _completed(_values(kind, source), source, config)
     prefix = PREFIXES.get(kind, "")
     part = Part(source, prefixed(mapping.get_table(kind, mapping_config(kind, values)), prefix))
     return finish_plan(kind, [part], values, dtype)
 
 
-def _completed(values: dict, torch_config: Mapping, config: Mapping | None) -> dict:
+def _values(kind: str, source: Source) -> dict[str, Any]:
+    """What config.json and the shapes of a source say."""
+    return configs_from_torch.model_values(kind, source.shapes(), source.config, source.config_file)
+
+
+def _completed(values: dict, source: Source, config: Mapping | None) -> dict:
     """Values with those that an earlier export of ours, and then the user, stated."""
-    own = without_dtypes(torch_config.get(configs_from_torch.OWN_SECTION, {}))
-    values = configs_from_torch.merge(values, {name: own[name] for name in values if name in own})
-    values = configs_from_torch.merge(values, config or {})
+    own = without_dtypes(configs_from_torch.own_values(source.config, values, source.config_file))
+    for name, part in own.items():
+        # Note: of an official SAM alone there is no tokenizer around it.
+        if name in mapping_classes() and part is not None and values[name].keys() != {"sam"}:
+            build(mapping_classes()[name], part, f"{source.config_file}: {configs_from_torch.OWN_SECTION}.{name}")
+    values = configs_from_torch.merge(values, own)
+    values = configs_from_torch.merge(values, config or {}, "--config: ")
     configs_from_torch.check_heads(values)
     return values
 
@@ -144,9 +160,9 @@ def plan_stage1_start(titok: Source, sam: Source, *, config: Mapping | None = No
     Note: the SAM encoder is used in the form of the reference (scaled relative positions), with which stage 1
     trains; `config` may choose the official one.
     """
-    values = configs_from_torch.model_values("titok", titok.shapes(), titok.config)
+    values = _values("titok", titok)
     values["tokenizer"]["sam"] = configs_from_torch.sam_values(sam.shapes(), official=False)
-    values = _completed(values, titok.config, config)
+    values = _completed(values, titok, config)
     cfg = mapping_config("titok", values)
     parts = [
         Part(titok, prefixed(mapping.get_table("titok", cfg), "tokenizer/")),
@@ -156,28 +172,45 @@ def plan_stage1_start(titok: Source, sam: Source, *, config: Mapping | None = No
 
 
 def plan_stage2_start(
-    internvl: Source, alto: Source, *, config: Mapping | None = None, dtype: str | None = None
-) -> Plan:
+    internvl: Source, alto: Source, *, tokenizer: Path | None = None, config: Mapping | None = None,
+    dtype: str | None = None,
+) -> Plan:  # fmt: skip
     """Plans the start of stage 2: InternVL with mask tokens appended to its vocabulary, and an ALTo tokenizer.
 
-    New rows of the input and output embeddings are the mean of the old rows, as the reference makes them.
+    Rows of the input and output embeddings that no token of InternVL owns (the mask tokens', vision tokens that its
+    vocabulary lacks, and the padding of a table larger than the vocabulary) are the mean of the table's rows, as
+    the reference makes new rows. The table gets as many rows as the tokenizer has tokens.
+
+    Args:
+      internvl, alto: the opened checkpoints.
+      tokenizer: directory of InternVL's tokenizer; None: all rows are taken as tokens, and mask tokens come after them.
+      config, dtype: as in `make_plan`.
     """
     kind = mapping.detect_kind(internvl)
     if not kind.startswith("internvl-"):
         raise MappingError(f"{internvl.path}: expected an InternVL checkpoint, its keys are of the kind {kind!r}")
-    values = configs_from_torch.model_values(kind, internvl.shapes(), internvl.config)
-    values |= configs_from_torch.model_values("alto", alto.shapes(), alto.config)
-    language = values["language_model"]
-    language["vocab_size"] += 2 + values["tokenizer"]["codebook_size"]
-    values = _completed(values, alto.config, config)
+    found = mapping.detect_kind(alto)
+    if found != "alto":
+        raise MappingError(f"{alto.path}: expected an ALTo tokenizer, its keys are of the kind {found!r}")
+    values = _values(kind, internvl) | _values("alto", alto)
+    old, num_codes = values["language_model"]["vocab_size"], values["tokenizer"]["codebook_size"]
+    vocabulary = None if tokenizer is None else text.read(tokenizer, num_codes=num_codes)
+    values["language_model"]["vocab_size"] = old + 2 + num_codes if vocabulary is None else vocabulary.size
+    values = _completed(values, alto, config)
     cfg = build(ModelConfig, values, "model")
-    grown = ("tok_embeddings.weight", "embed_tokens.weight", "output.weight", "lm_head.weight")
-    rows = {key: cfg.language_model.vocab_size for key in internvl if key.endswith(grown)}
+    kept = np.zeros(cfg.language_model.vocab_size, bool)
+    if vocabulary is None:
+        kept[:old] = True
+    else:
+        vocabulary.check_rows(len(kept))
+        kept[[index for index in vocabulary.source_ids if index < old]] = True
+    tables = ("tok_embeddings.weight", "embed_tokens.weight", "output.weight", "lm_head.weight")
     parts = [
-        Part(internvl, mapping.get_table(kind, cfg), rows),
+        Part(internvl, mapping.get_table(kind, cfg), {key: kept for key in internvl if key.endswith(tables)}),
         Part(alto, prefixed(mapping.get_table("alto", cfg.tokenizer), "tokenizer/")),
     ]
-    return finish_plan("altollm-" + kind.rpartition("-")[2], parts, values, dtype)
+    plan = finish_plan("altollm-" + kind.rpartition("-")[2], parts, values, dtype)
+    return dataclasses.replace(plan, vocabulary=vocabulary)
 
 
 def finish_plan(kind: str, parts: Sequence[Part], values: dict[str, Any], dtype: str | None) -> Plan:

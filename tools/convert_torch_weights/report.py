@@ -21,9 +21,12 @@ def print_plan(plan: Plan, full: bool) -> None:
             keys = sorted(key for key in ignored if ignored[key] == reason)
             few = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             print(f"ignored: {', '.join(keys) if full else few}: {reason}")
-        for key, rows in part.rows.items():
-            old = part.source.entries[key].shape[0]
-            print(f"grown: {key}: from {old} to {rows} rows, the new ones the mean of the old")
+        for key, is_kept in part.kept.items():
+            old, kept = part.source.entries[key].shape[0], int(is_kept.sum())
+            padding = f" ({old - kept} of the {old} rows belong to no token)" if old > kept else ""
+            print(f"grown: {key}: {kept} rows of the source{padding}, and {len(is_kept) - kept} that are the mean row")
+        for note in part.source.notes:
+            print(note)
     for path in sorted(plan.fresh):
         print(f"initialised: {path} {list(plan.shapes[path][0])}: {plan.fresh[path]}")
     if full:

@@ -1,52 +1,30 @@
 """Reads PyTorch checkpoints lazily, one tensor at a time.
 
 A checkpoint is a Hugging Face directory (safetensors or `.bin`, sharded or not), a `.safetensors` file or a
-pickle (`.pth`, `.pt`, `.bin`). `Source` is a mapping key → numpy array that is loaded at each access; names,
-shapes and dtypes are known from the headers, without loading. Pickles are read with `weights_only=True`
-alone, and only they need torch.
+pickle. `Source` is a mapping key → numpy array that is loaded at each access; names, shapes and dtypes are known
+from the headers, without loading. Keys come out in the names of the reference, whatever was around them
+(`layouts`), with PEFT adapters merged (`peft`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-import dataclasses
-import json
-import math
+from collections.abc import Iterator, Mapping
 import os
 from pathlib import Path
-import pickle
 import re
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-SAFETENSORS, PICKLES = (".safetensors",), (".pth", ".pt", ".bin")
+from tools.convert_torch_weights import layouts, peft, pickles
+from tools.convert_torch_weights.files import Entry, SourceError, read_json, short
+from tools.convert_torch_weights.safetensors_files import safetensors_entries
+
+SAFETENSORS, PICKLES = (".safetensors",), pickles.SUFFIXES
+CHECKPOINTS = "checkpoints"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "BOOL": np.bool_,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
-    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
-}  # fmt: skip
-DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)$")
+# What training leaves beside the weights under the same suffixes.
+_BESIDE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*|random_states.*|adapter_model)\.\w+$")
 _BLOCK = 1 << 19  # elements that are looked at together; small enough for the cache
-
-
-class SourceError(ValueError):
-    """A checkpoint that cannot be read; the message names the file."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One tensor of a source: its shape and dtype, where it lies, and how to load it."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    file: Path
-    load: Callable[[], np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Source(Mapping):
@@ -56,13 +34,16 @@ class Source(Mapping):
       path: what was opened; directory: where its configuration and tokenizer files may lie.
       entries: key → Entry.
       dropped: what the files hold beside the state dict → why it is not used.
-      config: the content of config.json beside the weights, {} without one.
+      notes: what was done to the keys, in words.
+      config: the content of config.json beside the weights, {} without one; config_file: its path.
     """
 
-    def __init__(self, path: Path, entries: dict[str, Entry], dropped: dict[str, str]):
-        self.path, self.entries, self.dropped = path, entries, dropped
-        self.directory = path if path.is_dir() else path.parent
-        self.config = _read_json(self.directory / "config.json")
+    def __init__(
+        self, path: Path, entries: dict[str, Entry], dropped: dict[str, str], notes: list[str], directory: Path
+    ):
+        self.path, self.entries, self.dropped, self.notes, self.directory = path, entries, dropped, notes, directory
+        self.config_file = directory / "config.json"
+        self.config = read_json(self.config_file)
 
     def __getitem__(self, key: str) -> np.ndarray:
         return self.entries[key].load()
@@ -81,11 +62,13 @@ class Source(Mapping):
         return sum(entry.nbytes for entry in self.entries.values())
 
 
-def open_source(path: str | os.PathLike) -> Source:
+def open_source(path: str | os.PathLike, *, entry: str | None = None, adapter: Path | None = None) -> Source:
     """Opens a checkpoint and reads its headers.
 
-    Keys lose `module.` segments (data-parallel training), and a top-level `model` entry of a pickle is
-    unwrapped, as the reference does.
+    Args:
+      path: a directory or a file. A PEFT adapter whose base lies on this machine stands for both, merged.
+      entry: dotted name of the state dict in a pickle; None: found by itself.
+      adapter: a PEFT adapter's directory, which is merged into the weights.
 
     Raises:
       FileNotFoundError: no such path, or no weights there.
@@ -93,15 +76,42 @@ def open_source(path: str | os.PathLike) -> Source:
     """
     path = Path(path)
     if not path.exists():
+        if path.is_symlink():
+            raise SourceError(f"{path}: a link to {path.readlink()}, which is not there")
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    if adapter is None and peft.is_adapter(path) and not _has_weights(path):
+        path, adapter = peft.base_of(path), path
+    raw, dropped = read_entries(path, entry)
+    if empty := [key for key, value in raw.items() if 0 in value.shape]:
+        raise SourceError(
+            f"{raw[empty[0]].file}: {len(empty)} of {len(raw)} tensors are empty, such as {empty[0]}: what DeepSpeed"
+            " ZeRO-3 saves without gathering; make a checkpoint with: python zero_to_fp32.py FOLDER OUT"
+        )
+    directory = path if path.is_dir() else path.parent
+    if path.is_dir() and path.suffix in PICKLES and not (path / "config.json").exists():
+        directory = path.parent  # Note: the folder pytorch_model.bin/ of zero_to_fp32.py; its model's files lie beside.
+    named, notes = layouts.renamed(raw)
+    named, parts = peft.split_unmerged(named, path, read_json(directory / "config.json"))
+    if adapter is not None:
+        parts = [*parts, peft.open_adapter(adapter)]
+    for part in parts:
+        named = peft.merged(named, part)
+        notes.append(f"merged: {part.describe()}")
+    return Source(path, layouts.joined(named), dropped, notes, directory)
+
+
+def read_entries(path: Path, entry: str | None = None) -> tuple[dict[str, Entry], dict[str, str]]:
+    """(key → Entry, what is not used → why) of all files of a checkpoint, keys as the files have them."""
     files, index = ([path], None) if path.is_file() else _find_files(path)
     entries: dict[str, Entry] = {}
     dropped: dict[str, str] = {}
     for file in files:
         if file.suffix in SAFETENSORS:
-            found = _safetensors_entries(file)
+            if entry is not None:
+                raise SourceError(f"{file}: --entry {entry}: safetensors have no entries")
+            found = safetensors_entries(file)
         elif file.suffix in PICKLES:
-            found, others = _pickle_entries(file)
+            found, others = pickles.pickle_entries(file, entry)
             dropped |= others
         else:
             raise SourceError(
@@ -109,14 +119,19 @@ def open_source(path: str | os.PathLike) -> Source:
             )
         if index is not None:
             _check_index(index, file, set(found))
-        for key, entry in found.items():
-            key = re.sub(r"(^|\.)module\.", r"\1", key)
+        for key, value in found.items():
             if key in entries:
                 raise SourceError(f"{file}: {key} is also in {entries[key].file.name}")
-            entries[key] = entry
+            entries[key] = value
     if not entries:
         raise SourceError(f"{path}: holds no tensors")
-    return Source(path, entries, dropped)
+    return entries, dropped
+
+
+def _has_weights(directory: Path) -> bool:
+    """Whether a directory with an adapter holds a whole model too."""
+    names = ("model.safetensors", "pytorch_model.bin", *_INDEXES)
+    return any((directory / name).exists() for name in names)
 
 
 def _find_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -124,25 +139,67 @@ def _find_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     for name in _INDEXES:
         if not (directory / name).exists():
             continue
-        index = _read_json(directory / name).get("weight_map")
+        index = read_json(directory / name).get("weight_map")
         if not isinstance(index, dict) or not index:
             raise SourceError(f"{directory / name}: holds no weight_map")
+        for key, shard in index.items():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise SourceError(f"{directory / name}: weight_map.{key}: expected a file's name, got {short(shard)}")
         files = [directory / shard for shard in sorted(set(index.values()))]
-        if missing := [file.name for file in files if not file.is_file()]:
+        if missing := [file.name for file in files if not file.exists()]:
             raise SourceError(f"{directory}: missing shard {', '.join(missing)} (named in {name})")
         return files, index
+    found = [f for f in sorted(directory.iterdir()) if not _BESIDE.match(f.name) and not pickles.is_deepspeed(f.name)]
     for suffixes in (SAFETENSORS, PICKLES):
-        files = [f for f in sorted(directory.iterdir()) if f.suffix in suffixes and f.name != "training_args.bin"]
-        if len(files) > 1:
-            named = [f for f in files if f.stem in ("model", "pytorch_model")]
-            if len(named) != 1:
-                raise SourceError(
-                    f"{directory}: several weight files without an index: {[f.name for f in files]}; name one"
-                )
-            files = named
+        files = [f for f in found if f.suffix in suffixes]
+        if folders := [f for f in files if f.is_dir()]:
+            raise SourceError(
+                f"{folders[0]}: a folder named like a file, as zero_to_fp32.py writes large checkpoints; import that"
+                " folder itself (config.json and the tokenizer's files may lie beside it)"
+            )
+        named = [f for f in files if f.stem in ("model", "pytorch_model")]
+        if len(files) > 1 and len(named) != 1:
+            raise SourceError(_several(directory, files))
         if files:
-            return files, None
-    raise FileNotFoundError(f"{directory}: holds no weights ({', '.join(SAFETENSORS + PICKLES)})")
+            return named or files, None
+    raise _no_weights(directory)
+
+
+def _several(directory: Path, files: list[Path]) -> str:
+    """What several weight files without an index are, in words."""
+    shards = [m for file in files if (m := _SHARD.match(file.stem))]
+    if len(shards) < len(files) or len({(m.group(1), m.group(3)) for m in shards}) > 1:
+        return f"{directory}: several weight files without an index: {[f.name for f in files]}; name one"
+    name, total, have = shards[0].group(1), int(shards[0].group(3)), {int(m.group(2)) for m in shards}
+    lacking = sorted(set(range(1, total + 1)) - have) if total < 10**4 else []
+    also = f" (and of the {total} shards, {', '.join(map(str, lacking[:8]))} are missing too)" if lacking else ""
+    index = f"{name}{files[0].suffix}.index.json"
+    return f"{directory}: shards without an index: {index} is missing{also}; download it into the same folder"
+
+
+def _no_weights(directory: Path) -> Exception:
+    """Why a directory holds no weights, with what to do."""
+    inside = sorted(directory.iterdir())
+    names = [file.name for file in inside]
+    if (directory / CHECKPOINTS).is_dir() or directory.name == CHECKPOINTS:
+        return SourceError(f"{directory}: a checkpoint of alto_jax already, with nothing to import; use it as it is")
+    deep = [f for f in inside if f.is_dir() and any(pickles.is_deepspeed(part.name) for part in f.glob("*.pt"))]
+    if deep or any(pickles.is_deepspeed(name) for name in names) or "zero_to_fp32.py" in names:
+        return SourceError(f"{directory}: {pickles.DEEPSPEED_HELP}")
+    if peft.is_adapter(directory):
+        return SourceError(f"{directory}: a PEFT adapter, not a model; import its base with --adapter {directory}")
+    if any(name.endswith(".distcp") for name in names):
+        return SourceError(
+            f"{directory}: PyTorch's distributed form; make one file of it: python -m"
+            " torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT.pth"
+        )
+    if other := [name for name in names if name.endswith((".gguf", ".h5", ".msgpack", ".onnx", ".npz"))]:
+        return SourceError(f"{directory}: {other[0]} is of a form that is not read; import the PyTorch weights")
+    suffixes = SAFETENSORS + PICKLES
+    deeper = next((f.parent for f in sorted(directory.glob("*/*")) + sorted(directory.glob("*/*/*"))
+                   if f.suffix in suffixes and not _BESIDE.match(f.name)), None)  # fmt: skip
+    hint = f"; there are some in {deeper}" if deeper else ""
+    return FileNotFoundError(f"{directory}: holds no weights ({', '.join(suffixes)}){hint}")
 
 
 def _check_index(index: Mapping[str, str], file: Path, found: set[str]) -> None:
@@ -151,122 +208,6 @@ def _check_index(index: Mapping[str, str], file: Path, found: set[str]) -> None:
         raise SourceError(f"{file}: lacks {missing[0]} (and {len(missing) - 1} more) that the index places there")
     if extra := sorted(found - expected):
         raise SourceError(f"{file}: holds {extra[0]} (and {len(extra) - 1} more) that the index does not place there")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise SourceError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise SourceError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _safetensors_entries(file: Path) -> dict[str, Entry]:
-    """Reads the header. Note: the format is read here, not memory-mapped by the library, so that no more than
-    the tensor in use stays in memory."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = int.from_bytes(start, "little")
-        if start.startswith(b"version "):
-            raise SourceError(f"{file}: a Git LFS pointer, not the weights; fetch them with: git lfs pull")
-        if len(start) < 8 or length > size - 8:
-            raise SourceError(f"{file}: cut short, or not a safetensors file ({size} bytes)")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise SourceError(f"{file}: the safetensors header is damaged: {error}") from error
-    entries, end = {}, 0
-    for key, value in header.items():
-        if key == "__metadata__":
-            continue
-        name, shape, (first, last) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        if name not in _DTYPES:
-            raise SourceError(f"{file}: {key} has dtype {name}, which is not known here")
-        dtype = np.dtype(_DTYPES[name])
-        if last - first != math.prod(shape) * dtype.itemsize:
-            raise SourceError(f"{file}: {key} takes {last - first} bytes, its shape {shape} of {name} needs others")
-        entries[key] = Entry(shape, dtype, file, _reader(file, 8 + length + first, shape, dtype))
-        end = max(end, last)
-    if 8 + length + end != size:
-        word = "cut short" if size < 8 + length + end else "too long"
-        raise SourceError(f"{file}: {word}: its header describes {8 + length + end} bytes, it has {size}")
-    return entries
-
-
-def _reader(file: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Callable[[], np.ndarray]:
-    def load() -> np.ndarray:
-        array = np.empty(shape, dtype)
-        with file.open("rb", buffering=0) as stream:
-            stream.seek(offset)
-            view, done = memoryview(array.reshape(-1).view(np.uint8)), 0
-            while done < array.nbytes:
-                count = stream.readinto(view[done:])
-                if not count:
-                    raise SourceError(f"{file}: cut short while it was read")
-                done += count
-        return array
-
-    return load
-
-
-def _pickle_entries(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"{file}: a PyTorch pickle; reading it needs torch: pip install 'alto_jax[convert]' (safetensors need none)"
-        ) from error
-    try:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = re.search(r"Unsupported (?:global|operand)[^\n]*|GLOBAL [^\n]*", str(error))
-        raise SourceError(
-            f"{file}: refused: it is not made of tensors alone and would run code when loaded"
-            f" ({reason.group(0).strip() if reason else str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise SourceError(f"{file}: cut short, or not a PyTorch file: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, Mapping):
-        raise SourceError(f"{file}: expected a state dict, got {type(state).__name__}")
-    dropped = {}
-    if isinstance(state.get("model"), Mapping):
-        dropped = {key: "beside the state dict in `model`" for key in state if key != "model"}
-        state = state["model"]
-    entries = {}
-    for key, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            dropped[str(key)] = f"not a tensor but {type(value).__name__}"
-            continue
-        entries[str(key)] = Entry(tuple(value.shape), _torch_dtype(value, file, key), file, lambda t=value: to_numpy(t))
-    return entries, dropped
-
-
-def _torch_dtype(tensor: Any, file: Path, key: str) -> np.dtype:
-    name = str(tensor.dtype).removeprefix("torch.")
-    try:
-        return np.dtype(getattr(ml_dtypes, name, None) or name)
-    except TypeError as error:
-        raise SourceError(f"{file}: {key} has dtype {name}, which is not known here") from error
-
-
-def to_numpy(tensor: Any) -> np.ndarray:
-    """A torch tensor as a numpy array, bfloat16 included."""
-    import torch
-
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 def is_float(dtype: np.dtype) -> bool:

@@ -66,6 +66,9 @@ def language_layer(family: str, weights: Weights, index: int, cfg: Any, position
     if family == "qwen2":
         config = qwen2.Qwen2Config(**sizes)
         layer, rotary = qwen2.Qwen2DecoderLayer(config, 0), qwen2.Qwen2RotaryEmbedding(config)
+        if not cfg.qkv_bias:  # Note: Llama, of which Hugging Face's own InternVL makes InternLM2 a case.
+            config = llama.LlamaConfig(**sizes)
+            layer, rotary = llama.LlamaDecoderLayer(config, 0), llama.LlamaRotaryEmbedding(config)
         names = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
         names += ["input_layernorm", "post_attention_layernorm"]
         state = weights.renamed({name: name for name in names}, at)

@@ -112,7 +112,10 @@ def _language(plan: plans.Plan, params: _Params, comparison: _Comparison) -> Non
     family = "qwen2" if plan.kind.endswith("qwen2") else "internlm2"
     embed = {"qwen2": "model.embed_tokens.weight", "internlm2": "model.tok_embeddings.weight"}[family]
     weights = _weights(plan, (embed,))
-    ids = np.random.default_rng(0).integers(0, weights.source.entries[weights.prefix + embed].shape[0], (1, _LENGTH))
+    rows = np.arange(weights.source.entries[weights.prefix + embed].shape[0])
+    for is_kept in (mask for part in plan.parts for key, mask in part.kept.items() if key.endswith(embed)):
+        rows = np.flatnonzero(is_kept)  # Note: the others are not the source's any more.
+    ids = np.random.default_rng(0).choice(rows, (1, _LENGTH))
     positions = np.arange(_LENGTH)[None]
     x, y = weights[embed].numpy()[ids], params.array("language_model/embed/embedding")[ids]
     comparison.add("language_model embedding", x, y)
@@ -127,7 +130,7 @@ def _language(plan: plans.Plan, params: _Params, comparison: _Comparison) -> Non
         x = theirs.language_layer(family, weights, index, cfg, positions)(x)
         y = block(params.tree("language_model/blocks/layers/", index), y)
         comparison.add(f"language_model layer {index}", x, y)
-    logits = theirs.language_head(family, weights, cfg)(x)
+    logits = theirs.language_head(family, weights, cfg)(x)[..., rows]
     tail = {"norm": params.tree("language_model/norm/")}
     tail |= (
         {"embed": params.tree("language_model/embed/")}
@@ -135,7 +138,7 @@ def _language(plan: plans.Plan, params: _Params, comparison: _Comparison) -> Non
         else {"head": params.tree("language_model/head/")}
     )
     head = jax.jit(lambda p, h: LanguageModel(cfg).apply({"params": p}, h, method=lambda m, h: m.logits(m.norm(h))))
-    ours = np.asarray(head(tail, y))[..., : logits.shape[-1]]
+    ours = np.asarray(head(tail, y))[..., rows]
     comparison.add("language_model logits", logits, ours)
     logp, logq = (_log_softmax(values.astype(np.float64)) for values in (logits, ours))
     kl = np.sum(np.exp(logp) * (logp - logq), axis=-1)

@@ -1,0 +1,95 @@
+"""A step that cannot be read: why, in words, and without the stack traces of the libraries that tried."""
+
+from collections.abc import Iterator
+import contextlib
+import gc
+import json
+import logging
+import pathlib
+import sys
+from types import TracebackType
+
+# What a step's folder must hold → what that is.
+_PARTS = {
+    "meta/metadata": "the description (meta/metadata)",
+    "state": "the folder with the arrays (state)",
+    "state/_METADATA": "the list of the arrays (state/_METADATA)",
+    "data": "the position in the data (the folder data)",
+}
+
+
+# Words of TensorStore's errors.
+_LIBRARY = ("DATA_LOSS", "NOT_FOUND", "INVALID_ARGUMENT", "FAILED_PRECONDITION", "ocdbt", "zarr", "kvstore")
+_told: set[pathlib.Path] = set()
+
+
+def is_news(folder: pathlib.Path) -> bool:
+    """Whether nobody in this process has asked for this step's folder before: one damaged step, one warning."""
+    is_new = folder not in _told
+    _told.add(folder)
+    return is_new
+
+
+def reason(folder: pathlib.Path, error: BaseException) -> str:
+    """Why a step cannot be read: what is missing from its folder or damaged in it; else what the error says."""
+    if not folder.is_dir():
+        return "its folder is missing"
+    missing = [words for part, words in _PARTS.items() if not (folder / part).exists()]
+    missing = [words for words in missing if words != _PARTS["data"] or not _holds_parameters_alone(folder)]
+    if missing:
+        return f"{missing[0]} is missing"
+    for part in ("meta/metadata", "state/_METADATA"):
+        try:
+            json.loads((folder / part).read_bytes())
+        except (ValueError, OSError):
+            size = (folder / part).stat().st_size
+            return f"{_PARTS[part]} is damaged ({size} bytes, not JSON)"
+    state = folder / "state"
+    manifests = [state / "manifest.ocdbt", *sorted(state.glob("ocdbt.process_*/manifest.ocdbt"))]
+    if any(state.glob("ocdbt.process_*")) and not all(file.exists() for file in manifests):
+        return "the index of the arrays (state/manifest.ocdbt) is missing"
+    for data in (state / "d", *(file.parent / "d" for file in manifests[1:])) if manifests[0].exists() else ():
+        if not data.is_dir() or not any(data.iterdir()):
+            return f"the data of the arrays ({data.relative_to(folder)}) are missing"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (AttributeError, TypeError)):
+        return "the data of the arrays are damaged: their index cannot be read"
+    is_library = not isinstance(error, (ValueError, OSError)) or any(word in text for word in _LIBRARY)
+    return f"the data of the arrays are damaged: {text[:200]}" if is_library else text[:300]
+
+
+def _holds_parameters_alone(folder: pathlib.Path) -> bool:
+    """Whether a step is of a conversion, which has no position in the data."""
+    return not list(folder.glob("state/ocdbt.process_*"))
+
+
+def _is_late_future(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> bool:
+    """Whether this is a result that arrives when nobody waits for it any more."""
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    is_asyncio = trace is None or "asyncio" in trace.tb_frame.f_code.co_filename
+    return kind is RuntimeError and "Event loop is closed" in str(error) and is_asyncio
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Around an attempt to read: keeps asyncio from printing a stack trace for every array that could not be read.
+
+    Note: TensorStore goes on reading in threads of its own after the first array has failed, and finds the event loop
+    closed. Each of these results comes to `sys.excepthook`, some after this block, so the hook stays after a failure.
+    """
+    logger, hook = logging.getLogger("asyncio"), sys.excepthook
+    level = logger.level
+
+    def without_late_ones(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not _is_late_future(kind, error, trace):
+            hook(kind, error, trace)
+
+    logger.setLevel(logging.CRITICAL + 1)
+    sys.excepthook = without_late_ones
+    try:
+        yield
+        sys.excepthook = hook
+    finally:
+        gc.collect()  # Note: a task that failed is told of when it is collected.
+        logger.setLevel(level)

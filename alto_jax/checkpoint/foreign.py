@@ -1,0 +1,24 @@
+"""What a path is that is no run's directory, in words: PyTorch weights to import first, or one step's folder."""
+
+import pathlib
+
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+
+
+def explain(path: pathlib.Path) -> str | None:
+    """One line that says what to do with a path which holds no checkpoint of ours, None if nothing is known of it."""
+    if path.name == "checkpoints" or (path / "checkpoints").is_dir():
+        return None
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        return (
+            f"{path}: one step of a run; give the run's directory and the step: {path.parent.parent} --step {path.name}"
+        )
+    is_file = path.is_file() and path.suffix in _WEIGHTS
+    inside = [file.name for file in path.iterdir()] if path.is_dir() else []
+    has_weights = any(name.endswith((*_WEIGHTS, ".index.json")) for name in inside)
+    if is_file or has_weights or "adapter_config.json" in inside:
+        return (
+            f"{path}: PyTorch weights, no checkpoint of alto_jax; import it first:"
+            f" python -m tools.convert_torch_weights import {path} OUT"
+        )
+    return None
