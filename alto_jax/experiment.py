@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from alto_jax.config import ConfigError, build, local_path, require, to_dict, write_whole
 from alto_jax.data.composition import ScenesConfig
+from alto_jax.data.masks import AUTO, parse_rule
+from alto_jax.data.reading import Exif
 from alto_jax.data.scenes import ChatConfig, MaskConfig
 from alto_jax.lora.adapters import LoraConfig
 from alto_jax.losses.grpo import GrpoLossConfig
@@ -40,7 +42,10 @@ class DataConfig:
     stage 2 (1: each has its own); train.batch_size then counts rows, max_masks still the masks of a conversation.
     use_caches: take SAM features and mask tokens from prepared data sets that have them. validation_fraction: share of
     the images, by a hash of their names (data/split.py), that training leaves out and evaluation takes (0: none; the
-    built-in data hold out shapes of their own).
+    built-in data hold out shapes of their own). exif: what is done about the EXIF orientation of images: "stored"
+    (nothing: annotations are of the pixels as stored), "upright" (images and their masks are turned) or "masks_upright"
+    (images are turned, masks were drawn on the upright image), see data/reading.py. mask_rule: which values of a mask
+    file are foreground, see data/masks.py.
     """
 
     source: Literal["scenes", "sa1b", "jsonl", "prepared", "referring", "mixture"] = "scenes"
@@ -59,9 +64,12 @@ class DataConfig:
     pack_samples: int = 1
     use_caches: bool = True
     validation_fraction: float = 0.0
+    exif: Exif = "stored"
+    mask_rule: str = AUTO
 
     def __post_init__(self) -> None:
         _require_place(self.source, self.root, self.meta, "data")
+        parse_rule(self.mask_rule)
         most = 0 if self.source == "scenes" else 1
         fits = self.validation_fraction == 0 or 0 < self.validation_fraction < most
         expected = f"0 with source {self.source!r}" if most == 0 else "at least 0 and below 1"

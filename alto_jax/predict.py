@@ -100,20 +100,20 @@ class TokenizerModel:
         codes, predicted = self._method("tokenize")(self.params["tokenizer"], small[None])
         return np.asarray(codes)[0, : int(predicted[0]) if count is None else count].tolist()
 
-    def decode(self, codes: list[int], size: tuple[int, int], image: np.ndarray | None = None) -> np.ndarray:
+    def decode(self, codes: list[int], size: tuple[int, int], image: Any = None) -> np.ndarray:
         """The mask bool[H, W] of `size` that codes stand for.
 
         Args:
           codes: 1..L codes.
           size: (height, width) of the result.
-          image: uint8[H, W, 3], whose features sharpen the mask; None: none.
+          image: as in `Segmenter.segment`; its features sharpen the mask; None: none.
 
         Raises:
           ValueError: too many or too few codes, or one out of range.
         """
         import jax  # late: keeps the start fast
 
-        from alto_jax.data import transforms
+        from alto_jax.data import images, transforms
 
         tokenizer = self.cfg.tokenizer
         if not 1 <= len(codes) <= tokenizer.num_latent_tokens:
@@ -126,7 +126,7 @@ class TokenizerModel:
         params = self.params["tokenizer"]
         features = None
         if image is not None and tokenizer.sam is not None:
-            pixels = transforms.squash(image, tokenizer.image_size)[None]
+            pixels = transforms.squash(images.as_array(image), tokenizer.image_size)[None]
             features = self._method("image_features")(params, pixels)
         padded = np.zeros((1, tokenizer.num_latent_tokens), np.int32)
         padded[0, : len(codes)] = codes
@@ -144,7 +144,7 @@ class Segmenter(TokenizerModel):
 
     def segment(
         self,
-        image: np.ndarray,
+        image: Any,
         text: str = "",
         *,
         length: str | int = "adaptive",
@@ -158,7 +158,7 @@ class Segmenter(TokenizerModel):
         """Segments what `text` names.
 
         Args:
-          image: uint8[H, W, 3] RGB, any size from 2 x 2 up.
+          image: uint8[H, W, 3] RGB, a file or a Pillow image; these two are turned upright, as a viewer shows them.
           text: the object ("the red apple"); not used if `prompt` is given.
           length: "adaptive", "full" (all mask tokens), or an exact number of mask tokens.
           prompt: the whole question instead of the built-in wording.
@@ -173,7 +173,7 @@ class Segmenter(TokenizerModel):
         import jax  # late: keeps the start fast
 
         from alto_jax.batch import PromptBatch
-        from alto_jax.data import transforms
+        from alto_jax.data import images, transforms
         from alto_jax.mllm import text as words
         from alto_jax.mllm.generate import GenerateConfig, bucket_length
 
@@ -193,10 +193,7 @@ class Segmenter(TokenizerModel):
             prompt = words.question(text, adaptive=length != "full")
         elif not prompt.strip():
             raise ValueError(f"prompt: expected a question, got {prompt!r}")
-        image = np.asarray(image)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"image: expected uint8[H, W, 3], got {image.dtype}{list(image.shape)}")
-        transforms.check_size(image, "given")
+        image = images.as_array(image)
         if target is not None and np.shape(target) != image.shape[:2]:
             raise ValueError(f"target: expected the image's size {image.shape[:2]}, got {np.shape(target)}")
 
@@ -323,6 +320,9 @@ def load(directory: str | os.PathLike, step: int | None = None) -> TokenizerMode
 
 def main() -> int:
     """The command; see the module's docstring."""
+    from alto_jax.data.masks import AUTO, RULES, parse_rule  # late: keeps the start fast
+    from alto_jax.data.reading import Reading
+
     parser = argparse.ArgumentParser(prog="python -m alto_jax.predict", description="Segment what a phrase names.")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory (stage 2 or 3)")
     parser.add_argument("--step", type=int, metavar="N", help="of the run's checkpoints (default: the newest)")
@@ -333,6 +333,10 @@ def main() -> int:
     parser.add_argument("--end_bias", type=float, default=0.0, metavar="X", help="> 0: fewer mask tokens; < 0: more")
     parser.add_argument("--prompt", metavar="RAW", help="the whole question, instead of --text")
     parser.add_argument("--target", metavar="FILE", help="the true mask, to report the IoU")
+    parser.add_argument("--exif", choices=("upright", "stored"), default="upright",
+                        help="upright: turn the image as its EXIF orientation says (--target is of the turned image)",
+    )  # fmt: skip
+    parser.add_argument("--mask_rule", default=AUTO, metavar="RULE", help=f"of --target: {RULES} (docs/data.md)")
     parser.add_argument("--out", metavar="FILE", help="the mask as a PNG, 0 and 255, at the image's size")
     parser.add_argument("--overlay", metavar="FILE", help="the image with the mask drawn on it")
     parser.add_argument("--json", metavar="FILE", help="text, token_ids, codes, length, num_masks, iou, seconds")
@@ -346,10 +350,11 @@ def main() -> int:
         raise ConfigError(f"--checkpoint={options.checkpoint}: a mask tokenizer alone; predict needs stage 2 or 3")
     from PIL import Image  # late: keeps the start fast
 
-    from alto_jax.data import transforms
-
-    image = transforms.open_image(options.image)
-    target = transforms.open_mask(options.target) if options.target else None
+    parse_rule(options.mask_rule, "--mask_rule")
+    # Note: what people draw on their own photo they draw on what they see.
+    reading = Reading("masks_upright" if options.exif == "upright" else "stored", options.mask_rule)
+    photo = reading.photo(options.image)
+    image, target = photo.image, photo.mask(options.target) if options.target else None
     model = load(options.checkpoint, options.step)
     assert isinstance(model, Segmenter)
     result = model.segment(

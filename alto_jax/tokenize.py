@@ -17,14 +17,18 @@ from alto_jax import cli, predict
 
 def main() -> int:
     """The command; see the module's docstring."""
+    from alto_jax.data.masks import AUTO, RULES  # late: keeps the start fast
+
     parser = argparse.ArgumentParser(prog="python -m alto_jax.tokenize", description="Masks to codes and back.")
     actions = parser.add_subparsers(dest="action", required=True)
     encode = actions.add_parser("encode", help="a mask file to codes")
-    encode.add_argument("--mask", required=True, metavar="FILE", help="an image, not zero in the mask")
+    encode.add_argument("--mask", required=True, metavar="FILE", help="a mask file, read as stored")
+    encode.add_argument("--mask_rule", default=AUTO, metavar="RULE", help=f"of --mask: {RULES} (docs/data.md)")
     encode.add_argument("--length", default="adaptive", help="adaptive, full, or a number of mask tokens")
     decode = actions.add_parser("decode", help="codes to a mask file")
     decode.add_argument("--codes", required=True, metavar="FILE", help="the JSON file that encode wrote")
     decode.add_argument("--image", metavar="FILE", help="the image, whose features sharpen the mask")
+    decode.add_argument("--exif", choices=("upright", "stored"), default="upright", help="EXIF orientation of --image")
     for action in (encode, decode):
         action.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory (any stage)")
         action.add_argument("--step", type=int, metavar="N", help="of the run's checkpoints (default: the newest)")
@@ -39,12 +43,13 @@ def main() -> int:
 
 
 def _encode(options: argparse.Namespace) -> None:
-    from alto_jax.data import transforms  # late: keeps the start fast
+    from alto_jax.data import masks  # late: keeps the start fast
 
     cli.check_outputs({"--out": (options.out, (".json",))}, {"--mask": options.mask})
+    masks.parse_rule(options.mask_rule, "--mask_rule")
     length = predict.parse_length(options.length)
     predict.describe(options.checkpoint, options.step, length)
-    mask = transforms.open_mask(options.mask)
+    mask = masks.open_mask(options.mask, options.mask_rule)
     codes = predict.load(options.checkpoint, options.step).encode(mask, length)
     result = {"codes": codes, "length": len(codes), "size": list(mask.shape)}
     pathlib.Path(options.out).write_text(json.dumps(result) + "\n")
@@ -54,7 +59,7 @@ def _encode(options: argparse.Namespace) -> None:
 def _decode(options: argparse.Namespace) -> None:
     from PIL import Image  # late: keeps the start fast
 
-    from alto_jax.data import transforms
+    from alto_jax.data import images
 
     read = {"--codes": options.codes, "--image": options.image}
     cli.check_outputs({"--out": (options.out, cli.MASK_SUFFIXES)}, read)
@@ -63,7 +68,7 @@ def _decode(options: argparse.Namespace) -> None:
         codes, (height, width) = list(saved["codes"]), saved["size"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{options.codes}: expected the JSON that encode writes (codes, size): {error!r}") from error
-    image = transforms.open_image(options.image) if options.image else None
+    image = images.open_image(options.image, upright=options.exif == "upright") if options.image else None
     mask = predict.load(options.checkpoint, options.step).decode(codes, (height, width), image)
     Image.fromarray(mask.astype(np.uint8) * 255).save(options.out)
     print(f"{int(mask.sum())} pixels of {width}x{height} in {options.out}")

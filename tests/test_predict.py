@@ -11,7 +11,7 @@ from PIL import Image
 import pytest
 
 import alto_jax
-from alto_jax import report
+from alto_jax import predict, report, tokenize
 from alto_jax.checkpoint import runs
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import SceneMasks
@@ -98,6 +98,76 @@ def test_predict_writes_what_the_python_call_gives(run, scene, tmp_path):
     target = record["mask"] > 0
     assert called.iou == pytest.approx((called.mask & target).sum() / (called.mask | target).sum())
     np.testing.assert_array_equal(np.asarray(Image.open(overlay)), report.overlay(record["image"], called.mask))
+
+
+def main_of(module, monkeypatch, *arguments) -> None:
+    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
+    assert module.main() == 0
+
+
+def test_a_users_own_photo_is_turned_upright(run, scene, tmp_path, monkeypatch):
+    _, record = scene
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo, out, file = tmp_path / "photo.png", tmp_path / "mask.png", tmp_path / "result.json"
+    Image.fromarray(np.rot90(record["image"])).save(photo, exif=exif)  # upright it is the scene's image
+    Image.fromarray(record["mask"]).save(tmp_path / "drawn.png")
+    model = alto_jax.load(run)
+    wanted = model.segment(record["image"], "apple", length=3, target=record["mask"])
+    arguments = ["--checkpoint", run, "--image", photo, "--text", "apple", "--length", 3, "--out", out, "--json", file]
+    main_of(predict, monkeypatch, *arguments, "--target", tmp_path / "drawn.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(out)) > 0, wanted.mask)
+    assert json.loads(file.read_text())["iou"] == wanted.iou
+    for image in (photo, str(photo), Image.open(photo)):
+        np.testing.assert_array_equal(model.segment(image, "apple", length=3).mask, wanted.mask)
+
+    main_of(predict, monkeypatch, *arguments, "--exif", "stored")
+    stored = model.segment(np.ascontiguousarray(np.rot90(record["image"])), "apple", length=3)
+    assert np.asarray(Image.open(out)).shape == (WIDTH, HEIGHT)
+    np.testing.assert_array_equal(np.asarray(Image.open(out)) > 0, stored.mask)
+
+    code = {"codes": wanted.codes, "size": [HEIGHT, WIDTH]}
+    (tmp_path / "codes.json").write_text(json.dumps(code))
+    decode = ["decode", "--checkpoint", run, "--codes", tmp_path / "codes.json", "--image", photo, "--out", out]
+    main_of(tokenize, monkeypatch, *decode)
+    drawn = model.decode(wanted.codes, (HEIGHT, WIDTH), record["image"])
+    np.testing.assert_array_equal(np.asarray(Image.open(out)) > 0, drawn)
+    np.testing.assert_array_equal(model.decode(wanted.codes, (HEIGHT, WIDTH), photo), drawn)
+
+
+def test_a_users_own_mask_is_read_by_a_rule(run, scene, tmp_path, monkeypatch):
+    folder, record = scene
+    mask = record["mask"] > 0
+    ignored = np.where(mask, 1, 0).astype(np.uint8)
+    ignored[-5:] = 255
+    mask[-5:] = False
+    Image.fromarray(ignored).save(tmp_path / "ignore.png")
+    encode = ["encode", "--checkpoint", run, "--mask", tmp_path / "ignore.png", "--out", tmp_path / "codes.json"]
+    ask = ["--checkpoint", run, "--image", folder / "image.png", "--text", "apple", "--target", tmp_path / "ignore.png"]
+    for module, arguments in ((tokenize, encode), (predict, ask)):
+        with pytest.raises(
+            ValueError, match=r"ignore.png can be read in several ways: values 0, 1, 255; .*'ignore:255'"
+        ):
+            main_of(module, monkeypatch, *arguments)
+        with pytest.raises(ValueError, match="--mask_rule: expected auto, nonzero.*got 'grey'"):
+            main_of(module, monkeypatch, *arguments, "--mask_rule", "grey")
+    model = alto_jax.load(run)
+    main_of(tokenize, monkeypatch, *encode, "--mask_rule", "ignore:255")
+    assert json.loads((tmp_path / "codes.json").read_text())["codes"] == model.encode(mask)
+    main_of(predict, monkeypatch, *ask, "--mask_rule", "equals:1", "--json", tmp_path / "result.json", "--length", 2)
+    wanted = model.segment(record["image"], "apple", length=2, target=mask).iou
+    assert json.loads((tmp_path / "result.json").read_text())["iou"] == wanted
+
+
+def test_files_that_no_decoder_takes_end_with_one_line(scene, tmp_path):
+    (tmp_path / "truncated mask.jpg").write_bytes(b"\xff\xd8\xff\xe1\x00\x08Exif\0\0" + bytes(40))
+    for arguments in (
+        ["alto_jax.predict", "--image", tmp_path / "truncated mask.jpg", "--text", "apple"],
+        ["alto_jax.tokenize", "encode", "--mask", tmp_path / "truncated mask.jpg", "--out", "x"],
+    ):
+        done = run_python("-m", *arguments, "--checkpoint", "nowhere")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("error: ") and "truncated mask.jpg cannot be read: " in done.stderr
 
 
 def test_length_and_prompt_of_the_call(run, scene):

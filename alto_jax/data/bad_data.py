@@ -1,36 +1,85 @@
-"""Bad records: counted by kind, logged with path and line, passed over up to a limit, then one clear error."""
+"""Bad records: what a reader raises, counted by kind, logged with path and line, passed over up to a limit."""
 
 from collections import Counter
+import json
 import logging
-import re
 import threading
+from typing import Any, Literal, get_args
 
 from alto_jax.config import require
 
+Kind = Literal[
+    "file of 0 bytes",
+    "truncated file",
+    "unreadable file",
+    "missing image",
+    "missing mask",
+    "size of mask and image",
+    "segmentation",
+    "empty mask",
+    "ambiguous mask",
+    "image too small",
+    "image too large",
+    "colour mode",
+    "malformed JSON",
+    "conversation",
+    "malformed entry",
+    "other",
+]
+KINDS: tuple[str, ...] = get_args(Kind)
 _log = logging.getLogger(__name__)
 
-# (what is found in the message, kind); the first that matches. The readers' messages carry path and line.
-_KINDS = (
-    (r"cannot be read: a file of 0 bytes", "file of 0 bytes"),
-    (r"cannot be read: .*([Tt]runcated|[Bb]roken)", "truncated file"),
-    (r"cannot be read: ", "unreadable file"),
-    (r"(^|: )image .* does not exist", "missing image"),
-    (r"(^|: )(mask|label map) .* does not exist", "missing mask"),
-    (r"segmentation\.size differs|its image is \d|but a mask is \d|x\d+, but .* differs", "size of mask and image"),
-    (r"counts does not decode|segmentation: ", "segmentation"),
-    (r"is empty|an empty mask|have empty masks", "empty mask"),
-    (r"sides must be at least", "image too small"),
-    (r"expected one channel or a palette, got mode", "colour mode"),
-    (r"is no JSON|no readable JSON|no JSON: ", "malformed JSON"),
-    (r"conversations?(\[\d+\]\.from)?: |mask placeholders|max_masks is|max_length is|prompt tokens", "conversation"),
-    (r"field|expected|missing|malformed|is not in|no sentence", "malformed entry"),
-)
+
+class RecordError(ValueError):
+    """A record that can't be used; the message names file, entry and value.
+
+    Attributes:
+      kind: one of KINDS, what is wrong with it.
+    """
+
+    def __init__(self, message: str, kind: Kind = "malformed entry"):
+        super().__init__(message)
+        self.kind: Kind = kind
+
+    def __reduce__(self) -> tuple[type, tuple[str, Kind]]:
+        return type(self), (str(self), self.kind)  # Note: readers may run in other processes.
 
 
-def kind_of(error: Exception | str) -> str:
-    """What kind of bad record a reader's message tells of."""
-    message = str(error)
-    return next((kind for pattern, kind in _KINDS if re.search(pattern, message)), "other")
+def at(where: object, error: Exception) -> RecordError:
+    """`error` with the place in front ("FILE line 3: …"), of the same kind."""
+    return RecordError(f"{where}: {error}", kind_of(error))
+
+
+def kind_of(error: BaseException) -> Kind:
+    """What kind of bad record an exception tells of: that of the RecordError that it is or was raised from."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, RecordError):
+            return found.kind
+        found = found.__cause__
+    return "malformed entry" if isinstance(error, ValueError) else "unreadable file"
+
+
+def one_line(error: object) -> str:
+    """A message without line breaks and characters that a terminal can't show, such as those of a damaged path."""
+    text = " ".join(str(error).split())
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def parse_json(content: str | bytes, where: object) -> Any:
+    """The value of a JSON text.
+
+    Args:
+      content: the text.
+      where: file, and line if it is one of several, for the message.
+
+    Raises:
+      RecordError: no JSON, or one that nests too deeply.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise RecordError(f"{where} is no JSON: {one_line(error)}", "malformed JSON") from error
 
 
 class BadRecords:
@@ -66,19 +115,25 @@ class BadRecords:
         """Such as "2 empty mask, 1 missing image"."""
         return ", ".join(f"{n} {kind}" for kind, n in sorted(self.kinds.items()))
 
-    def add(self, index: int, error: Exception | str) -> None:
+    def add(self, index: int, error: Exception | str, kind: str = "") -> None:
         """Counts record `index` once.
+
+        Args:
+          index: of the record.
+          error: what its reading raised, or the stored message.
+          kind: one of KINDS, for a stored message; "" takes it from the exception.
 
         Raises:
           ValueError: there are now more than `limit`, or nothing but bad records.
         """
-        message = " ".join(str(error).split())
+        message = one_line(error)
         with self._lock:
             if index not in self._seen:
                 self._seen.add(index)
-                self.kinds[kind_of(message)] += 1
-                count = len(self._seen)
-                _log.warning("%srecord %d left out (%d bad of %d): %s", self._name, index, count, self.total, message)
+                kind = kind or (kind_of(error) if isinstance(error, BaseException) else "other")
+                self.kinds[kind] += 1
+                place = f"{self._name}record {index} left out ({len(self._seen)} bad of {self.total}, {kind})"
+                _log.warning("%s: %s", place, message)
             count = len(self._seen)
         if count > self.limit or count == self.total:
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any, cast
 from alto_jax.data import files, refcoco
 from alto_jax.data.open_vocab import OpenVocab
 from alto_jax.data.prepared import Prepared
+from alto_jax.data.reading import AS_STORED, Reading
 from alto_jax.data.scenes import ChatConfig, SceneChats, ScenesConfig
 from alto_jax.data.source import Records
 from alto_jax.mllm import text
@@ -84,6 +85,7 @@ def open_benchmark(
     *,
     protocol: refcoco.Protocol = "joined",
     images: str | os.PathLike | None = None,
+    reading: Reading = AS_STORED,
 ) -> Records:
     """A source of ReferringRecords.
 
@@ -92,6 +94,7 @@ def open_benchmark(
       root: the data folder, or a data set that `alto_jax.data.prepare` wrote of this benchmark and protocol.
       protocol: see refcoco.py; open-vocabulary sets have one phrase a sample, whatever it is.
       images: folder of the COCO images, if it is not one of coco.IMAGE_FOLDERS below `root`.
+      reading: of images (EXIF) and mask files; a prepared data set was read when it was made.
 
     Raises:
       ValueError: unknown name, or files that are missing: the message says what was expected where.
@@ -103,7 +106,7 @@ def open_benchmark(
         raise ValueError(f"--data: {root} does not exist; {name} expects there: {found.expects}")
     if found.family not in _OPENERS:
         raise ValueError(f"--benchmark: {name} has no masks")
-    return _OPENERS[found.family](found, root, protocol, images)
+    return _OPENERS[found.family](found, root, protocol, images, reading)
 
 
 class SceneReferring:
@@ -131,27 +134,40 @@ TRAINING = ("refcoco", "refcoco+", "refcocog", "grefcoco")  # Data sets with a t
 
 
 def train_split(
-    dataset: str, root: str | os.PathLike, *, protocol: refcoco.Protocol = "per_sentence", images: Any = None
+    dataset: str,
+    root: str | os.PathLike,
+    *,
+    protocol: refcoco.Protocol = "per_sentence",
+    images: Any = None,
+    reading: Reading = AS_STORED,
 ) -> refcoco.Referring:
     """The training split of refcoco, refcoco+, refcocog or grefcoco (PSALM-converted or as published)."""
-    return _open_referring(Benchmark(dataset, dataset, dataset, "train", ""), pathlib.Path(root), protocol, images)
+    found = Benchmark(dataset, dataset, dataset, "train", "")
+    return _open_referring(found, pathlib.Path(root), protocol, images, reading)
 
 
-def _open_referring(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any) -> refcoco.Referring:
+def _open_referring(
+    found: Benchmark, root: pathlib.Path, protocol: Any, images: Any, reading: Reading
+) -> refcoco.Referring:
     general = found.dataset == "grefcoco"
     converted = [root / file for file in refcoco.psalm_files(found.dataset, found.split) if (root / file).is_file()]
     if converted:
         name = f"{found.dataset}/{found.split}"
-        return refcoco.open_psalm(converted[0], name, root=root, images=images, protocol=protocol, no_target=general)
-    return refcoco.open_refer(root, cast(refcoco.Dataset, found.dataset), found.split, images=images, protocol=protocol)
+        return refcoco.open_psalm(converted[0], name, root=root, images=images, protocol=protocol, no_target=general,
+                                  reading=reading)  # fmt: skip
+    dataset = cast(refcoco.Dataset, found.dataset)
+    return refcoco.open_refer(root, dataset, found.split, images=images, protocol=protocol, reading=reading)
 
 
-def _open_refcocom(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any) -> refcoco.Referring:
-    return refcoco.open_refcocom(root, found.split, images=images, protocol=protocol)
+def _open_refcocom(
+    found: Benchmark, root: pathlib.Path, protocol: Any, images: Any, reading: Reading
+) -> refcoco.Referring:
+    return refcoco.open_refcocom(root, found.split, images=images, protocol=protocol, reading=reading)
 
 
-def _open_vocab(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any) -> Records:
-    return OpenVocab(files.find(root, (f"open_vocab/{found.name}.jsonl", f"{found.name}.jsonl"), found.name))
+def _open_vocab(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any, reading: Reading) -> Records:
+    file = files.find(root, (f"open_vocab/{found.name}.jsonl", f"{found.name}.jsonl"), found.name)
+    return OpenVocab(file, reading=reading)
 
 
 _OPENERS: dict[str, Callable[..., Records]] = {

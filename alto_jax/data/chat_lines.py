@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax.data import prompts
+from alto_jax.data import bad_data, prompts
 from alto_jax.data.split import file_hash
 from alto_jax.mllm import text
 
@@ -165,10 +165,7 @@ def _list_entries(file: pathlib.Path) -> Iterator[tuple[int, int, int, Any]]:
 
 
 def _loads(content: bytes, where: str) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON: {error}") from error
+    return bad_data.parse_json(content, where)
 
 
 def checked(entry: Any, where: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from alto_jax.data import files, rle
+from alto_jax.data.bad_data import RecordError
 
 # Where the COCO images of the referring data sets usually lie, below the data folder.
 _ROOTS = ("images/mscoco/images/", "coco/", "", "images/")
@@ -64,12 +65,13 @@ def stated_size(info: dict[str, Any], where: str) -> tuple[int, int] | None:
     return height, width
 
 
-def check_stated_size(image: np.ndarray, size: tuple[int, int] | None) -> None:
-    """ValueError, which names both sizes, if `image` [H, W, …] is not as large as its annotations state."""
-    if size is not None and image.shape[:2] != size:
-        raise ValueError(
-            f"the annotations are for {size[1]}x{size[0]} pixels (width x height), but its image is "
-            f"{image.shape[1]}x{image.shape[0]}"
+def check_stated_size(found: tuple[int, int], stated: tuple[int, int] | None) -> None:
+    """RecordError, which names both, if an image's (height, width) is not as its annotations state."""
+    if stated is not None and found != stated:
+        raise RecordError(
+            f"the annotations are for {stated[1]}x{stated[0]} pixels (width x height), but its image is "
+            f"{found[1]}x{found[0]}",
+            "size of mask and image",
         )
 
 
@@ -91,7 +93,7 @@ def union(segmentations: Sequence[Any]) -> Callable[[int, int], np.ndarray]:
         for segmentation in segmentations:
             mask |= rle.decode(segmentation, height, width, "annotation")
         if segmentations and not mask.any():
-            raise ValueError("the mask is empty, but the entry names a target")
+            raise RecordError("the mask is empty, but the entry names a target", "empty mask")
         return mask
 
     return read

@@ -1,8 +1,8 @@
 """Conversations with masks, as the reference's fine-tuning data are stored: a meta JSON and JSONL files.
 
-In: `{name: {"root", "annotation", "data_augment", "repeat_time", "length"}}`, where `annotation` is a JSONL or a JSON
-list of `{"image": path, "mask": path or [paths], "conversations": [{"from", "value"}, …]}`, see chat_lines.py. Out:
-ChatRecords; a record without an image is text alone, one with several images is passed over.
+In: `{name: {"root", "annotation", "data_augment", "repeat_time", "length", "exif", "mask_rule"}}`, where `annotation`
+is a JSONL or a JSON list of `{"image": path, "mask": path or [paths], "conversations": [{"from", "value"}, …]}`, see
+chat_lines.py. Out: ChatRecords; a record without an image is text alone, one with several images is passed over.
 `root` is relative to the meta file, `annotation` to `root` or to the meta file, images and masks to `root`.
 Records are weighted by `repeat_time`: 3 has each record three times, 0.5 a fixed half of them once.
 """
@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax.data import chat_lines, transforms
+from alto_jax.config import ConfigError
+from alto_jax.data import bad_data, chat_lines, transforms
+from alto_jax.data.reading import AS_STORED, Reading
 from alto_jax.data.split import ImageSplit, image_hash, image_name
 
 _log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class _Part:
     root: pathlib.Path
     lines: chat_lines.Lines
     augment: bool
+    reading: Reading
     usable: np.ndarray
     chosen: np.ndarray
 
@@ -54,7 +57,15 @@ class Conversations:
     function of (seed, index).
     """
 
-    def __init__(self, meta: str | os.PathLike, *, seed: int = 0, once: bool = False, max_masks: int | None = None):
+    def __init__(
+        self,
+        meta: str | os.PathLike,
+        *,
+        seed: int = 0,
+        once: bool = False,
+        max_masks: int | None = None,
+        reading: Reading = AS_STORED,
+    ):
         """Opens all data sets of a meta file.
 
         Args:
@@ -62,6 +73,7 @@ class Conversations:
           seed: of the subsets that a fractional repeat_time takes, and of JPEG augmentation.
           max_masks: records of more are passed over, with a warning; None: none is.
           once: every line once and as it is, whatever repeat_time and data_augment say.
+          reading: of images and masks, for data sets whose entry has no exif, mask_rule of its own.
 
         Raises:
           ValueError: a file that is missing or malformed, or no record that can be used; the message names file, data
@@ -75,7 +87,7 @@ class Conversations:
         if not isinstance(content, dict) or not content:
             raise ValueError(f"meta file {meta}: expected a non-empty object of data sets")
         self._seed = seed
-        self._parts = [_open_part(meta, name, entry, seed, max_masks) for name, entry in content.items()]
+        self._parts = [_open_part(meta, name, entry, seed, max_masks, reading) for name, entry in content.items()]
         if once:
             whole = lambda part: dataclasses.replace(part, augment=False, chosen=part.usable)
             self._parts = [whole(part) for part in self._parts]
@@ -134,10 +146,11 @@ class Conversations:
         part, row = self._find(index)
         where, entry = part.lines.read(row)
         try:
-            image = None if entry["image"] is None else transforms.open_image(part.root / entry["image"])
-            masks = [transforms.open_mask(part.root / path) for path in entry["mask"]]
+            photo = None if entry["image"] is None else part.reading.photo(part.root / entry["image"])
+            masks = [] if photo is None else [photo.mask(part.root / path) for path in entry["mask"]]
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise bad_data.at(where, error) from error
+        image = None if photo is None else photo.image
         if part.augment and image is not None:
             image = transforms.jpeg_augment(image, np.random.default_rng((self._seed, index)))
         names = {} if image is None else {"image_name": image_name(entry["image"])}
@@ -158,7 +171,7 @@ class Conversations:
                 yield [turn["value"] for turn in entry["conversations"]]
 
 
-def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int, max_masks: int | None) -> _Part:
+def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int, max_masks: int | None, reading: Reading) -> _Part:
     """Checks an entry of the meta file and finds the lines of its JSONL."""
 
     def field(key: str, kinds: tuple[type, ...], default: Any = None) -> Any:
@@ -171,6 +184,11 @@ def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int, max_masks: 
     annotation = field("annotation", (str,))
     repeat = field("repeat_time", (int, float), 1)
     augment = field("data_augment", (bool,), False)
+    try:
+        rules = {key: field(key, (str,), getattr(reading, key)) for key in ("exif", "mask_rule")}
+        reading = Reading(**rules).announce()
+    except ConfigError as error:
+        raise ValueError(f"meta file {meta}: {name}.{error}") from error
     if not repeat > 0:
         raise ValueError(f"meta file {meta}: {name}.repeat_time must be above 0, got {repeat}")
     file = next((base / annotation for base in (root, meta.parent) if (base / annotation).is_file()), None)
@@ -184,4 +202,5 @@ def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int, max_masks: 
     count = len(usable)
     whole, total = int(repeat), max(min(count, 1), round(count * repeat))
     rest = np.sort(np.random.default_rng((seed, count)).permutation(count)[: total - whole * count])
-    return _Part(name, root, lines, augment, usable, usable[np.concatenate([np.tile(np.arange(count), whole), rest])])
+    chosen = usable[np.concatenate([np.tile(np.arange(count), whole), rest])]
+    return _Part(name, root, lines, augment, reading, usable, chosen)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax.data import bad_data, transforms
+from alto_jax.data import bad_data, images, transforms
+from alto_jax.data.bad_data import RecordError
 from alto_jax.data.source import Source
 from alto_jax.mllm import text
 
@@ -107,8 +108,8 @@ def mask_arrays(record: Mapping[str, Any], image_size: int, mask_size: int) -> t
     if record.get("prepared"):
         _check_prepared(record["key"], {"image_size": (image, image_size), "mask_size": (mask, mask_size)})
         return image, transforms.keep_small(mask, mask)
-    _check_sizes(record["key"], image, mask)
-    _check_not_empty(record["key"], mask)
+    check_sizes(record["key"], image, mask)
+    check_not_empty(record["key"], mask)
     image, mask = transforms.pad_square(image, mask)
     if len(image) > image_size:
         image = transforms.squash(image, image_size)
@@ -146,16 +147,16 @@ def chat_text(
         image_tokens = num_image_tokens if record.get("image", True) is not None else 0
         ids, labels = text.render_conversation(tok, turns, image_tokens, system=system)
     except ValueError as error:
-        raise ValueError(f"record {record['key']}: {error}") from error
+        raise _unfit(record["key"], str(error)) from error
     placeholders = ids.count(tok.ids.mask_start)
     has_answer = any(label != text.IGNORE for label in labels[:max_length])
     if len(ids) > max_length and (placeholders or not has_answer):
-        raise ValueError(f"record {record['key']}: {len(ids)} text tokens, but max_length is {max_length}")
+        raise _unfit(record["key"], f"{len(ids)} text tokens, but max_length is {max_length}")
     if not has_answer:
-        raise ValueError(f"record {record['key']}: conversations: there is no answer to learn from")
+        raise _unfit(record["key"], "conversations: there is no answer to learn from")
     ids, labels = ids[:max_length], labels[:max_length]
     if placeholders > max_masks:
-        raise ValueError(f"record {record['key']}: {placeholders} masks, but max_masks is {max_masks}")
+        raise _unfit(record["key"], f"{placeholders} masks, but max_masks is {max_masks}")
     return ids, labels
 
 
@@ -190,7 +191,7 @@ def chat_example(
     )
     placeholders = ids.count(tok.ids.mask_start)
     if placeholders != len(masks):
-        raise ValueError(f"record {key}: {len(masks)} masks, but {placeholders} mask placeholders in the text")
+        raise _unfit(key, f"{len(masks)} masks, but {placeholders} mask placeholders in the text")
     padding = max_length - len(ids)
     prepared = bool(record.get("prepared"))
     if prepared:
@@ -208,8 +209,8 @@ def chat_example(
             example[name][: len(masks)] = record[name]
     for i, mask in enumerate(masks):
         if not prepared:
-            _check_sizes(key, image, mask)
-        _check_not_empty(key, mask)
+            check_sizes(key, image, mask)
+        check_not_empty(key, mask)
         example["masks"][i] = transforms.soft_mask(mask, mask_size)
     return example
 
@@ -259,25 +260,30 @@ def prompt_example(
     """
     key, image, masks = record["key"], record["image"], record["masks"]
     if len(masks) != 1:
-        raise ValueError(f"record {key}: expected one mask, got {len(masks)}")
+        raise _unfit(key, f"expected one mask, got {len(masks)}")
     if record.get("prepared"):
         _check_prepared(key, {"mask_size": (masks[0], mask_size)})
     else:
-        _check_sizes(key, image, masks[0])
-    _check_not_empty(key, masks[0])
+        check_sizes(key, image, masks[0])
+    check_not_empty(key, masks[0])
     try:
         question = grpo_question(record, template)
         ids = text.render_prompt(tok, question, num_image_tokens, system=system, answer_prefix=answer_prefix)
     except ValueError as error:
-        raise ValueError(f"record {key}: {error}") from error
+        raise _unfit(key, str(error)) from error
     padding = max_prompt_length - len(ids)
     if padding < 0:
-        raise ValueError(f"record {key}: {len(ids)} prompt tokens, but max_prompt_length is {max_prompt_length}")
+        raise _unfit(key, f"{len(ids)} prompt tokens, but max_prompt_length is {max_prompt_length}")
     return _images(record, vision_size, image_size) | {
         "prompt_ids": np.array([tok.ids.pad] * padding + list(ids), np.int32),
         "prompt_mask": np.arange(max_prompt_length) >= padding,
         "mask": transforms.soft_mask(masks[0], mask_size),
     }
+
+
+def _unfit(key: str, what: str) -> RecordError:
+    """A conversation that the model or the stage has no use for."""
+    return RecordError(f"record {key}: {what}", "conversation")
 
 
 def _images(record: Mapping[str, Any], vision_size: int, image_size: int) -> dict[str, np.ndarray]:
@@ -307,15 +313,18 @@ def _check_prepared(key: str, arrays: Mapping[str, tuple[np.ndarray, int]]) -> N
             )
 
 
-def _check_not_empty(key: str, mask: np.ndarray) -> None:
+def check_not_empty(key: str, mask: np.ndarray) -> None:
+    """Raises RecordError, naming record `key`, if nothing is in the mask."""
     if not mask.any():
-        raise ValueError(f"record {key}: the mask is empty")
+        raise RecordError(f"record {key}: the mask is empty", "empty mask")
 
 
-def _check_sizes(key: str, image: np.ndarray, mask: np.ndarray) -> None:
-    transforms.check_size(image, f"of record {key}")
+def check_sizes(key: str, image: np.ndarray, mask: np.ndarray) -> None:
+    """Raises RecordError, naming record `key`, if the image is too small or the mask of another size."""
+    images.check_size(image, f"of record {key}")
     if image.shape[:2] != mask.shape:
-        raise ValueError(
+        raise RecordError(
             f"record {key}: the image is {image.shape[1]}x{image.shape[0]}, "
-            f"but a mask is {mask.shape[1]}x{mask.shape[0]}"
+            f"but a mask is {mask.shape[1]}x{mask.shape[0]}",
+            "size of mask and image",
         )

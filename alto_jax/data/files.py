@@ -1,11 +1,12 @@
 """JSON files and pickles of annotations, read without trusting them; and where files are looked for."""
 
 from collections.abc import Sequence
-import json
 import os
 import pathlib
 import pickle
 from typing import Any
+
+from alto_jax.data import bad_data
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -53,11 +54,9 @@ def _latin1_texts(value: Any) -> Any:
 def load_json(path: str | os.PathLike, kind: type = list) -> Any:
     """Reads a JSON file; ValueError names the file if it is missing, broken or of another kind."""
     try:
-        content = json.loads(pathlib.Path(path).read_bytes())
+        content = bad_data.parse_json(pathlib.Path(path).read_bytes(), path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON: {error}") from error
     if not isinstance(content, kind):
         raise ValueError(f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}")
     return content

@@ -21,7 +21,10 @@ import numpy as np
 
 from alto_jax import cli
 from alto_jax.config import write_whole
-from alto_jax.data import refcoco, transforms
+from alto_jax.data import bad_data
+from alto_jax.data.images import open_image, open_labels
+from alto_jax.data.masks import AUTO
+from alto_jax.data.reading import AS_STORED, Reading
 from alto_jax.data.split import image_name
 from alto_jax.mllm import text
 
@@ -52,8 +55,8 @@ class OpenVocab:
 
     no_target = False
 
-    def __init__(self, file: str | os.PathLike):
-        self.file = pathlib.Path(file)
+    def __init__(self, file: str | os.PathLike, *, reading: Reading = AS_STORED):
+        self.file, self._reading = pathlib.Path(file), reading
         try:
             content = self.file.read_bytes()
         except OSError as error:
@@ -69,26 +72,27 @@ class OpenVocab:
         number, line = self._lines[index]
         where = f"{self.file} line {number}"
         try:
-            entry = json.loads(line)
+            entry = bad_data.parse_json(line, where)
             names = entry["description"]
             names = [names] if isinstance(names, str) else names
             paths = [str(self.file.parent / entry[field]) for field in ("image", "mask")]
             ignore = self.file.parent / entry["ignore"] if entry.get("ignore") else None
             if not names or not all(isinstance(name, str) and name.strip() for name in names):
                 raise ValueError(f"description: expected class names, got {names!r:.60}")
+        except bad_data.RecordError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{where}: expected image, mask, description: {error!r}") from error
+            raise bad_data.RecordError(f"{where}: expected image, mask, description: {error!r}") from error
         try:
-            image = transforms.open_image(paths[0])
-            size = image.shape[:2]
-            record: dict[str, Any] = {"key": f"{self.file.stem}/{number}", "image": image}
+            photo = self._reading.photo(paths[0])
+            record: dict[str, Any] = {"key": f"{self.file.stem}/{number}", "image": photo.image}
             record["phrase"] = text.join_classes(names)
             record["image_name"] = image_name(paths[0])
-            record["mask"] = refcoco.mask_file(pathlib.Path(paths[1]))(*size).astype(np.uint8) * np.uint8(255)
+            record["mask"] = photo.mask(paths[1])
             if ignore is not None:
-                record["ignore"] = refcoco.mask_file(ignore)(*size).astype(np.uint8) * np.uint8(255)
+                record["ignore"] = photo.mask(ignore, AUTO)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise bad_data.at(where, error) from error
         return record
 
 
@@ -152,8 +156,8 @@ def build(
         file = next((p for p in (images / f"{stem}.jpg", images / f"{stem}.png") if p.is_file()), None)
         if file is None:
             raise ValueError(f"--images: {images} holds no {stem}.jpg or .png for the label map {maps[stem]}")
-        label = np.asarray(transforms.open_labels(maps[stem]))
-        size = transforms.open_image(file).shape[:2]
+        label = np.asarray(open_labels(maps[stem]))
+        size = open_image(file).shape[:2]
         if size != label.shape:
             raise ValueError(
                 f"{maps[stem]}: the label map is {label.shape[1]}x{label.shape[0]}, its image is {size[1]}x{size[0]}: "

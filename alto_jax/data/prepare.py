@@ -34,9 +34,11 @@ import numpy as np
 from alto_jax import cli
 from alto_jax.cli import Progress
 from alto_jax.config import ConfigError, write_whole
-from alto_jax.data import bad_data, benchmarks, examples, prepared, prompts, refcoco, transforms
+from alto_jax.data import bad_data, benchmarks, examples, masks, prepared, prompts, refcoco, transforms
 from alto_jax.data.caches import CacheMaker
 from alto_jax.data.conversations import Conversations
+from alto_jax.data.images import check_size, noting
+from alto_jax.data.reading import AS_STORED, EXIF, Reading
 from alto_jax.data.sa1b import Sa1bMasks
 from alto_jax.data.scenes import SceneChats, SceneMasks, ScenesConfig
 
@@ -49,7 +51,7 @@ _SECONDS_PER_LINE = 5  # Between two progress lines, however fast shards are wri
 class Job:
     """What is prepared: raw source, kind, name in the manifest, and the options that the bytes depend on.
 
-    caches: what is computed beside (caches.CacheMaker), or None.
+    caches: what is computed beside (caches.CacheMaker), or None. reading: of the raw files.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Job:
     records_per_shard: int
     seed: int
     caches: CacheMaker | None = None
+    reading: Reading = AS_STORED
 
     @property
     def dataset(self) -> str:
@@ -79,6 +82,7 @@ class Job:
             "split": SPLIT,
             "no_target": bool(getattr(self.source, "no_target", False)),
             "caches": self.caches.manifest if self.caches else {},
+            "reading": dataclasses.asdict(self.reading),
         }
 
     def features(self) -> Any:
@@ -87,8 +91,16 @@ class Job:
 
 
 def open_source(
-    name: str, source: str, *, seed: int, protocol: refcoco.Protocol, images: str | None, draws: int, num: int
-) -> tuple:
+    name: str,
+    source: str,
+    *,
+    seed: int,
+    protocol: refcoco.Protocol,
+    images: str | None,
+    draws: int,
+    num: int,
+    reading: Reading = AS_STORED,
+) -> tuple[str, str, Any]:
     """The raw source of a name: (name in the manifest, kind, source).
 
     Raises:
@@ -96,20 +108,23 @@ def open_source(
     """
     path = pathlib.Path(source)
     if name == "sa1b":
-        return name, "masks", Sa1bMasks(path, seed=seed, draws_per_image=draws)
+        return name, "masks", Sa1bMasks(path, seed=seed, draws_per_image=draws, reading=reading)
     if name == "conversations":
-        return name, "chat", Conversations(path / "meta.json" if path.is_dir() else path, seed=seed, once=True)
+        file = path / "meta.json" if path.is_dir() else path
+        return name, "chat", Conversations(file, seed=seed, once=True, reading=reading)
     if name in ("scene_masks", "scene_chats"):
         config = ScenesConfig(image_size=128, num_scenes=num)
         return (name, "masks", SceneMasks(config)) if name == "scene_masks" else (name, "chat", SceneChats(config))
     if name.endswith("_train") and name.removesuffix("_train") in benchmarks.TRAINING:
-        raw = benchmarks.train_split(name.removesuffix("_train"), path, protocol=protocol, images=images)
+        dataset = name.removesuffix("_train")
+        raw = benchmarks.train_split(dataset, path, protocol=protocol, images=images, reading=reading)
         return f"{name}.{protocol}", "chat", refcoco.ReferringChats(raw, seed=seed)
     with_masks = [n for n, found in benchmarks.BENCHMARKS.items() if found.family in benchmarks.MASK_FAMILIES]
     if name not in with_masks:
         own = "sa1b, conversations, scene_masks, scene_chats, {refcoco,refcoco+,refcocog,grefcoco}_train"
         raise ConfigError(f"NAME: expected one of {own}, {', '.join(with_masks)}; got {name!r}")
-    return f"{name}.{protocol}", "referring", benchmarks.open_benchmark(name, path, protocol=protocol, images=images)
+    opened = benchmarks.open_benchmark(name, path, protocol=protocol, images=images, reading=reading)
+    return f"{name}.{protocol}", "referring", opened
 
 
 def example(job: Job, record: dict[str, Any]) -> dict[str, Any]:
@@ -125,18 +140,17 @@ def example(job: Job, record: dict[str, Any]) -> dict[str, Any]:
         mask = record["mask"]
         if any(sizes.values()):
             image, mask = examples.mask_arrays(record, sizes["image_size"], sizes["mask_size"])
-        elif image.shape[:2] != mask.shape or not mask.any():
-            raise ValueError(f"record {key}: the mask is empty, or its image is of another size")
+        else:
+            examples.check_sizes(key, image, mask)
+            examples.check_not_empty(key, mask)
         found = {"key": key, "image": encode(image), "masks": [prepared.encode_mask(mask)]}
         return found | (job.caches(image, image, [mask]) if job.caches else {})
     masks = record["masks"] if job.kind == "chat" else [record["mask"]]
     if image is None:
         return _text_example(job, record)
+    check_size(image, f"of record {key}")
     for mask in masks:
-        if mask.shape != image.shape[:2]:
-            raise ValueError(f"record {key}: mask {mask.shape[1]}x{mask.shape[0]}, "
-                             f"its image is {image.shape[1]}x{image.shape[0]}")  # fmt: skip
-    transforms.check_size(image, f"of record {key}")
+        examples.check_sizes(key, image, mask)
     small, pixel = image, np.zeros((1, 1, 3), np.uint8)
     if sizes["vision_size"]:
         small, pixel = transforms.squash(image, sizes["vision_size"]), transforms.squash(image, sizes["image_size"])
@@ -228,7 +242,7 @@ def prepare(job: Job, out: str | os.PathLike, *, max_bad_fraction: float, worker
 
 
 def _same_options(old: dict, new: dict, folder: pathlib.Path) -> None:
-    old = {"caches": {}} | old  # Data sets of earlier versions have none.
+    old = {"caches": {}, "reading": dataclasses.asdict(AS_STORED)} | old  # Data sets of earlier versions have none.
     different = [f"{k} {old.get(k)!r} (now {v!r})" for k, v in new.items() if old.get(k) != v]
     if different:
         raise ConfigError(f"--out: {folder} holds a data set with {'; '.join(different)}; choose another folder")
@@ -236,7 +250,7 @@ def _same_options(old: dict, new: dict, folder: pathlib.Path) -> None:
 
 def _count_bad(bad: bad_data.BadRecords, shard: dict) -> None:
     for entry in shard["bad"]:
-        bad.add(entry["index"], entry["message"])
+        bad.add(entry["index"], entry["message"], entry["kind"])
 
 
 def _shard_file(job: Job, folder: pathlib.Path, number: int, count: int) -> pathlib.Path:
@@ -272,8 +286,7 @@ def _write_shard(
             raw = job.source[index]
             record = serialize(example(job, raw))
         except (ValueError, OSError) as error:
-            message = " ".join(str(error).split())
-            bad.append({"index": index, "kind": bad_data.kind_of(message), "message": message})
+            bad.append(_problem(index, error))
             continue
         writer.write(record)
         images.append(raw.get("image_name", raw["key"]))
@@ -328,30 +341,34 @@ def _finish(job: Job, folder: pathlib.Path, shards: list[dict], options: dict) -
     write_whole(folder / prepared.MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
+def _problem(index: int, error: Exception) -> dict[str, Any]:
+    return {"index": index, "kind": bad_data.kind_of(error), "message": bad_data.one_line(error)}
+
+
 def check(job: Job, workers: int = 2) -> dict[str, Any]:
     """Reads everything and lists what is wrong.
 
     Returns:
       {"records", "bad": [{"index", "kind", "message"}], "converted": [{"file", "what"}]}; `converted` are images
-      that are used, but had to be turned upright or to RGB.
+      that are used, but are no plain 8-bit RGB or have an EXIF orientation.
     """
     problems = getattr(job.source, "problems", None)
 
-    def one(index: int) -> tuple[list[str], list[tuple[str, str]]]:
-        with transforms.noting() as notes:
+    def one(index: int) -> tuple[list[Exception], list[tuple[str, str]]]:
+        with noting() as notes:
             try:
                 found = problems(index) if problems else []
                 if not problems:
                     example(job, job.source[index])
             except (ValueError, OSError) as error:
-                found = [" ".join(str(error).split())]
+                found = [error]
         return found, notes
 
     bad: list[dict[str, Any]] = []
     converted: dict[tuple[str, str], dict[str, str]] = {}
     with ThreadPoolExecutor(max_workers=workers) as pool:
         for index, (found, notes) in enumerate(pool.map(one, range(len(job.source)))):
-            bad += [{"index": index, "kind": bad_data.kind_of(m), "message": m} for m in found]
+            bad += [_problem(index, error) for error in found]
             converted |= {note: {"file": note[0], "what": note[1]} for note in notes}
     return {"records": len(job.source), "bad": bad, "converted": list(converted.values())}
 
@@ -378,6 +395,8 @@ def main() -> int:
     parser.add_argument("--images", metavar="DIR", help="the COCO images, if not at a usual place")
     parser.add_argument("--draws-per-image", type=int, default=1, help="sa1b: records made of each image")
     parser.add_argument("--num-scenes", type=int, default=20000, help="scene_masks, scene_chats: how many")
+    parser.add_argument("--exif", choices=EXIF, default="stored", help="EXIF orientation: see docs/data.md")
+    parser.add_argument("--mask-rule", default=masks.AUTO, help=f"of mask files: {masks.RULES} (docs/data.md)")
     parser.add_argument("--records-per-shard", type=int, default=256)
     parser.add_argument("--max-bad-fraction", type=float, default=0.001)
     parser.add_argument("--seed", type=int, default=0)
@@ -385,9 +404,11 @@ def main() -> int:
     options = parser.parse_args()
     names = ("source", "out", "images", "cache_features", "cache_tokens")
     cli.check_paths({f"--{name.replace('_', '-')}": getattr(options, name) for name in names})
+    masks.parse_rule(options.mask_rule, "--mask-rule")
+    reading = Reading(options.exif, options.mask_rule).announce()
     name, kind, source = open_source(
         options.name, options.source, seed=options.seed, protocol=options.protocol, images=options.images,
-        draws=options.draws_per_image, num=options.num_scenes,
+        draws=options.draws_per_image, num=options.num_scenes, reading=reading,
     )  # fmt: skip
     sizes = {"vision_size": options.vision_size, "image_size": options.image_size, "mask_size": options.mask_size}
     needed = {"masks": ("image_size", "mask_size"), "chat": tuple(sizes), "referring": ("vision_size", "image_size")}[
@@ -404,14 +425,17 @@ def main() -> int:
     caches = None
     if (options.cache_features or options.cache_tokens) and not options.check:
         caches = CacheMaker(kind, sizes, options.cache_features, options.cache_tokens, options.pixel_input)
-    job = Job(name, kind, source, sizes, options.format, options.records_per_shard, options.seed, caches)
+    job = Job(name, kind, source, sizes, options.format, options.records_per_shard, options.seed, caches, reading)
     if options.check:
         found = check(job, options.workers)
         for entry in found["bad"]:
             print(f"{entry['kind']}: {entry['message']}")
         for entry in found["converted"]:
-            print(f"converted: {entry['file']}: {entry['what']}")
+            print(f"converted: {bad_data.one_line(entry['file'])}: {entry['what']}")
+        turned = sum(entry["what"].startswith("EXIF orientation") for entry in found["converted"])
         print(f"{found['records']} records, {len(found['bad'])} problems, {len(found['converted'])} images converted")
+        if turned:
+            print(f"{turned} images have an EXIF orientation; --exif is {options.exif!r}")
         return 1 if found["bad"] else 0
     if not options.out:
         raise ConfigError("--out is required (see --help)")

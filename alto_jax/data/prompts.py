@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from alto_jax.data.bad_data import RecordError
 from alto_jax.data.source import Chats, HasImages
 from alto_jax.mllm import text
 
@@ -41,7 +42,8 @@ def requests(conversations: Sequence[Mapping[str, str]], num_masks: int | None, 
         counts = [int(number - 1 == first) for number in range(len(turns) + 1)] if first is not None else counts
         turns = turns + [{"from": "gpt", "value": ""}]
     elif num_masks is not None and sum(counts) != num_masks:
-        raise ValueError(f"{where}: {num_masks} masks, but {sum(counts)} mask placeholders in the text")
+        message = f"{where}: {num_masks} masks, but {sum(counts)} mask placeholders in the text"
+        raise RecordError(message, "conversation")
     found, mask = [], 0
     for number, count in enumerate(counts):
         asked = turns[number - 1]["value"] if number and turns[number - 1]["from"] == "human" else ""

@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from alto_jax.data import coco, files, transforms
+from alto_jax.data import bad_data, coco, files, masks
+from alto_jax.data.bad_data import RecordError
 from alto_jax.data.prompts import NoPrompts
+from alto_jax.data.reading import AS_STORED, Reading
 from alto_jax.data.split import ImageSplit, file_hash, image_name
 from alto_jax.mllm import text
 
@@ -33,7 +35,7 @@ _log = logging.getLogger(__name__)
 class Referent:
     """What is referred to: where it stands (for messages), its key, image file, sentences, and its mask.
 
-    `mask(height, width)` reads the mask at the image's size as bool[H, W]. no_target: it is all False. size: (height,
+    `mask(height, width)` reads the mask at the annotated size as bool[H, W]. no_target: it is all False. size: (height,
     width) that the annotations are for, if they say so. error: why the entry can't be used (its record raises this).
     """
 
@@ -59,8 +61,16 @@ class Referring:
       no_target: whether the data set has samples without a target (the model is asked first whether there is one).
     """
 
-    def __init__(self, referents: Sequence[Referent], protocol: Protocol = "joined", *, no_target: bool = False):
+    def __init__(
+        self,
+        referents: Sequence[Referent],
+        protocol: Protocol = "joined",
+        *,
+        no_target: bool = False,
+        reading: Reading = AS_STORED,
+    ):
         """ValueError: an unknown protocol, or no referent."""
+        self._reading = reading
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
         self.protocol, self.no_target = protocol, no_target
@@ -108,13 +118,13 @@ class Referring:
         if not phrase:
             raise ValueError(f"{referent.where}: sentence {number} is an empty one")
         try:
-            image = transforms.open_image(coco.find_image(referent.image))
-            coco.check_stated_size(image, referent.size)
-            mask = referent.mask(*image.shape[:2])
+            photo = self._reading.photo(coco.find_image(referent.image))
+            coco.check_stated_size(photo.annotated_size, referent.size)
+            mask = photo.turned(referent.mask(*photo.annotated_size))
         except ValueError as error:
-            raise ValueError(f"{referent.where}: {error}") from error
+            raise bad_data.at(referent.where, error) from error
         mask, name = mask.astype(np.uint8) * np.uint8(255), image_name(referent.image)
-        return {"key": key, "image": image, "image_name": name, "mask": mask, "phrase": phrase}
+        return {"key": key, "image": photo.image, "image_name": name, "mask": mask, "phrase": phrase}
 
     def phrases(self) -> Iterator[str]:
         """The sentences of all referents."""
@@ -148,7 +158,8 @@ class ReferringChats:
         )
         has_target = bool(record["mask"].any())
         if not has_target and not self._no_target:  # Note: "No" would be wrong: the data name an object in the image.
-            raise ValueError(f"record {record['key']}: the mask is empty, in a data set without no-target samples")
+            message = f"record {record['key']}: the mask is empty, in a data set without no-target samples"
+            raise RecordError(message, "empty mask")
         if not has_target or yes:
             question, answer, masks = text.no_target_question(record["phrase"]), text.YES if has_target else text.NO, []
         else:
@@ -196,6 +207,7 @@ def open_refer(
     split_by: str = "",
     images: str | os.PathLike | None = None,
     protocol: Protocol = "joined",
+    reading: Reading = AS_STORED,
 ) -> Referring:
     """RefCOCO/+/g or gRefCOCO as published: `{root}/{dataset}/refs({split_by}).p` or `grefs(unc).json`.
 
@@ -206,6 +218,7 @@ def open_refer(
       split_by: "unc", "google" or "umd"; by default "umd" for refcocog, "unc" for the others.
       images: folder of the COCO images; by default one of coco.IMAGE_FOLDERS.
       protocol: see the module.
+      reading: of images (EXIF) and mask files.
 
     Raises:
       ValueError: a file is missing or is not what it should be; the message says what was expected where.
@@ -241,7 +254,7 @@ def open_refer(
         referents.append(Referent(where, key, image_folder / name, sentences, mask, no_target, size))
     if not referents:
         raise ValueError(f"{file}: no entry of split {split!r}")
-    return Referring(referents, protocol, no_target=general)
+    return Referring(referents, protocol, no_target=general, reading=reading)
 
 
 def psalm_files(dataset: str, split: str) -> tuple[str, ...]:
@@ -257,6 +270,7 @@ def open_psalm(
     images: str | os.PathLike | None = None,
     protocol: Protocol = "joined",
     no_target: bool = False,
+    reading: Reading = AS_STORED,
 ) -> Referring:
     """The PSALM-converted JSON of one split: [{image_info, instruction: [{sent}], anns}].
 
@@ -266,7 +280,7 @@ def open_psalm(
       file: the JSON; name: of the split, for keys ("refcoco/val").
       root, images: as in `open_refer`.
       protocol: see the module.
-      no_target: see `Referring`.
+      no_target: see `Referring`; reading: as in `open_refer`.
 
     Raises:
       ValueError: as `open_refer`.
@@ -293,16 +307,21 @@ def open_psalm(
         _log.warning(
             "%s: %d of %d entries have no instruction and are left out", file, dropped, len(referents) + dropped
         )
-    return Referring(referents, protocol, no_target=no_target)
+    return Referring(referents, protocol, no_target=no_target, reading=reading)
 
 
 def open_refcocom(
-    root: str | os.PathLike, split: str, *, images: str | os.PathLike | None = None, protocol: Protocol = "joined"
+    root: str | os.PathLike,
+    split: str,
+    *,
+    images: str | os.PathLike | None = None,
+    protocol: Protocol = "joined",
+    reading: Reading = AS_STORED,
 ) -> Referring:
     """RefCOCOm (parts of objects): `{root}/refcocom/annotations/{split}.json` and `masks/{segment_id}.png`.
 
     Args:
-      root, images, protocol: as in `open_refer`.
+      root, images, protocol, reading: as in `open_refer`.
       split: such as val_part_only, val_object_part, testA_part_only.
 
     Raises:
@@ -321,18 +340,19 @@ def open_refcocom(
         except (KeyError, TypeError) as error:
             referents.append(_broken(where, error))
             continue
-        mask = mask_file(folder / "masks" / f"{segment}.png")
+        mask = _mask_file(folder / "masks" / f"{segment}.png", reading.mask_rule)
         referents.append(Referent(where, f"refcocom/{split}/{segment}", image, sentences, mask))
-    return Referring(referents, protocol)
+    return Referring(referents, protocol, reading=reading)
 
 
-def mask_file(path: pathlib.Path) -> Callable[[int, int], np.ndarray]:
-    """Reads a mask file, which must be of its image's size."""
+def _mask_file(path: pathlib.Path, rule: str) -> Callable[[int, int], np.ndarray]:
+    """Reads a mask file by a rule (masks.py); it must be of its image's size."""
 
     def read(height: int, width: int) -> np.ndarray:
-        mask = transforms.open_mask(path)
+        mask = masks.open_mask(path, rule)
         if mask.shape != (height, width):
-            raise ValueError(f"mask {path} is {mask.shape[1]}x{mask.shape[0]}, its image is {width}x{height}")
+            message = f"mask {path} is {mask.shape[1]}x{mask.shape[0]}, its image is {width}x{height}"
+            raise RecordError(message, "size of mask and image")
         return mask > 0
 
     return read

@@ -1,13 +1,19 @@
 """COCO segmentations to masks, checked: run-length codes (compressed or lists) and polygons.
 
 In: the `segmentation` field of a COCO annotation. Out: bool[H, W]. A code that does not describe a mask of
-that size is refused with a message; pycocotools is used for polygons alone (it trusts what it is given).
+that size is refused with a message; pycocotools is used for polygons alone, after everything that it would
+trust has been checked: with a coordinate far outside of the image it takes all memory or ends the process.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from alto_jax.data.bad_data import RecordError, one_line
+from alto_jax.data.images import MAX_PIXELS
+
+_LARGEST_OUTLINE = 2_000_000  # pixels along a polygon; pycocotools takes 120 bytes for each
 
 
 def decode(segmentation: Any, height: int, width: int, where: str) -> np.ndarray:
@@ -19,37 +25,69 @@ def decode(segmentation: Any, height: int, width: int, where: str) -> np.ndarray
       where: file and entry, for messages.
 
     Returns:
-      bool[H, W]; overlapping polygons are merged.
+      bool[H, W]; overlapping polygons are merged, what lies outside of the image is cut off.
 
     Raises:
-      ValueError: neither of the two forms, a code that doesn't decode, or one of another size.
+      RecordError: neither of the two forms, a code that doesn't decode, one of another size, or a polygon with a
+        coordinate further outside than the image is large.
     """
+    check_size(height, width, where)
     if isinstance(segmentation, dict):
         return runs_to_mask(check_runs(segmentation, height, width, where), height, width)
     if isinstance(segmentation, list):
         return _polygons(segmentation, height, width, where)
-    raise ValueError(f"{where}: segmentation: expected run lengths or polygons, got {segmentation!r:.60}")
+    raise _error(where, f"segmentation: expected run lengths or polygons, got {segmentation!r:.60}")
+
+
+def check_size(height: Any, width: Any, where: str) -> None:
+    """Raises RecordError unless height and width, as an annotation file has them, are those of an image."""
+    whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in (height, width))
+    if not whole:
+        raise RecordError(
+            f"{where}: height x width: expected whole numbers above 0, got {height!r:.20} x {width!r:.20}"
+        )
+    if height * width > MAX_PIXELS:
+        message = f"{where}: height x width is {height!r:.20} x {width!r:.20}; at most {MAX_PIXELS} pixels can be read"
+        raise RecordError(message, "image too large")
+
+
+def _error(where: str, message: str) -> RecordError:
+    return RecordError(f"{where}: {message}", "segmentation")
 
 
 def check_runs(rle: dict[str, Any], height: int, width: int, where: str) -> np.ndarray:
     """The run lengths int64[R] of {"size", "counts"}, which alternate 0 and 1 down the columns.
 
     Raises:
-      ValueError: as `decode`.
+      RecordError: as `decode`.
     """
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, list | tuple) or [*size] != [height, width]:
-        raise ValueError(f"{where}: segmentation.size differs from the image's {height}x{width} (h x w): {size!r:.40}")
+        message = f"{where}: segmentation.size differs from the image's {height}x{width} (h x w): {size!r:.40}"
+        raise RecordError(message, "size of mask and image")
     try:
-        runs = np.array(counts, np.int64) if isinstance(counts, list) else _uncompress(counts)
+        runs = _whole_numbers(counts) if isinstance(counts, list) else _uncompress(counts)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{where}: segmentation.counts does not decode: {error}") from error
-    total = int(runs.sum()) if runs.ndim == 1 else -1
-    if runs.ndim != 1 or (runs < 0).any() or total != height * width:
-        raise ValueError(
-            f"{where}: segmentation.counts does not decode: runs add up to {total} of {height * width} pixels"
-        )
+        raise _error(where, f"segmentation.counts does not decode: {one_line(error)}") from error
+    total = height * width
+    if not ((runs >= 0) & (runs <= total)).all():  # Note: first, so that the sum can't overflow.
+        raise _error(where, f"segmentation.counts does not decode: a run is not in 0..{total}")
+    if int(runs.sum()) != total:
+        raise _error(where, f"segmentation.counts does not decode: runs add up to {runs.sum()} of {total} pixels")
     return runs
+
+
+def _whole_numbers(values: list[Any]) -> np.ndarray:
+    """A list of whole numbers (floats too, if they are whole) as int64[N]."""
+    try:
+        found = np.array(values)
+    except ValueError:  # lists of different lengths in it
+        found = np.array(None)
+    if found.ndim != 1 or found.dtype.kind not in "iuf" or any(isinstance(value, bool) for value in values):
+        raise ValueError("expected a list of numbers")
+    if found.dtype.kind == "f" and not (np.isfinite(found) & (found == np.floor(found)) & (found < 2**53)).all():
+        raise ValueError("a number is not whole")
+    return found.astype(np.int64)
 
 
 def _uncompress(counts: Any) -> np.ndarray:
@@ -88,13 +126,34 @@ def runs_to_mask(runs: np.ndarray, height: int, width: int) -> np.ndarray:
 def _polygons(polygons: Sequence[Any], height: int, width: int, where: str) -> np.ndarray:
     from pycocotools import mask as coco_mask  # late: keeps the start fast
 
-    for polygon in polygons:
-        numbers = isinstance(polygon, list) and all(isinstance(v, int | float) for v in polygon)
-        if not numbers or len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(f"{where}: segmentation: expected polygons of at least 3 points, got {polygon!r:.60}")
-        if not np.isfinite(polygon).all():
-            raise ValueError(f"{where}: segmentation: a polygon's coordinate is not finite")
     if not polygons:
-        raise ValueError(f"{where}: segmentation: no polygon")
-    merged = coco_mask.merge(coco_mask.frPyObjects(list(polygons), height, width))
-    return coco_mask.decode(merged).astype(bool)
+        raise _error(where, "segmentation: no polygon")
+    checked: Any = [_polygon(polygon, height, width, where) for polygon in polygons]
+    try:
+        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(checked, height, width))).astype(bool)
+    except Exception as error:  # Note: pycocotools raises plain exceptions.
+        raise _error(where, f"segmentation: the polygons cannot be drawn: {one_line(error)}") from error
+
+
+def _polygon(polygon: Any, height: int, width: int, where: str) -> list[float]:
+    """A polygon [x0, y0, x1, …] that pycocotools can be trusted with."""
+    numbers = isinstance(polygon, list) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in polygon
+    )
+    if not numbers or len(polygon) < 6 or len(polygon) % 2:
+        raise _error(where, f"segmentation: expected polygons of at least 3 points, got {polygon!r:.60}")
+    try:
+        points = np.array(polygon, np.float64).reshape(-1, 2)
+    except OverflowError:  # a whole number of hundreds of digits
+        points = np.full((1, 2), np.inf)
+    if not np.isfinite(points).all():
+        raise _error(where, "segmentation: a polygon's coordinate is not finite")
+    sides = np.array([width, height])
+    outside = (points < -sides) | (points > 2 * sides)
+    if outside.any():
+        value = points[outside][0]
+        raise _error(where, f"segmentation: coordinate {value:g} lies far outside of the {width}x{height} image")
+    outline = np.abs(np.roll(points, -1, axis=0) - points).max(-1).sum()
+    if outline + len(points) > _LARGEST_OUTLINE:
+        raise _error(where, f"segmentation: a polygon's outline is {outline:.0f} pixels, at most {_LARGEST_OUTLINE}")
+    return points.ravel().tolist()

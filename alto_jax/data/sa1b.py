@@ -7,14 +7,15 @@ Record i is a function of (seed, i), in any order and epoch.
 """
 
 import copy
-import json
 import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from alto_jax.data import coco, rle, transforms
+from alto_jax.data import bad_data, coco, rle, transforms
+from alto_jax.data.bad_data import RecordError
+from alto_jax.data.reading import AS_STORED, Photo, Reading
 from alto_jax.data.split import ImageSplit, file_hash, image_name
 
 _MAX_TARGETS = 20
@@ -36,6 +37,7 @@ class Sa1bMasks:
         draws_per_image: int = 1,
         max_side: int = 1024,
         min_area: float = 0.005,
+        reading: Reading = AS_STORED,
     ):
         """Lists the folder.
 
@@ -47,6 +49,7 @@ class Sa1bMasks:
           draws_per_image: records made of each image (training): record i is of image i mod N.
           max_side: longest side kept, in pixels.
           min_area: smallest annotation used, as a fraction of the squared long side.
+          reading: of the images (EXIF).
 
         Raises:
           ValueError: no such folder, or no annotation file in it.
@@ -60,7 +63,7 @@ class Sa1bMasks:
         if not self.files:
             raise ValueError(f"SA-1B folder {self.root} holds no sa_*.json")
         self._train, self._seed, self._draws = train, seed, draws_per_image if train else 1
-        self._max_side, self._min_area = max_side, min_area
+        self._max_side, self._min_area, self._reading = max_side, min_area, reading
 
     def part(self, split: ImageSplit) -> "Sa1bMasks":
         """The images on one side of a split (an annotation file has its image's name); EmptySplit if there is none."""
@@ -89,8 +92,8 @@ class Sa1bMasks:
         else:
             chosen = range(min(index % most + 1, count))
         mask = _union(file, [annotations[c] for c in chosen], height, width)
-        image = _image(file, file_name)
-        _check_size(file, image, height, width)
+        photo = self._photo(file, file_name, height, width)
+        image, mask = photo.image, photo.turned(mask)
         if self._train:
             image, mask = transforms.crop_around(image, mask, rng)
         image, mask = (
@@ -101,32 +104,40 @@ class Sa1bMasks:
         key = f"{file.relative_to(self.root)}#{index}"
         return {"key": key, "image": image, "image_name": image_name(file), "mask": mask}
 
-    def problems(self, index: int) -> list[str]:
+    def problems(self, index: int) -> list[ValueError]:
         """Everything that is wrong with image `index` and its annotations, also with those that may never be drawn."""
         file = self.files[index % len(self.files)]
         try:
             content = _read(file)
             info = _field(file, content, "image", dict)
             height, width = _sides(file, info)
-            image = _image(file, _field(file, info, "file_name", str, "image."))
             annotations = _field(file, content, "annotations", list)
         except ValueError as error:
-            return [str(error)]
-        found = []
+            return [error]
+        found: list[ValueError] = []
         try:
-            _check_size(file, image, height, width)
+            self._photo(file, _field(file, info, "file_name", str, "image."), height, width)
         except ValueError as error:
-            found.append(str(error))
+            found.append(error)
         for number, annotation in enumerate(annotations):
             where = f"annotations[{number}]."
             try:
                 _field(file, annotation, "area", (int, float), where)
                 segmentation = _field(file, annotation, "segmentation", dict, where)
                 if not rle.check_runs(segmentation, height, width, f"{file}: {where[:-1]}")[1::2].any():
-                    raise ValueError(f"{file}: {where}segmentation is an empty mask")
+                    raise RecordError(f"{file}: {where}segmentation is an empty mask", "empty mask")
             except ValueError as error:
-                found.append(str(error))
+                found.append(error)
         return found
+
+    def _photo(self, file: pathlib.Path, name: str, height: int, width: int) -> Photo:
+        """The image beside an annotation file, which states its size; RecordError names both."""
+        try:
+            photo = self._reading.photo(file.with_name(name))
+            coco.check_stated_size(photo.annotated_size, (height, width))
+        except ValueError as error:
+            raise bad_data.at(file, error) from error
+        return photo
 
     def _annotations(
         self, number: int, rng: np.random.Generator
@@ -154,38 +165,25 @@ class Sa1bMasks:
 
 def _read(file: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is no readable JSON: {error}") from error
-
-
-def _image(file: pathlib.Path, name: str) -> np.ndarray:
-    """The image beside an annotation file; ValueError names both."""
-    try:
-        return transforms.open_image(file.with_name(name))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        content = file.read_bytes()
+    except OSError as error:
+        raise RecordError(f"{file} cannot be read: {error.strerror}", "unreadable file") from error
+    return bad_data.parse_json(content, file)
 
 
 def _field(file: pathlib.Path, mapping: Any, name: str, kind: Any, where: str = "") -> Any:
     """A checked field of the JSON; raises ValueError naming file and field."""
     value = mapping.get(name) if isinstance(mapping, dict) else None
     if not isinstance(value, kind):
-        raise ValueError(f"{file}: field {where}{name} is missing or of a wrong type: {value!r:.60}")
+        raise RecordError(f"{file}: field {where}{name} is missing or of a wrong type: {value!r:.60}")
     return value
 
 
 def _sides(file: pathlib.Path, info: dict[str, Any]) -> tuple[int, int]:
     """Height and width as the annotation file states them."""
     height, width = (coco.whole_number(info.get(name), f"{file}: field image.{name}") for name in ("height", "width"))
+    rle.check_size(height, width, str(file))
     return height, width
-
-
-def _check_size(file: pathlib.Path, image: np.ndarray, height: int, width: int) -> None:
-    try:
-        coco.check_stated_size(image, (height, width))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
 
 
 def _union(file: pathlib.Path, annotations: list[tuple[int, dict[str, Any]]], height: int, width: int) -> np.ndarray:
@@ -195,5 +193,5 @@ def _union(file: pathlib.Path, annotations: list[tuple[int, dict[str, Any]]], he
         segmentation = _field(file, annotation, "segmentation", dict, f"annotations[{number}].")
         mask |= rle.decode(segmentation, height, width, f"{file}: annotations[{number}]")
     if not mask.any():
-        raise ValueError(f"{file}: the chosen annotations have empty masks")
+        raise RecordError(f"{file}: the chosen annotations have empty masks", "empty mask")
     return mask.astype(np.uint8) * np.uint8(255)

@@ -20,6 +20,7 @@ from alto_jax.data.glyphs import catalogue
 from alto_jax.data.mixture import Mixture
 from alto_jax.data.prepared import Prepared
 from alto_jax.data.prompts import NoPrompts, Prompts
+from alto_jax.data.reading import Reading
 from alto_jax.data.sa1b import Sa1bMasks
 from alto_jax.data.source import Batches, HasImages, HasTexts, Records
 from alto_jax.data.split import EmptySplit, ImageSplit
@@ -38,7 +39,7 @@ def mask_source(config: Any, *, held_out: bool = False) -> Records:
     if data.source == "scenes":
         return scenes.SceneMasks(_scenes(config, held_out), data.scene_masks)
     if data.source == "sa1b":
-        return _part(Sa1bMasks(data.root, seed=config.seed, train=not held_out), split)
+        return _part(Sa1bMasks(data.root, seed=config.seed, train=not held_out, reading=_reading(data)), split)
     if data.source == "prepared":
         return _part(Prepared(data.root, kind="masks", use_caches=data.use_caches), split)
     if data.source == "mixture":
@@ -57,7 +58,8 @@ def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = Fa
         return scenes.SceneChats(_scenes(config, held_out), chats)
     max_masks = None if adaptive_only else data.max_masks
     if data.source == "jsonl":
-        found = _part(Conversations(data.meta, once=held_out, max_masks=max_masks), split)
+        lines = Conversations(data.meta, once=held_out, max_masks=max_masks, reading=_reading(data))
+        found = _part(lines, split)
         return Prompts(found, f"{field}.meta {data.meta}") if adaptive_only else found
     if data.source == "prepared":
         stored = Prepared(data.root, kind="chat", use_caches=data.use_caches, max_masks=max_masks)
@@ -136,7 +138,7 @@ def _referring(config: Any, field: str, split: ImageSplit | None, adaptive_only:
     empty: list[ValueError] = []
     for name in (name.strip() for name in config.data.meta.split(",")):
         try:
-            raw = _part(_referring_split(name, config.data.root, field), split)
+            raw = _part(_referring_split(name, config.data.root, field, _reading(config.data)), split)
             raw = raw.with_targets() if adaptive_only else raw
         except (EmptySplit, NoPrompts) as error:
             empty.append(error)
@@ -148,13 +150,13 @@ def _referring(config: Any, field: str, split: ImageSplit | None, adaptive_only:
     return next(iter(parts.values()))[0] if len(parts) == 1 else Mixture(parts, seed=config.seed)
 
 
-def _referring_split(name: str, root: str, field: str) -> refcoco.Referring:
+def _referring_split(name: str, root: str, field: str, reading: Reading) -> refcoco.Referring:
     """The training split of a data set; for evaluation also another split by its benchmark's name."""
     if name in benchmarks.TRAINING:
-        return benchmarks.train_split(name, root)
+        return benchmarks.train_split(name, root, reading=reading)
     others = [n for n, found in benchmarks.BENCHMARKS.items() if found.dataset in benchmarks.TRAINING]
     if field == "config.eval" and name in others:
-        found = benchmarks.open_benchmark(name, root, protocol="per_sentence")
+        found = benchmarks.open_benchmark(name, root, protocol="per_sentence", reading=reading)
         if not isinstance(found, refcoco.Referring):
             raise ValueError(f"{field}.root: {root} holds a prepared data set; expected the data folder")
         return found
@@ -187,7 +189,10 @@ def _entries(config: Any, field: str) -> dict[str, tuple[float, dict[str, Any]]]
 
 
 def _mixture(config: Any, field: str, open_part: Callable[[Any], Records]) -> Records:
-    """The sources of the JSON `config.data.meta`: {name: {"weight", "source", "root", "meta"}}; paths are relative."""
+    """The sources of the JSON `config.data.meta`: {name: {"weight", "source", "root", "meta", "exif", "mask_rule"}}.
+
+    Paths are relative to the file; exif and mask_rule are those of `config.data` if an entry has none.
+    """
     file = pathlib.Path(config.data.meta)
     sources: dict[str, tuple[Records, float]] = {}
     empty: list[ValueError] = []
@@ -196,6 +201,7 @@ def _mixture(config: Any, field: str, open_part: Callable[[Any], Records]) -> Re
         paths = {"root": str(file.parent / entry["root"]) if entry.get("root") else "", "meta": entry.get("meta", "")}
         if source == "jsonl":
             paths["meta"] = str(file.parent / paths["meta"])
+        paths |= {rule: entry[rule] for rule in ("exif", "mask_rule") if rule in entry}
         fraction = 0.0 if source == "scenes" else config.data.validation_fraction
         try:
             data = dataclasses.replace(config.data, source=source, validation_fraction=fraction, **paths)
@@ -207,6 +213,11 @@ def _mixture(config: Any, field: str, open_part: Callable[[Any], Records]) -> Re
     if empty:
         _name_empty(sources, empty)
     return Mixture(sources, seed=config.seed)
+
+
+def _reading(data: Any) -> Reading:
+    """How the files of `config.data` are read; what is not the default is logged."""
+    return Reading(data.exif, data.mask_rule).announce()
 
 
 def _scenes(config: Any, held_out: bool) -> composition.ScenesConfig:

@@ -1,144 +1,25 @@
 """Image and mask geometry on the host: numpy and Pillow, no JAX.
 
-In: files or arrays as they are on disk. Out: uint8 RGB images and masks at the sizes of the model. The
-interpolations are those of the reference (reference/NUMERICS.md §4, §8): Pillow's antialiased bicubic for
-the MLLM image and the SFT mask, OpenCV's bilinear and bicubic without antialiasing for stage 1.
+In: arrays as images.py and masks.py read them (whose functions are named here too). Out: uint8 RGB images and
+masks at the sizes of the model. The interpolations are those of the reference (reference/NUMERICS.md §4, §8):
+Pillow's antialiased bicubic for the MLLM image and the SFT mask, OpenCV's bilinear and bicubic without antialiasing
+for stage 1.
 """
 
-from collections.abc import Iterator
-import contextlib
 import functools
 import io
-import logging
 import math
-import os
-import threading
-import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-MIN_SIDE = 8  # pixels; anything smaller shows nothing and is refused
+from alto_jax.data.images import check_size as check_size
+from alto_jax.data.images import open_image as open_image
+from alto_jax.data.images import open_labels as open_labels
+from alto_jax.data.masks import open_mask as open_mask
+
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
-_ORIENTATION = 0x0112  # EXIF tag
-_log = logging.getLogger(__name__)
-_notes = threading.local()
-_noted: set[str] = set()  # What has been logged as a warning.
-
-
-@contextlib.contextmanager
-def noting() -> Iterator[list[tuple[str, str]]]:
-    """Collects (file, what) of the images that this thread reads and that had to be converted."""
-    before, _notes.found = getattr(_notes, "found", None), []
-    try:
-        yield _notes.found
-    finally:
-        _notes.found = before
-
-
-def _note(path: str | os.PathLike, what: str) -> None:
-    if what not in _noted:
-        _noted.add(what)
-        _log.warning("%s: %s (logged once; prepare --check lists all such files)", os.fspath(path), what)
-    if getattr(_notes, "found", None) is not None:
-        _notes.found.append((os.fspath(path), what))
-
-
-def open_image(path: str | os.PathLike, min_side: int = MIN_SIDE) -> np.ndarray:
-    """Reads an image file of any mode, upright.
-
-    Args:
-      path: the file.
-      min_side: smallest width and height accepted, in pixels.
-
-    Returns:
-      uint8[H, W, 3] RGB, rotated as its EXIF orientation says; alpha is dropped, 16 bits become 8.
-
-    Raises:
-      ValueError: the file is missing, is no complete image, or is too small; the message names it.
-    """
-    image = _open(path, "image")
-    if image.mode not in ("RGB", "L"):
-        _note(path, f"colour mode {image.mode}, converted to RGB")
-    return check_size(np.asarray(_to_rgb(image)), path, min_side)
-
-
-def open_mask(path: str | os.PathLike, allow_empty: bool = False, min_side: int = MIN_SIDE) -> np.ndarray:
-    """Reads a mask file.
-
-    Args:
-      path: the file. In 1-bit and palette images everything but 0 is foreground; in others the values
-        above 127, or above 0 where no value is above 127 (masks stored as 0 and 1).
-      allow_empty: accept a mask without foreground.
-      min_side: smallest width and height accepted, in pixels.
-
-    Returns:
-      uint8[H, W] in {0, 255}.
-
-    Raises:
-      ValueError: unreadable, too small, or empty; the message names the file.
-    """
-    image = _open(path, "mask")
-    if image.mode in ("1", "P"):
-        mask = np.asarray(image) > 0
-    else:
-        values = np.asarray(image if image.mode == "L" else _to_rgb(image).convert("L"))
-        mask = values > (127 if values.max(initial=0) > 127 else 0)
-    check_size(mask, path, min_side, "mask")
-    if not allow_empty and not mask.any():
-        raise ValueError(f"mask {os.fspath(path)} is empty: no pixel is set")
-    return mask.astype(np.uint8) * np.uint8(255)
-
-
-def open_labels(path: str | os.PathLike) -> np.ndarray:
-    """Reads a label map: int32[H, W], the values as stored (palette indices, 8 or 16 bits).
-
-    Raises:
-      ValueError: unreadable, or an image with colours instead of labels; the message names the file.
-    """
-    image = _open(path, "label map")
-    if image.mode not in ("1", "L", "P", "I", "I;16"):
-        raise ValueError(f"label map {os.fspath(path)}: expected one channel or a palette, got mode {image.mode}")
-    return np.asarray(image).astype(np.int32)
-
-
-def check_size(array: np.ndarray, name: str | os.PathLike, min_side: int = MIN_SIDE, what: str = "image") -> np.ndarray:
-    """Returns `array` [H, W, ...]; raises ValueError naming `name` and the size if a side is too short."""
-    height, width = array.shape[:2]
-    if min(height, width) < min_side:
-        raise ValueError(f"{what} {os.fspath(name)} is {width}x{height}; sides must be at least {min_side}")
-    return array
-
-
-def _open(path: str | os.PathLike, what: str) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                image.load()
-                if image.getexif().get(_ORIENTATION, 1) == 1:  # Note: exif_transpose would copy the image.
-                    return image
-                _note(path, "EXIF rotation, turned upright")
-                return ImageOps.exif_transpose(image)
-    except FileNotFoundError as error:
-        raise ValueError(f"{what} {os.fspath(path)} does not exist") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if os.path.isfile(path) and os.path.getsize(path) == 0:
-            raise ValueError(f"{what} {os.fspath(path)} cannot be read: a file of 0 bytes") from error
-        raise ValueError(f"{what} {os.fspath(path)} cannot be read: {error}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
-        image = Image.fromarray((values.clip(0, top) * (255.0 / top) + 0.5).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
 
 
 def squash(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:

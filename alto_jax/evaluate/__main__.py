@@ -16,7 +16,9 @@ from alto_jax.config import ConfigError
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    from alto_jax.data.refcoco import PROTOCOLS  # late: keeps the start fast
+    from alto_jax.data.masks import AUTO, RULES  # late: keeps the start fast
+    from alto_jax.data.reading import EXIF
+    from alto_jax.data.refcoco import PROTOCOLS
 
     found = argparse.ArgumentParser(prog="python -m alto_jax.evaluate", description="Benchmarks and their tables.")
     found.add_argument("--checkpoint", metavar="DIR", help="a run's directory")
@@ -41,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
                        help="the reference's scoring: nearest upsampling, ignored pixels as hits, malformed answers "
                             "decoded from no codes")  # fmt: skip
     found.add_argument("--max-bad-fraction", type=float, default=0.001, help="unreadable samples left out at most")
+    found.add_argument("--exif", choices=EXIF, default="stored", help="EXIF orientation of images: see docs/data.md")
+    found.add_argument("--mask-rule", default=AUTO, help=f"of mask files: {RULES} (docs/data.md)")
     found.add_argument("--scenes", type=int, default=256, help="samples of the built-in benchmark")
     found.add_argument("--paper-rows", metavar="FILE", help='JSON {table: [{"row": name, benchmark: value}]} to add')
     found.add_argument("--title", help="name of our rows (default: the checkpoint's folder)")

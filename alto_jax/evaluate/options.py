@@ -6,6 +6,8 @@ import os
 from typing import Literal
 
 from alto_jax.config import local_path, require
+from alto_jax.data.masks import AUTO, parse_rule
+from alto_jax.data.reading import Exif
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,7 @@ class EvaluateOptions:
       reference: the reference's scoring: nearest upsampling, ignored pixels as hits, malformed answers decoded from no
         codes.
       max_bad_fraction: unreadable samples left out at most.
+      exif, mask_rule: how image and mask files are read, see data/reading.py and data/masks.py.
       scenes: samples of the built-in benchmark.
       paper_rows: JSON file {table: [{"row": name, benchmark: value}]} to add to the tables.
       title: name of our rows; default: the checkpoint's folder.
@@ -51,6 +54,8 @@ class EvaluateOptions:
     min_pixels: int = 0
     reference: bool = False
     max_bad_fraction: float = 0.001
+    exif: Exif = "stored"
+    mask_rule: str = AUTO
     scenes: int = 256
     paper_rows: str | os.PathLike | None = None
     title: str | None = None
@@ -66,4 +71,5 @@ class EvaluateOptions:
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("scenes", "fsdp", "tensor", "threads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        parse_rule(self.mask_rule, "--mask-rule")
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "0..1")

@@ -7,7 +7,6 @@ The question is followed by "Answer the question using a single word or phrase."
 """
 
 from collections.abc import Mapping, Sequence
-import json
 import logging
 import os
 import pathlib
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from alto_jax import metrics
-from alto_jax.data import coco, files, transforms
+from alto_jax.data import bad_data, coco, files
+from alto_jax.data.reading import AS_STORED, Reading
 
 _log = logging.getLogger(__name__)
 SUFFIX = " Answer the question using a single word or phrase."
@@ -30,13 +30,16 @@ PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity",
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
+Entry = tuple[str, str, pathlib.Path, str, Any, str]  # where, key, image file, question, label, category
+
+
 class Questions:
     """Random access to QuestionRecords of checked entries (where, key, image file, question, label, category)."""
 
-    def __init__(self, entries: Sequence[tuple[str, str, pathlib.Path, str, Any, str]]):
+    def __init__(self, entries: Sequence[Entry], reading: Reading = AS_STORED):
         if not entries:
             raise ValueError("questions: none in this data set")
-        self._entries = entries
+        self._entries, self._reading = entries, reading
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -44,24 +47,32 @@ class Questions:
     def __getitem__(self, index: int) -> dict[str, Any]:
         where, key, file, question, label, category = self._entries[index]
         try:
-            image = transforms.open_image(coco.find_image(file))
+            image = self._reading.photo(coco.find_image(file)).image
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise bad_data.at(where, error) from error
         return {"key": key, "image": image, "question": question + SUFFIX, "label": label, "category": category}
 
 
 def open_questions(
-    family: str, split: str, root: str | os.PathLike, images: str | os.PathLike | None = None
+    family: str,
+    split: str,
+    root: str | os.PathLike,
+    images: str | os.PathLike | None = None,
+    reading: Reading = AS_STORED,
 ) -> Questions:
-    """Opens "pope", "vqav2" or "mme" below the data folder; ValueError says what was expected where."""
+    """Opens "pope", "vqav2" or "mme" below the data folder; ValueError says what was expected where.
+
+    `reading`: of the images (EXIF).
+    """
     root = pathlib.Path(root)
     if family == "mme":
-        return _open_mme(_mme_folder(root))
+        return Questions(_open_mme(_mme_folder(root)), reading)
     folder = pathlib.Path(images) if images is not None else files.find(root, VAL_FOLDERS, "COCO val2014 images")
-    return _open_pope(root, split, folder) if family == "pope" else _open_vqav2(root, folder)
+    entries = _open_pope(root, split, folder) if family == "pope" else _open_vqav2(root, folder)
+    return Questions(entries, reading)
 
 
-def _open_pope(root: pathlib.Path, split: str, images: pathlib.Path) -> Questions:
+def _open_pope(root: pathlib.Path, split: str, images: pathlib.Path) -> list[Entry]:
     name = f"coco_pope_{split}.json"
     file = files.find(root, (f"pope/{name}", f"pope/coco/{name}", name), f"POPE {split}")
     entries = []
@@ -70,16 +81,16 @@ def _open_pope(root: pathlib.Path, split: str, images: pathlib.Path) -> Question
             continue
         where = f"{file} line {number}"
         try:
-            entry = json.loads(line)
+            entry = bad_data.parse_json(line, where)
             label = {"yes": "yes", "no": "no"}[entry["label"]]
             key, question = f"pope/{split}/{entry['question_id']}", str(entry["text"])
             entries.append((where, key, images / entry["image"], question, label, split))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{where}: expected question_id, image, text, label yes or no: {error!r}") from error
-    return Questions(entries)
+    return entries
 
 
-def _open_vqav2(root: pathlib.Path, images: pathlib.Path) -> Questions:
+def _open_vqav2(root: pathlib.Path, images: pathlib.Path) -> list[Entry]:
     folder = files.find(root, ("vqav2", "VQAv2"), "VQAv2")
     file = folder / "v2_OpenEnded_mscoco_val2014_questions.json"
     questions = files.load_json(file, dict)
@@ -97,7 +108,7 @@ def _open_vqav2(root: pathlib.Path, images: pathlib.Path) -> Questions:
         raise ValueError(
             f"{file}: expected questions and annotations with question_id, image_id, answers: {error!r}"
         ) from error
-    return Questions(entries)
+    return entries
 
 
 def _mme_folder(root: pathlib.Path) -> pathlib.Path:
@@ -110,7 +121,7 @@ def _mme_folder(root: pathlib.Path) -> pathlib.Path:
     )
 
 
-def _open_mme(root: pathlib.Path) -> Questions:
+def _open_mme(root: pathlib.Path) -> list[Entry]:
     """MME: in each category an image and a text file of the same stem, lines "question<tab>Yes|No".
 
     They lie beside each other, or in images/ and questions_answers_YN/, as published.
@@ -138,7 +149,7 @@ def _open_mme(root: pathlib.Path) -> Questions:
         raise ValueError(f"{root}: expected folders such as existence/ with *.txt; none is there")
     if missing:
         _log.warning("%s: no questions of %s: the sums of MME are without them", root, ", ".join(missing))
-    return Questions(entries)
+    return entries
 
 
 # --- scores -----------------------------------------------------------------------------------------

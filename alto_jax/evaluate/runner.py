@@ -124,14 +124,14 @@ def _example(task: Any, index: int) -> dict:
     try:
         return task.example(index)
     except (ValueError, OSError) as error:
-        return {"line": {"error": " ".join(str(error).split())}}
+        return {"line": {"error": bad_data.one_line(error), "kind": bad_data.kind_of(error)}}
 
 
 def _count(bad: Any, lines: Sequence[dict]) -> None:
     """Counts and logs the samples among `lines` that have no result; ValueError above the limit."""
     for line in lines:
         if "error" in line:
-            bad.add(line["index"], line["error"])
+            bad.add(line["index"], line["error"], line.get("kind", ""))
 
 
 class _Timing:
@@ -177,7 +177,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     for task in tasks:
         lines, times = runner.run(task, {"checkpoint": identity})
         if jax.process_index() == 0:
-            kinds = Counter(bad_data.kind_of(line["error"]) for line in lines if "error" in line)
+            kinds = Counter(line.get("kind", "other") for line in lines if "error" in line)
             found[task.name] = {"family": task.family, "benchmark": task.benchmark, **task.options,
                                 **task.summary(lines), "bad_by_kind": dict(sorted(kinds.items()))}  # fmt: skip
             timing[task.name], samples[task.name] = times, lines

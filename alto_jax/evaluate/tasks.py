@@ -11,8 +11,9 @@ import numpy as np
 from alto_jax import layers, metrics
 from alto_jax.batch import MaskBatch, PromptBatch
 from alto_jax.config import ConfigError
-from alto_jax.data import benchmarks, transforms
+from alto_jax.data import benchmarks, images, transforms
 from alto_jax.data.examples import mask_example
+from alto_jax.data.reading import Reading
 from alto_jax.data.sa1b import Sa1bMasks
 from alto_jax.data.source import Records
 from alto_jax.evaluate import questions, results
@@ -101,7 +102,7 @@ def _tasks_of(
         raise ConfigError(f"--benchmark: {name} needs a whole model (stage 2 or 3); for a mask tokenizer alone: "
                           f"tokenizer_{name}")  # fmt: skip
     if found.family in questions.MAX_NEW_TOKENS:
-        asked = questions.open_questions(found.family, found.split, options.data, options.images)
+        asked = questions.open_questions(found.family, found.split, options.data, options.images, _reading(options))
         return [QuestionTask(answerer, found, _first(asked, options.limit))]
     source = _referring_source(name, options)
     modes = ("adaptive", "fixed") if options.length == "both" else (options.length,)
@@ -111,15 +112,21 @@ def _tasks_of(
 def _referring_source(name: str, options: EvaluateOptions) -> Records:
     if name == "scenes":
         return _first(benchmarks.SceneReferring(options.scenes), options.limit)
-    return _first(
-        benchmarks.open_benchmark(name, options.data, protocol=options.protocol, images=options.images), options.limit
+    opened = benchmarks.open_benchmark(
+        name, options.data, protocol=options.protocol, images=options.images, reading=_reading(options)
     )
+    return _first(opened, options.limit)
 
 
 def _mask_source(name: str, options: EvaluateOptions) -> Records:
     if name == "sa1b":
-        return _first(Sa1bMasks(options.data, train=False), options.limit)
+        return _first(Sa1bMasks(options.data, train=False, reading=_reading(options)), options.limit)
     return _referring_source(name, options)
+
+
+def _reading(options: EvaluateOptions) -> Reading:
+    """How raw files are read; what is not the default is logged."""
+    return Reading(options.exif, options.mask_rule).announce()
 
 
 def _first(source: Records, limit: int) -> Records:
@@ -150,7 +157,7 @@ class Answerer:
     def example(self, record: dict[str, Any], *, prefix: str = "", **questions: str) -> dict[str, Any]:
         """Images and prompt ids (a list a question) of a record; `prefix` begins the answer to the "prompt"."""
         image, size = record["image"], self.cfg
-        transforms.check_size(image, f"of record {record['key']}")
+        images.check_size(image, f"of record {record['key']}")
         example = {"image": transforms.squash(image, size.need_vision().image_size), "key": record["key"]}
         example["pixel_image"] = transforms.squash(record.get("pixel_image", image), size.tokenizer.image_size)
         for name, question in questions.items():

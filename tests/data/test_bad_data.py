@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from alto_jax.data import bad_data, benchmarks, pipeline, prepare, transforms
+from alto_jax.data import bad_data, benchmarks, images, pipeline, prepare
 from alto_jax.data.conversations import Conversations
 from alto_jax.data.examples import chat_example
 from alto_jax.data.sa1b import Sa1bMasks
@@ -16,7 +16,7 @@ from tests.data import replicas
 from tests.data.test_prepare import NONE, job
 
 GOOD = 16
-ODD = {"CMYK": "CMYK", "P": "mode P", "I;16": "I;16", "exif": "EXIF rotation"}  # colour mode → how it is reported
+ODD = {"CMYK": "CMYK", "P": "mode P", "I;16": "I;16", "exif": "EXIF orientation"}  # colour mode → how it is reported
 
 
 def image_files(good: bytes) -> dict:
@@ -134,17 +134,16 @@ def test_odd_images_are_converted_and_named(tmp_path, caplog):
     wanted = {"alpha.png": "RGBA", "plain.jpg": None} | {f"{n}.jpg".replace(";", "_"): what for n, what in ODD.items()}
     for mode in ODD:
         (tmp_path / f"{mode}.jpg".replace(";", "_")).write_bytes(files[mode](0))
-    transforms._noted.clear()
+    images._noted.clear()
     plain = np.asarray(photo).astype(int)
     for name, note in wanted.items():
         for _ in range(2):
-            with transforms.noting() as notes:
-                image = transforms.open_image(tmp_path / name)
+            with images.noting() as notes:
+                image = images.open_image(tmp_path / name)
             assert [what for _, what in notes] == ([] if note is None else [notes[0][1]]) and (note or "") in str(notes)
         assert image.dtype == np.uint8
-        upright = np.rot90(image) if name == "exif.jpg" else image
         grey = plain.mean(-1, keepdims=True) if name == "I_16.jpg" else plain
-        assert upright.shape == (40, 60, 3) and np.abs(upright - grey).mean() < 15, name
+        assert image.shape == (40, 60, 3) and np.abs(image - grey).mean() < 15, name
     assert len(caplog.records) == 5 and all(str(tmp_path) in message for message in caplog.messages)
 
 
@@ -179,7 +178,7 @@ def test_evaluation_counts_bad_samples(tmp_path):
 def test_limit_is_a_fraction():
     bad = bad_data.BadRecords(5000, 0.001)
     for index in (1, 1, 2, 3, 4, 5, 5):
-        bad.add(index, "x is empty")
+        bad.add(index, bad_data.RecordError("x", "empty mask"))
     with pytest.raises(ValueError, match=r"y \(6 bad of 5000 records \(5 empty mask, 1 other\)"):
         bad.add(6, "y")
     with pytest.raises(ValueError, match="max_bad_fraction"):

@@ -10,7 +10,6 @@ from PIL import Image
 import pytest
 
 from alto_jax.data import prepare
-from alto_jax.data.bad_data import kind_of
 from alto_jax.evaluate import results, runner
 from alto_jax.train.progress import read_metrics
 from tests.conftest import run_python
@@ -125,17 +124,19 @@ def corrupt_referring(root) -> dict[str, Counter]:
     return expected
 
 
-def reported(stderr: str) -> dict[int, str]:
-    """Record → message of what a run logged as left out."""
-    found = re.findall(r"record (\d+) left out \(\d+ bad of \d+\): (.*)", stderr)
-    assert len(found) == len(dict(found)), "reported twice"
-    return {int(index): message for index, message in found}
+def reported(stderr: str) -> dict[int, tuple[str, str]]:
+    """Record → (kind, message) of what a run logged as left out."""
+    found = re.findall(r"record (\d+) left out \(\d+ bad of \d+, (.*?)\): (.*)", stderr)
+    assert len(found) == len({index for index, _, _ in found}), "reported twice"
+    return {int(index): (kind, message) for index, kind, message in found}
 
 
-def check_reports(messages: dict[int, str], listed: list[dict], expected: dict[str, int], place: str) -> None:
+def check_reports(
+    messages: dict[int, tuple[str, str]], listed: list[dict], expected: dict[str, int], place: str
+) -> None:
     """What a run reported is what `prepare --check` lists: every bad record, by kind, with where it stands."""
-    assert Counter(map(kind_of, messages.values())) == expected
-    assert all(re.search(place, message) for message in messages.values())
+    assert Counter(kind for kind, _ in messages.values()) == expected
+    assert all(re.search(place, message) for _, message in messages.values())
     assert {entry["index"] for entry in listed} == messages.keys()
     assert Counter(kind for _, kind in {(entry["index"], entry["kind"]) for entry in listed}) == expected
 
@@ -185,7 +186,11 @@ def test_stage_one_on_a_folder_with_bad_files(tmp_path, debug_model):
     assert found["with_features"]["giou_adaptive"] == pytest.approx(np.mean(chosen))
 
     refused = train("stage1", tmp_path / "other", 0.1, *flags)
-    errors = [line for line in refused.stderr.splitlines() if "left out (" not in line and "logged once" not in line]
+    errors = [
+        line
+        for line in refused.stderr.splitlines()
+        if "left out (" not in line and "further ones are counted" not in line
+    ]
     assert refused.returncode == 2 and len(errors) == 1
     limit = r"bad of 55 records \(.*\); at most 5 are left out, data.max_bad_fraction is 0.1\)$"
     assert re.match(rf"error: .*sa_\d+\.json.* \(\d+ {limit}", errors[0])
@@ -206,7 +211,7 @@ def test_stage_two_on_conversations_with_bad_files(tmp_path, debug_model):
     messages = reported(done.stderr)
     listed = prepare.check(job("conversations", tmp_path / "chat"))["bad"]
     # Whether a conversation fits the model shows only where its text is rendered.
-    conversations = {i for i, message in messages.items() if kind_of(message) == "conversation"}
+    conversations = {i for i, message in messages.items() if message[0] == "conversation"}
     listed += [{"index": i, "kind": "conversation"} for i in conversations]
     check_reports(messages, listed, expected, r"chat\.jsonl(:| line )\d+")
 
@@ -227,7 +232,12 @@ def test_evaluation_of_data_with_bad_files(tmp_path, debug_model):
         assert task["bad_by_kind"] == dict(sorted(kinds.items())) and task["num_skipped"] == count
         assert task["num_samples"] == listed[name]["records"] - count > 0
         lines = results.read_results(tmp_path / "out" / "results" / f"{name}.joined.adaptive.jsonl")[1]
-        check_reports({x["index"]: x["error"] for x in lines if "error" in x}, listed[name]["bad"], kinds, place[name])
+        check_reports(
+            {x["index"]: (x["kind"], x["error"]) for x in lines if "error" in x},
+            listed[name]["bad"],
+            kinds,
+            place[name],
+        )
         mine = [line for line in done.stderr.splitlines() if f"{name}.joined.adaptive: record" in line]
         assert len(reported("\n".join(mine))) == count
         good = [line["iou"] for line in lines if "error" not in line]

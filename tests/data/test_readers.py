@@ -111,7 +111,7 @@ def test_sa1b_errors_name_file_and_field(sa1b, tmp_path):
         with pytest.raises(ValueError, match=f"sa_1.json.*{message}"):
             Sa1bMasks(sa1b, train=False)[0]
     file.write_text("{")
-    with pytest.raises(ValueError, match="sa_1.json is no readable JSON"):
+    with pytest.raises(ValueError, match="sa_1.json is no JSON"):
         Sa1bMasks(sa1b, train=False)[0]
 
 

@@ -5,48 +5,12 @@ import pickle
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 import pytest
 
-from alto_jax.data import benchmarks, open_vocab, refcoco, rle
+from alto_jax.data import benchmarks, open_vocab, refcoco
 from alto_jax.data.conversations import Conversations
 from alto_jax.mllm import text
 from tests.data import replicas
-
-
-@pytest.mark.parametrize("compressed", [True, False])
-def test_run_lengths_equal_pycocotools(compressed):
-    rng = np.random.default_rng(0)
-    for trial in range(200):
-        height, width = rng.integers(1, 70, 2).tolist()
-        mask = rng.random((height, width)) < rng.choice([0.02, 0.5, 0.97, 0, 1])
-        if trial % 2:
-            mask = np.repeat(np.repeat(mask, 5, 0), 9, 1)[: height * 3, : width * 7]
-        code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-        code["counts"] = code["counts"].decode() if compressed else replicas.runs(mask, "counts")["counts"]
-        np.testing.assert_array_equal(rle.decode(code, *mask.shape, "x"), mask)
-
-
-@pytest.mark.parametrize(
-    ("segmentation", "message"),
-    [
-        ({"size": [4, 4], "counts": "abc~"}, "does not decode"),
-        ({"size": [4, 4], "counts": "é"}, "does not decode"),
-        ({"size": [4, 4], "counts": ""}, "does not decode: it is empty"),
-        ({"size": [4, 4], "counts": "o"}, "cut short"),
-        ({"size": [4, 4], "counts": [3, 5]}, "add up to 8 of 16"),
-        ({"size": [4, 4], "counts": [-3, 19]}, "does not decode"),
-        ({"size": [4, 4], "counts": None}, "does not decode"),
-        ({"size": [4, 5], "counts": [20]}, "size differs"),
-        ([[1, 2, 3]], "at least 3 points"),
-        ([], "no polygon"),
-        ([[0, 0, 1, float("nan"), 1, 1]], "not finite"),
-        (None, "expected run lengths or polygons"),
-    ],
-)
-def test_broken_segmentations_are_refused(segmentation, message):
-    with pytest.raises(ValueError, match=f"here: segmentation.*{message}"):
-        rle.decode(segmentation, 4, 4, "here")
 
 
 @pytest.mark.parametrize("dataset", ["refcoco", "refcoco+", "refcocog", "grefcoco"])
@@ -105,7 +69,7 @@ def test_errors_say_what_was_expected_where(tmp_path):
     source = benchmarks.open_benchmark("refcoco_val", tmp_path, images=tmp_path / "pictures/mscoco/images/train2014")
     assert len(source) == 2
     (tmp_path / "refcoco" / "instances.json").write_text("{")
-    with pytest.raises(ValueError, match=r"instances\.json: no JSON"):
+    with pytest.raises(ValueError, match=r"instances\.json is no JSON"):
         benchmarks.open_benchmark("refcoco_val", tmp_path, images=tmp_path)
 
 

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 import pytest
 
 from alto_jax import metrics
@@ -130,69 +129,3 @@ def test_jpeg_augmentation_changes_little():
     again = transforms.jpeg_augment(image, np.random.default_rng(3))
     assert again.shape == image.shape
     assert 0 < np.abs(again.astype(int) - image).mean() < 8
-
-
-def picture(height=20, width=30) -> np.ndarray:
-    image = np.zeros((height, width, 3), np.uint8)
-    image[:, : width // 2] = (255, 0, 0)
-    image[:, width // 2 :] = (0, 0, 255)
-    return image
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "LA", "1"])
-def test_every_mode_becomes_rgb(mode, tmp_path):
-    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
-    Image.fromarray(picture()).convert(mode).save(path)
-    image = transforms.open_image(path)
-    assert image.shape == (20, 30, 3) and image.dtype == np.uint8
-    expected = Image.fromarray(picture()).convert(mode).convert("RGB")
-    np.testing.assert_array_equal(image, np.asarray(expected))
-
-
-def test_sixteen_bits_and_orientation(tmp_path):
-    values = np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)
-    Image.fromarray(values).save(tmp_path / "a.png")
-    image = transforms.open_image(tmp_path / "a.png")
-    assert np.abs(image[..., 0] - values / 257.0).max() <= 0.5 + 1e-6
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown rotated clockwise by 90 degrees
-    Image.fromarray(picture()).save(tmp_path / "b.png", exif=exif)
-    upright = transforms.open_image(tmp_path / "b.png")
-    np.testing.assert_array_equal(upright, np.rot90(picture(), -1))
-
-
-def test_masks_of_all_kinds(tmp_path):
-    mask = np.zeros((10, 12), bool)
-    mask[2:5, 3:9] = True
-    wanted = mask.astype(np.uint8) * 255
-    files = {
-        "bit.png": Image.fromarray(mask),
-        "small.png": Image.fromarray(mask.astype(np.uint8)),
-        "full.png": Image.fromarray(wanted),
-        "rgb.png": Image.fromarray(np.stack([wanted] * 3, -1)),
-    }
-    files["palette.png"] = Image.fromarray(mask.astype(np.uint8) * 7).convert("P")
-    for name, image in files.items():
-        image.save(tmp_path / name)
-        np.testing.assert_array_equal(transforms.open_mask(tmp_path / name), wanted, err_msg=name)
-
-
-def test_bad_files_are_named(tmp_path):
-    (tmp_path / "text.jpg").write_text("no image")
-    Image.fromarray(picture(200, 300)).save(tmp_path / "whole.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
-    Image.fromarray(picture(1, 1)).save(tmp_path / "dot.png")
-    Image.fromarray(picture(1, 40)).save(tmp_path / "line.png")
-    Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "empty.png")
-    for name, message in {
-        "absent.jpg": "does not exist",
-        "text.jpg": "cannot be read",
-        "cut.jpg": "cannot be read",
-        "dot.png": "1x1",
-        "line.png": "40x1",
-    }.items():
-        with pytest.raises(ValueError, match=f"{name}.*{message}"):
-            transforms.open_image(tmp_path / name)
-    with pytest.raises(ValueError, match="empty.png is empty"):
-        transforms.open_mask(tmp_path / "empty.png")
-    assert not transforms.open_mask(tmp_path / "empty.png", allow_empty=True).any()
