@@ -254,7 +254,7 @@ class Segmenter(TokenizerModel):
 
 def _is_whole(value: Any, low: int, high: int) -> bool:
     """Whether a value is an integer of any type (NumPy's too, but no bool) in low..high."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 def _token_count(length: Any, num_tokens: int) -> int | None:
