@@ -27,7 +27,7 @@ class LengthPrediction:
     probs float32[B, L]: probability that the last kept token has index l; expectation float32[B] in
     0..L-1; keep float32[B, L]: 1 for kept tokens, 0 after, with the straight-through gradient;
     num_kept int32[B]: sum of keep, in 1..L; length int32[B]: number of tokens of a label or an encoded
-    mask (equal to num_kept under the "unified" rule); length_loss float32: mean expectation / L.
+    mask (equal to num_kept under the "unified" rule).
     """
 
     probs: Array
@@ -35,7 +35,6 @@ class LengthPrediction:
     keep: Array
     num_kept: Array
     length: Array
-    length_loss: Array
 
 
 def stop_expectation(probs: Array) -> Array:
@@ -111,5 +110,4 @@ class LengthPredictor(nn.Module):
             keep=straight_through_keep(probs, stop_index),
             num_kept=stop_index + 1,
             length=stop_index + (1 if self.length_rule == "unified" else 0),
-            length_loss=jnp.mean(expectation) / num_tokens,
         )
