@@ -1,6 +1,7 @@
 """Good inputs for the fuzz run, and what damages them; all of it a function of a random generator."""
 
 from collections.abc import Iterator
+import copy
 import io
 import json
 import pathlib
@@ -130,7 +131,7 @@ def twist(rng: np.random.Generator, value: Any) -> Any:
 
 def odd(rng: np.random.Generator) -> Any:
     """A value that no reader expects."""
-    return ODD[int(rng.integers(len(ODD)))]
+    return copy.deepcopy(ODD[int(rng.integers(len(ODD)))])
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -233,8 +233,9 @@ class Cases:
             except ValueError as error:
                 refused = error
                 continue
-            assert record["image"].dtype == np.uint8
-            assert all(mask.dtype == np.uint8 for mask in record.get("masks", [record.get("mask", record["image"])]))
+            image, found = record["image"], record["masks"] if "masks" in record else [record["mask"]]
+            assert image is None or (image.dtype == np.uint8 and image.ndim == 3)
+            assert all(mask.dtype == np.uint8 and mask.shape == image.shape[:2] for mask in found)
         if refused is not None:
             raise refused
 

@@ -33,7 +33,7 @@ def find_image(path: pathlib.Path) -> pathlib.Path:
     COCO_train2014_000000000009.jpg of 2014 is 000000000009.jpg in 2017, where it may have moved from train to val, and
     a file_name may begin with its folder (`train2014/COCO_…`). Other names are looked for in the folder alone.
     """
-    if path.is_file():
+    if os.path.isfile(path):  # Note: unlike Path.is_file it raises for no name at all, such as one that is too long.
         return path
     folders = [path.parent]
     while folders[-1].name in _SPLIT_FOLDERS and len(folders) < 3:
@@ -43,7 +43,7 @@ def find_image(path: pathlib.Path) -> pathlib.Path:
         names += [found[1], *(f"COCO_{split}_{found[1]}" for split in ("train2014", "val2014"))]
         folders += [folder / split for folder in folders[1:] for split in _SPLIT_FOLDERS]
     candidates = (folder / name for folder in folders for name in names)
-    return next((file for file in candidates if file.is_file()), path)
+    return next((file for file in candidates if os.path.isfile(file)), path)
 
 
 def whole_number(value: Any, what: str) -> int:

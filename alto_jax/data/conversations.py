@@ -191,7 +191,7 @@ def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int, max_masks: 
         raise ValueError(f"meta file {meta}: {name}.{error}") from error
     if not repeat > 0:
         raise ValueError(f"meta file {meta}: {name}.repeat_time must be above 0, got {repeat}")
-    file = next((base / annotation for base in (root, meta.parent) if (base / annotation).is_file()), None)
+    file = next((base / annotation for base in (root, meta.parent) if os.path.isfile(base / annotation)), None)
     if file is None:
         raise ValueError(f"meta file {meta}: {name}.annotation {root / annotation} does not exist")
     lines = chat_lines.find_lines(file)

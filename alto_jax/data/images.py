@@ -29,6 +29,7 @@ MAX_PIXELS = 2**27  # width times height; reading one of this size takes up to 1
 _FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split()
 _ORIENTATION = 0x0112  # EXIF tag
 _BITS = (8, 10, 12, 14, 16)
+_BAND = 2**24  # pixels that are converted at a time
 _log = logging.getLogger(__name__)
 _notes = threading.local()
 _noted: Counter[str] = Counter()  # How often each note was made; its first, tenth, hundredth … time is logged.
@@ -238,7 +239,7 @@ def to_rgb(image: Image.Image, path: str | os.PathLike) -> np.ndarray:
     """Pixels of any mode as uint8[H, W, 3]; RecordError if their range can't be told."""
     mode = image.mode
     if mode == "RGB":
-        return np.asarray(image)
+        return rgb_array(image)
     if mode == "F" or mode.startswith("I"):
         values, scale, how = _scaled(np.asarray(image), path)
         note(path, f"colour mode {mode}, {how}, converted to RGB")
@@ -249,12 +250,24 @@ def to_rgb(image: Image.Image, path: str | os.PathLike) -> np.ndarray:
     if mode != "L":
         note(path, f"colour mode {mode}, converted to RGB")
     try:
-        if mode in ("P", "PA") and (mode == "PA" or "transparency" in image.info):
+        if mode == "PA" or (mode == "P" and "transparency" in image.info):
             image = image.convert("RGBA")
-        return np.asarray(image.convert("RGB"))
+        return rgb_array(image)
     except Exception as error:  # Note: depends on what Pillow was built with.
         message = f"image {os.fspath(path)}: colour mode {mode} cannot be converted to RGB: {one_line(error)}"
         raise RecordError(message, "colour mode") from error
+
+
+def rgb_array(image: Image.Image) -> np.ndarray:
+    """`np.asarray(image.convert("RGB"))`; of large images in bands, which takes a third of the memory."""
+    width, height = image.size
+    rows = max(_BAND // max(width, 1), 1)
+    if rows >= height:
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    found = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        found[top : top + rows] = np.asarray(image.crop((0, top, width, min(top + rows, height))).convert("RGB"))
+    return found
 
 
 def _scaled(values: np.ndarray, path: str | os.PathLike) -> tuple[np.ndarray, float, str]:

@@ -33,6 +33,7 @@ AUTO = "auto"
 RULES = "auto, nonzero, >N, equals:A,B, ignore:A,B, colour:RRGGBB or alpha"
 _FLAT = 0.6  # Soft edges: at most this share of the values between equals a neighbour (labels: nearly all do).
 _BETWEEN = 0.1  # JPEG: at most this share of the pixels is neither dark nor light.
+_PART = 2**22  # Pixels that are counted at a time.
 _CHROMA = 32  # JPEG: largest difference of the channels of a grey pixel.
 
 
@@ -78,9 +79,10 @@ class _Pixels:
     @functools.cached_property
     def colours(self) -> np.ndarray | None:
         """int32[H, W] as 0xRRGGBB; None for values of more than 8 bits."""
+        if self.palette is not None:
+            return _codes(self.palette)[self.stored]
         if self.rgb is not None:
-            rgb = self.rgb.astype(np.int32)
-            return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
+            return _codes(self.rgb)
         return self.stored.astype(np.int32) * 0x010101 if self.top == 255 else None
 
     @property
@@ -128,10 +130,11 @@ def mask_of(
 
 def _pixels(loaded: images.Loaded, name: str) -> _Pixels:
     image, lossy = loaded.image, loaded.format in ("JPEG", "MPO")
-    alpha = palette = values = None
+    alpha = None
     try:
-        if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-            alpha = np.asarray(image.convert("RGBA").getchannel("A")) > 127
+        if image.mode[-1] in "Aa" or "transparency" in image.info:
+            with_alpha = image if image.mode[-1] in "Aa" else image.convert("RGBA")
+            alpha = np.asarray(with_alpha.getchannel(len(with_alpha.getbands()) - 1)) > 127
             alpha = None if alpha.all() else alpha
         if image.mode == "1":
             values = np.asarray(image).astype(np.uint8) * np.uint8(255)
@@ -148,19 +151,44 @@ def _pixels(loaded: images.Loaded, name: str) -> _Pixels:
             entries = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)[:256]
             palette = np.zeros((256, 3), np.uint8)
             palette[: len(entries)] = entries
-            rgb = palette[values]
-        else:
-            rgb = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+            used = palette[np.array(_distinct(values, 256), int)]
+            grey = palette[:, 1][values] if _spread(used) == 0 else None
+            return _Pixels(values, grey, None, alpha, 255, lossy, palette)
+        rgb = images.rgb_array(image)
     except RecordError:
         raise
     except Exception as error:  # Note: depends on what Pillow was built with.
         message = f"mask {name}: colour mode {image.mode} cannot be read: {one_line(error)}"
         raise RecordError(message, "colour mode") from error
-    red, green, blue = (rgb[..., channel].astype(np.int16) for channel in range(3))
-    most = _CHROMA if lossy else 0
-    is_grey = all(int(np.abs(channel - green).max(initial=0)) <= most for channel in (red, blue))
-    grey = rgb[..., 1] if is_grey else None
-    return _Pixels(grey if values is None else values, grey, rgb, alpha, 255, lossy, palette)
+    grey = rgb[..., 1] if _spread(rgb) <= (_CHROMA if lossy else 0) else None
+    return _Pixels(grey, grey, rgb, alpha, 255, lossy)
+
+
+def _codes(rgb: np.ndarray) -> np.ndarray:
+    """uint8[..., 3] as int32[...] 0xRRGGBB."""
+    found = rgb[..., 0].astype(np.int32)  # Note: in place, for the sake of large files.
+    for channel in (1, 2):
+        found <<= 8
+        found |= rgb[..., channel]
+    return found
+
+
+def _among(values: np.ndarray, wanted: Sequence[float]) -> np.ndarray:
+    """bool[H, W], where a value is one of those wanted (as the file's type has them)."""
+    found = np.zeros(values.shape, bool)
+    for value in wanted:
+        if values.dtype.kind == "f":
+            found |= values == values.dtype.type(value)
+        elif value == int(value) and value <= np.iinfo(values.dtype).max:
+            found |= values == int(value)
+    return found
+
+
+def _spread(rgb: np.ndarray) -> int:
+    """The largest difference between the channels of a pixel."""
+    red, green, blue = (rgb[..., channel] for channel in range(3))
+    pairs = ((red, green), (blue, green))
+    return max(int((np.maximum(a, b) - np.minimum(a, b)).max(initial=0)) for a, b in pairs)
 
 
 def _explicit(pixels: _Pixels, rule: Rule, text: str, name: str) -> np.ndarray:
@@ -175,13 +203,13 @@ def _explicit(pixels: _Pixels, rule: Rule, text: str, name: str) -> np.ndarray:
     if rule.name == "alpha":
         return need(pixels.alpha, "transparency")
     if rule.name == "colour":
-        return np.isin(need(pixels.colours, "colours of 8 bits"), np.array(rule.values, np.int32))
+        return _among(need(pixels.colours, "colours of 8 bits"), rule.values)
     if rule.name == ">":
         return need(pixels.grey, "grey values") > rule.values[0]
     if rule.name == "nonzero" and pixels.values is None:
         return need(pixels.colours, "values") != 0
     values = need(pixels.values, "one value a pixel")
-    named = np.isin(values, np.array(rule.values, values.dtype if values.dtype.kind == "f" else np.float64))
+    named = _among(values, rule.values)
     return named if rule.name == "equals" else (values != 0) & ~named
 
 
@@ -248,10 +276,12 @@ def _soft(grey: np.ndarray, top: float, lossy: bool) -> bool:
 
 
 def _distinct(values: np.ndarray, most: int = 7) -> list[int | float]:
-    """The smallest distinct values, sorted, at most so many."""
+    """The smallest distinct values, sorted, at most so many; of large files of more than 8 bits, those of a sample."""
+    flat = values.ravel()
     if values.dtype == np.uint8:
-        return np.flatnonzero(np.bincount(values.ravel(), minlength=256))[:most].tolist()
-    return np.unique(values)[:most].tolist()
+        parts = (flat[at : at + _PART] for at in range(0, flat.size, _PART))  # Note: bincount takes 8 bytes a pixel.
+        return np.flatnonzero(sum(np.bincount(part, minlength=256) for part in parts))[:most].tolist()
+    return np.unique(flat[:: flat.size // _PART + 1])[:most].tolist()
 
 
 def _summary(pixels: _Pixels) -> str:
@@ -265,7 +295,10 @@ def _summary(pixels: _Pixels) -> str:
 def _advice(pixels: _Pixels) -> Sequence[str]:
     """Rules that fit a form."""
     if pixels.values is None:  # the colour of most pixels that are not black
-        colours, counts = np.unique(pixels.stored[pixels.stored != 0], return_counts=True)
+        some = pixels.stored.ravel()[:: pixels.stored.size // _PART + 1]
+        colours, counts = np.unique(some[some != 0], return_counts=True)
+        if not len(colours):
+            return ("nonzero",)
         return (f"colour:{int(colours[np.argmax(counts)]):06x}", "nonzero")
     found = _distinct(pixels.stored)
     if pixels.stored.dtype.kind == "f":
