@@ -22,6 +22,7 @@ setup(
     packages=find_packages(include=["alto_jax", "alto_jax.*", "configs", "tools", "tools.*"]),
     install_requires=[
         "absl-py>=2.1",
+        "cloudpickle>=3",
         "clu>=0.0.12",
         "einops>=0.8",
         "flax>=0.12",

@@ -40,7 +40,10 @@ class DataConfig:
     are an error. length_buckets: a stage-2 batch is cut to the shortest of these lengths that its rows fit in (one
     program each; one process only), () keeps max_length. pack_samples: up to so many conversations share a row of
     stage 2 (1: each has its own); train.batch_size then counts rows, max_masks still the masks of a conversation.
-    use_caches: take SAM features and mask tokens from prepared data sets that have them. validation_fraction: share of
+    use_caches: take SAM features and mask tokens from prepared data sets that have them. num_threads: threads that
+    read (0: one for each core of the machine, at most 16). num_workers: processes that read in their place, for steps
+    that want more than threads of one process can give (0: none, -1: one for each core but two). allow_changed: go on
+    from a checkpoint of another data set, at the same place of its order. validation_fraction: share of
     the images, by a hash of their names (data/split.py), that training leaves out and evaluation takes (0: none; the
     built-in data hold out shapes of their own). exif: what is done about the EXIF orientation of images: "stored"
     (nothing: annotations are of the pixels as stored), "upright" (images and their masks are turned) or "masks_upright"
@@ -58,11 +61,13 @@ class DataConfig:
     max_masks: int = 1
     system: str | None = None
     base_vocab_size: int = 512
-    num_threads: int = 2
+    num_threads: int = 0
+    num_workers: int = 0
     max_bad_fraction: float = 0.001
     length_buckets: tuple[int, ...] = ()
     pack_samples: int = 1
     use_caches: bool = True
+    allow_changed: bool = False
     validation_fraction: float = 0.0
     exif: Exif = "stored"
     mask_rule: str = AUTO
@@ -74,6 +79,8 @@ class DataConfig:
         fits = self.validation_fraction == 0 or 0 < self.validation_fraction < most
         expected = f"0 with source {self.source!r}" if most == 0 else "at least 0 and below 1"
         require(fits, "validation_fraction", self.validation_fraction, expected)
+        require(self.num_threads >= 0, "num_threads", self.num_threads, "at least 0")
+        require(self.num_workers >= -1, "num_workers", self.num_workers, "at least -1")
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "0..1")
         fits = all(8 <= length <= self.max_length for length in self.length_buckets)
         require(fits, "length_buckets", self.length_buckets, f"lengths in 8..{self.max_length}")
@@ -342,6 +349,8 @@ _FREE_FIELDS = (
     "sft.max_supervised",
     "mesh.",
     "data.num_threads",
+    "data.num_workers",
+    "data.allow_changed",
     "data.max_bad_fraction",
     "data.length_buckets",
 )

@@ -1,10 +1,10 @@
 """Images per second of the stage-2 pipeline: `python -m benchmarks.data [--images 48] [--rounds 9] [--format raw]`.
 
 In one run, on the same files (images and masks) and the same number of threads: bare Pillow (decode; resize images to
-448 and to 1024, masks to 256), the pipeline from raw files (images at both sizes, masks, tokens, batched), and the
-pipeline from a prepared data set. The three take turns in every round, each time in another order; printed are the
-medians over the rounds of the rates, and of each round's ratio to bare Pillow, so that other load on the machine, which
-changes from minute to minute, falls out of the ratios. Photos are scikit-image's.
+448 and to 1024, masks to 256), the pipeline from raw files (images at both sizes, masks, tokens, batched) with threads
+and with as many processes (`--workers`), and the pipeline from a prepared set. They take turns in every round, each
+time in another order; printed are the medians over the rounds of the rates, and of each round's ratio to bare Pillow,
+so that other load on the machine, which changes from minute to minute, falls out of them. Photos are scikit-image's.
 """
 
 import argparse
@@ -71,18 +71,22 @@ def bare(root: pathlib.Path, count: int, threads: int) -> float:
     return count / (time.perf_counter() - start)
 
 
-def piped(source, tok: text.TextTokenizer, threads: int, batch: int, epochs: int) -> float:
+def piped(source, tok: text.TextTokenizer, threads: int, batch: int, epochs: int, workers: int = 0) -> float:
     """Images per second of batches of the training pipeline, once it runs (from the first batch on)."""
     batches = pipeline.chat_batches(
         source, tok, **SIZES, max_length=512, num_image_tokens=256, num_latent_tokens=32, max_masks=1,
-        batch_size=batch, seed=0, num_epochs=epochs, num_threads=threads, prefetch=2,
+        batch_size=batch, seed=0, num_epochs=epochs, num_threads=threads, num_workers=workers,
+        prefetch=2,
     )  # fmt: skip
     iterator, images = iter(batches), 0
-    next(iterator)
+    for _ in range(max(workers, 1)):  # Note: each process starts at its first record.
+        next(iterator)
     start = time.perf_counter()
     for found in iterator:
         images += len(found.ids)
-    return images / (time.perf_counter() - start)
+    rate = images / (time.perf_counter() - start)
+    iterator.close()
+    return rate
 
 
 def main() -> None:
@@ -93,6 +97,7 @@ def main() -> None:
     parser.add_argument("--long-side", type=int, default=0, help="pixels of the photos' long side (SA-1B: 2250)")
     parser.add_argument("--format", default="raw", help="of the prepared data set: raw, png or jpeg")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="reading processes")
     args = parser.parse_args()
     work = pathlib.Path(tempfile.mkdtemp(prefix="alto_jax_bench_"))
     try:
@@ -101,15 +106,18 @@ def main() -> None:
         job = prepare.Job("bench", "chat", Conversations(meta, once=True), SIZES, args.format, 16, 0)
         prepared = Prepared(prepare.prepare(job, work / "prepared", max_bad_fraction=0, workers=args.threads))
         tok = text.TextTokenizer.train_builtin(["Segment the object by adaptive length."] * 50, 300, 1024)
-        rates: dict[str, list[float]] = {"bare Pillow": [], "pipeline, raw files": [], "pipeline, prepared": []}
         piped(prepared, tok, args.threads, args.batch_size, 1)  # imports and caches
         runs = {
             "bare Pillow": lambda: bare(work / "raw", args.images, args.threads),
             "pipeline, raw files": lambda: piped(raw, tok, args.threads, args.batch_size, 2),
+            f"the same, {args.workers} processes": lambda: piped(
+                raw, tok, args.threads, args.batch_size, 4, workers=args.workers
+            ),
             "pipeline, prepared": lambda: piped(prepared, tok, args.threads, args.batch_size, 12),
         }
+        rates: dict[str, list[float]] = {name: [] for name in runs}
         for number in range(args.rounds):
-            names = list(runs)[number % 3 :] + list(runs)[: number % 3]
+            names = list(runs)[number % 4 :] + list(runs)[: number % 4]
             for name in names:
                 rates[name].append(runs[name]())
         size = sum(f.stat().st_size for f in (work / "prepared").rglob("*") if f.is_file()) / args.images

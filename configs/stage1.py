@@ -18,6 +18,7 @@ def get_config(size=None):
     size = common.check_size(size, SIZES, "stage1.py")
     if size == "base":
         config = common.base_config("stage1", common.large_model_types({"tokenizer": common.tokenizer()}))
+        config.data.num_workers = -1
         # Note: as the reference, which took two days on 8 GPUs; docs/hyperparameters.md has all values side by side.
         config.optim = {"lr": 1e-5, "schedule": "reference", "warmup_steps": 1000, "final_ratio": 0.5, "b1": 0.99,
                         "weight_decay": 0.1, "trainable": TRAINED}  # fmt: skip

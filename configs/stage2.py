@@ -20,6 +20,7 @@ def get_config(size=None):
     model = common.mllm(size)
     if size not in common.DEMO_SIZES:
         config = common.base_config("stage2", common.large_model_types(model))
+        config.data.num_workers = -1
         config.data.update({"source": "scenes", "max_length": 1024, "max_masks": 1, "system": common.SYSTEM})
         config.optim = {"lr": 4e-5, "schedule": "cosine", "warmup_steps": 300, "weight_decay": 0.05,
                         "no_decay": NO_DECAY, "trainable": "^(vision|projector|language_model)/",

@@ -35,6 +35,8 @@ def pytest_configure(config):
     if "xla_backend_optimization_level" not in flags_given:
         os.environ["XLA_FLAGS"] = f"{flags_given} --xla_backend_optimization_level=0".strip()
     flags.FLAGS.mark_as_parsed()
+    config.alto_jax_index = tempfile.mkdtemp(prefix="alto_jax_index_")
+    os.environ["ALTO_CACHE"] = config.alto_jax_index
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.alto_jax_cache = tempfile.mkdtemp(prefix="alto_jax_programs_")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.alto_jax_cache
@@ -43,6 +45,7 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
+    shutil.rmtree(config.alto_jax_index, ignore_errors=True)
     if hasattr(config, "alto_jax_cache"):
         shutil.rmtree(config.alto_jax_cache, ignore_errors=True)
 

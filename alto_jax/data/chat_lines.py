@@ -11,14 +11,13 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import pathlib
 import re
 from typing import Any
 
 import numpy as np
 
-from alto_jax.data import bad_data, prompts
+from alto_jax.data import bad_data, index, prompts
 from alto_jax.data.split import file_hash
 from alto_jax.mllm import text
 
@@ -26,41 +25,54 @@ _log = logging.getLogger(__name__)
 _PARTS = {"image": text.IMAGE, "image_url": text.IMAGE}
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
 GOOD, MALFORMED, UNSUPPORTED = range(3)
+_FORM = 1  # Another number finds the records of all files anew: for changes of what is said of a record.
 
 
 class Unsupported(ValueError):
     """A sound record that the model has no place for, such as one of two images."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Lines:
     """Where the records of a file stand, and what they are.
 
-    file: the file. unit: what a record's number counts, "line" or "entry" of a list. starts, ends: int64[N], in bytes.
-    numbers: int64[N]. kinds: uint8[N], GOOD, MALFORMED or UNSUPPORTED.
-    num_masks, num_prompts: uint16[N], see source.Chats. image_hashes: uint64[N], see split.py; 0 without an image.
-    problem: what is wrong with the first record that is not good, "" if all are.
+    The arrays are mapped from a kept index (index.py), for the next start and for other processes.
+
+    Attributes:
+      file: the file. digest: hash of its content.
+      unit: what a record's number counts, "line" or "entry" of a list.
+      starts, ends: int64[N], in bytes; numbers: int64[N].
+      kinds: uint8[N], GOOD, MALFORMED or UNSUPPORTED.
+      num_masks, num_prompts: uint16[N], see source.Chats.
+      image_hashes: uint64[N], see split.py; 0 without an image.
+      problem: what is wrong with the first record that is not good, "" if all are.
     """
 
     file: pathlib.Path
-    unit: str
-    starts: np.ndarray
-    ends: np.ndarray
-    numbers: np.ndarray
-    kinds: np.ndarray
-    num_masks: np.ndarray
-    num_prompts: np.ndarray
-    image_hashes: np.ndarray
-    problem: str
+    index: index.Index
 
-    def usable(self, max_masks: int | None = None) -> np.ndarray:
+    def __post_init__(self) -> None:
+        about = self.index.about
+        self.unit, self.digest, self.problem = str(about["unit"]), str(about["digest"]), str(about["problem"])
+        arrays = self.index.arrays
+        self.starts, self.ends, self.numbers = (arrays[name] for name in ("starts", "ends", "numbers"))
+        self.kinds, self.num_masks, self.num_prompts = (arrays[n] for n in ("kinds", "num_masks", "num_prompts"))
+        self.image_hashes = arrays["image_hashes"]
+
+    def __reduce__(self) -> tuple:
+        return Lines, (self.file, self.index)
+
+    def usable(self, max_masks: int | None = None) -> np.ndarray | range:
         """The rows of all records but the unsupported ones and those of more than `max_masks` masks, int64[n].
 
         Malformed ones stay, to be reported when they are read.
         """
         rows = np.flatnonzero(self.kinds != UNSUPPORTED)
-        if max_masks is None:
-            return rows
+        if max_masks is not None:
+            rows = self._few_masks(rows, max_masks)
+        return range(len(self.kinds)) if len(rows) == len(self.kinds) else rows
+
+    def _few_masks(self, rows: np.ndarray, max_masks: int) -> np.ndarray:
         many = self.num_masks[rows] > max_masks
         if many.any():
             _log.warning(
@@ -79,22 +91,30 @@ class Lines:
 
 
 def find_lines(file: pathlib.Path) -> Lines:
-    """Finds the records of a file; all are parsed once to see what they are, and kept while the file is unchanged.
+    """Finds the records of a file; all are parsed once to see what they are, and that is kept for an unchanged file.
 
     Raises:
       ValueError: the file can't be read, holds no record, or begins as a list and is none.
     """
     try:
-        state = file.stat()
+        found = Lines(file, index.of_file("records", _FORM, file, lambda: _find_lines(file)))
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
-    return _find_lines(os.fspath(file), state.st_size, state.st_mtime_ns)
+    passed_over = int((found.kinds == UNSUPPORTED).sum())
+    if passed_over:
+        unsupported = found.index.about["unsupported"]
+        _tell(f"{passed_over} of {len(found.kinds)} records are passed over, such as {unsupported}")
+    return found
 
 
-@functools.lru_cache(maxsize=64)
-def _find_lines(name: str, size: int, changed: int) -> Lines:
-    del size, changed  # They are there for the cache.
-    file = pathlib.Path(name)
+@functools.cache
+def _tell(warning: str) -> None:
+    """Logs a warning once, however often a file is opened."""
+    _log.warning("%s", warning)
+
+
+def _find_lines(file: pathlib.Path) -> index.Index:
+    """What the records of a file are."""
     problems: dict[int, str] = {}
     with open(file, "rb") as stream:
         is_list = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
@@ -114,17 +134,15 @@ def _find_lines(name: str, size: int, changed: int) -> Lines:
             problems.setdefault(kind, str(error))
         for column, value in zip(columns, (start, end, number, kind, masks, count, image)):
             column.append(value)
-    starts, ends, numbers, kinds, num_masks, num_prompts = (np.array(column, np.int64) for column in columns[:-1])
-    hashes = np.array(columns[-1], np.uint64)
-    if len(kinds) == 0:
+    if len(columns[0]) == 0:
         raise ValueError(f"{file} holds no {unit}")
-    passed_over = int((kinds == UNSUPPORTED).sum())
-    if passed_over:
-        _log.warning("%d of %d records are passed over, such as %s", passed_over, len(kinds), problems[UNSUPPORTED])
-    problem = next(iter(problems.values()), "")
-    small = lambda counts: np.minimum(counts, 65535).astype(np.uint16)
-    kinds, num_masks, num_prompts = kinds.astype(np.uint8), small(num_masks), small(num_prompts)
-    return Lines(file, unit, starts, ends, numbers, kinds, num_masks, num_prompts, hashes, problem)
+    names = ("starts", "ends", "numbers", "kinds", "num_masks", "num_prompts", "image_hashes")
+    arrays = {name: np.asarray(column) for name, column in zip(names, columns, strict=True)}
+    arrays["kinds"] = arrays["kinds"].astype(np.uint8)
+    for name in ("num_masks", "num_prompts"):
+        arrays[name] = np.minimum(arrays[name], 65535).astype(np.uint16)
+    about = {"unit": unit, "problem": next(iter(problems.values()), ""), "unsupported": problems.get(UNSUPPORTED, "")}
+    return index.Index(about, arrays)
 
 
 def _jsonl_lines(file: pathlib.Path) -> Iterator[tuple[int, int, int, bytes]]:

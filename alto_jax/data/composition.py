@@ -206,6 +206,10 @@ class Scenes:
         if not self._backgrounds:
             raise ValueError(f"vocabulary: every photo shows one of these: {config.vocabulary!r}")
 
+    def __reduce__(self) -> tuple:
+        """Another process opens the pictures for itself."""
+        return type(self), (self.config,)
+
     def __len__(self) -> int:
         return self.config.num_scenes
 

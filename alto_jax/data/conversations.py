@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from alto_jax.config import ConfigError
-from alto_jax.data import bad_data, chat_lines, transforms
+from alto_jax.data import bad_data, chat_lines, identity, transforms
 from alto_jax.data.reading import AS_STORED, Reading
 from alto_jax.data.split import ImageSplit, image_hash, image_name
 
@@ -27,16 +27,48 @@ _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """Which lines are used, in order: all of `usable` (row numbers) `whole` times, then its places `rest` once."""
+
+    usable: np.ndarray | range
+    whole: int
+    rest: np.ndarray
+
+    def __len__(self) -> int:
+        return self.whole * len(self.usable) + len(self.rest)
+
+    def __getitem__(self, index: int) -> int:
+        over = index - self.whole * len(self.usable)
+        return int(self.usable[index % len(self.usable) if over < 0 else int(self.rest[over])])
+
+    def rows(self) -> np.ndarray:
+        """All of them, int[N]."""
+        usable = np.asarray(self.usable, np.int64)
+        return np.concatenate([np.tile(usable, self.whole), usable[self.rest]])
+
+    def part(self, on_side: np.ndarray) -> "_Chosen":
+        """Those of the places bool[n] of `usable`."""
+        places = np.cumsum(on_side) - 1
+        return _Chosen(np.asarray(self.usable)[on_side], self.whole, places[self.rest[on_side[self.rest]]])
+
+
+@dataclasses.dataclass(frozen=True)
 class _Part:
-    """One data set of the meta file: its lines, which of them can be used, and which are, how often."""
+    """One data set of the meta file: its lines, and which of them are used, how often."""
 
     name: str
     root: pathlib.Path
     lines: chat_lines.Lines
     augment: bool
     reading: Reading
-    usable: np.ndarray
-    chosen: np.ndarray
+    chosen: _Chosen
+
+    def identity(self) -> dict[str, Any]:
+        """Number of records and hash: of the lines and of how often each is used."""
+        chosen = self.chosen
+        usable = () if isinstance(chosen.usable, range) else (np.asarray(chosen.usable, np.int64).tobytes(),)
+        used = (chosen.whole, chosen.rest.tobytes(), *usable)
+        return {"records": len(chosen), "hash": identity.digest(self.lines.digest, *used)}
 
     def key(self, row: int) -> str:
         """The key of line `row`."""
@@ -53,8 +85,8 @@ class _Part:
 class Conversations:
     """Random access to ChatRecords {"key", "image" (None: text alone), "masks", "conversations"} of a meta file.
 
-    Lines are found when opening and parsed when read, so that large files cost little memory. A record is a
-    function of (seed, index).
+    Lines are found once (index.py) and parsed when read, so that large files cost little memory. A record is a
+    function of (seed, index), with `data_augment` also of the epoch.
     """
 
     def __init__(
@@ -89,9 +121,9 @@ class Conversations:
         self._seed = seed
         self._parts = [_open_part(meta, name, entry, seed, max_masks, reading) for name, entry in content.items()]
         if once:
-            whole = lambda part: dataclasses.replace(part, augment=False, chosen=part.usable)
-            self._parts = [whole(part) for part in self._parts]
-        if not any((part.lines.kinds[part.chosen] == chat_lines.GOOD).any() for part in self._parts):
+            each = lambda part: _Chosen(part.chosen.usable, 1, np.zeros(0, np.int64))
+            self._parts = [dataclasses.replace(part, augment=False, chosen=each(part)) for part in self._parts]
+        if not any((part.lines.kinds[part.chosen.rows()] == chat_lines.GOOD).any() for part in self._parts):
             problem = next((part.lines.problem for part in self._parts if part.lines.problem), "")
             raise ValueError(f"meta file {meta}: none of its records can be used: {problem or 'too many masks'}")
         self._ends = np.cumsum([len(part.chosen) for part in self._parts])
@@ -105,10 +137,8 @@ class Conversations:
         found = copy.copy(self)
         found._parts = []
         for part in self._parts:
-            on_side = np.zeros(len(part.lines.kinds), bool)
-            on_side[part.usable] = split.has_hashes(part.hashes(part.usable))
-            changes = {name: rows[on_side[rows]] for name, rows in (("usable", part.usable), ("chosen", part.chosen))}
-            found._parts.append(dataclasses.replace(part, **changes))
+            on_side = split.has_hashes(part.hashes(np.asarray(part.chosen.usable)))
+            found._parts.append(dataclasses.replace(part, chosen=part.chosen.part(on_side)))
         found._ends = np.cumsum([len(part.chosen) for part in found._parts])
         split.require_some(len(found), len(self), ", ".join(str(part.lines.file) for part in self._parts))
         return found
@@ -126,11 +156,11 @@ class Conversations:
         """The data set and line of record `index`, in 0..len-1."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         part = self._parts[number]
-        return part, int(part.chosen[index - (self._ends[number - 1] if number else 0)])
+        return part, part.chosen[index - int(self._ends[number - 1] if number else 0)]
 
     def num_prompts(self) -> np.ndarray:
         """How many requests for one mask each record has, see prompts.Chats; from what was seen when opening."""
-        return np.concatenate([part.lines.num_prompts[part.chosen] for part in self._parts])
+        return np.concatenate([part.lines.num_prompts[part.chosen.rows()] for part in self._parts])
 
     def conversation(self, index: int) -> dict[str, Any]:
         """Record `index` without its masks and without its image, but for "image": None where it has none."""
@@ -139,7 +169,15 @@ class Conversations:
         record = {"key": where, "conversations": entry["conversations"]}
         return record | ({"image": None} if entry["image"] is None else {})
 
+    def identity(self) -> identity.Identity:
+        """What the data are, see identity.py."""
+        return {part.name: part.identity() for part in self._parts}
+
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.at_epoch(index, 0)
+
+    def at_epoch(self, index: int, epoch: int) -> dict[str, Any]:
+        """Record `index` as it is drawn in an epoch."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         index = int(index) % len(self)
@@ -152,7 +190,7 @@ class Conversations:
             raise bad_data.at(where, error) from error
         image = None if photo is None else photo.image
         if part.augment and image is not None:
-            image = transforms.jpeg_augment(image, np.random.default_rng((self._seed, index)))
+            image = transforms.jpeg_augment(image, np.random.default_rng((self._seed, index, epoch)))
         names = {} if image is None else {"image_name": image_name(entry["image"])}
         record = {"key": part.key(row), "image": image, **names, "masks": masks}
         return record | {"conversations": entry["conversations"]}
@@ -163,9 +201,9 @@ class Conversations:
         A malformed line has none; it is counted and reported where records are read.
         """
         for part in self._parts:
-            for row in part.usable:
+            for row in part.chosen.usable:
                 try:
-                    _, entry = part.lines.read(row)
+                    _, entry = part.lines.read(int(row))
                 except ValueError:
                     continue
                 yield [turn["value"] for turn in entry["conversations"]]
@@ -202,5 +240,4 @@ def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int, max_masks: 
     count = len(usable)
     whole, total = int(repeat), max(min(count, 1), round(count * repeat))
     rest = np.sort(np.random.default_rng((seed, count)).permutation(count)[: total - whole * count])
-    chosen = usable[np.concatenate([np.tile(np.arange(count), whole), rest])]
-    return _Part(name, root, lines, augment, reading, usable, chosen)
+    return _Part(name, root, lines, augment, reading, _Chosen(usable, whole, rest))

@@ -4,17 +4,20 @@ In: a random-access source of MaskRecords {"key", "image", "mask"} or ChatRecord
 "masks", "conversations"}, raw or prepared. Out: what `pipeline.py` stacks to batches.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 import ctypes
 import functools
 import os
+import threading
 from typing import Any
 
 import numpy as np
 
-from alto_jax.data import bad_data, images, transforms
+from alto_jax.data import bad_data, identity, images, transforms
 from alto_jax.data.bad_data import RecordError
-from alto_jax.data.source import Source
+from alto_jax.data.source import Source, read
+from alto_jax.data.workers import Workers
 from alto_jax.mllm import text
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -41,8 +44,13 @@ def keep_freed_memory() -> bool:
 class Examples:
     """A source with a transformation, tolerant of a bounded number of bad records.
 
+    Examples are numbered through all epochs: number n is record n mod N as it is in epoch n // N.
     A record whose reading or transformation raises ValueError or OSError is counted, logged with its path and line
     and replaced by the one after it, until more different ones have failed than `bad` allows (see bad_data.py).
+
+    Attributes:
+      bad: the bad records so far.
+      num_threads: threads that `many` reads with when opened; 0: the caller's.
     """
 
     def __init__(
@@ -51,29 +59,90 @@ class Examples:
         transform: Callable[[int, Any], Any],
         max_bad_records: int = 0,
         max_bad_fraction: float = 0.0,
+        *,
+        num_threads: int = 0,
+        num_workers: int = 0,
     ):
+        """Reads nothing yet.
+
+        Args:
+          source: records.
+          transform: `transform(number, record) -> example`.
+          max_bad_records, max_bad_fraction: see bad_data.py.
+          num_threads: that `many` reads with; 0: the caller's.
+          num_workers: processes that read (workers.py); 0: this one.
+        """
         if len(source) == 0:
             raise ValueError("the data source holds no record")
-        keep_freed_memory()
-        self._source, self._transform = source, transform
         self.bad = bad_data.BadRecords(len(source), max_bad_fraction, max_bad_records)
+        self._source, self._length = source, len(source)
+        self._local = functools.partial(_attempt, source, transform, len(source))
+        # Note: with a thread more than processes, one is ready to ask when a process is done.
+        self.num_threads = num_workers + 1 if num_workers else num_threads
+        self._num_workers = num_workers
+        self._users, self._lock = 0, threading.Lock()
+        self._threads: ThreadPoolExecutor | None = None
+        self._workers: Workers | None = None
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._length
 
-    def __getitem__(self, index: int) -> Any:
-        index = int(index)
-        while (example := self.get(index)) is None:
-            index = (index + 1) % len(self)
+    def identity(self) -> identity.Identity:
+        """What data set they are of, see identity.py."""
+        return identity.of(self._source)
+
+    def __getitem__(self, number: int) -> Any:
+        number = int(number)
+        while (example := self.get(number)) is None:
+            epoch, index = divmod(number, len(self))
+            number = epoch * len(self) + (index + 1) % len(self)
         return example
 
-    def get(self, index: int) -> Any:
-        """The example of record `index` itself; None if that is bad."""
-        try:
-            return self._transform(index, self._source[index])
-        except (ValueError, OSError) as error:
-            self.bad.add(index, error)
-            return None
+    def get(self, number: int) -> Any:
+        """The example of `number` itself; None if its record is bad."""
+        index = number % len(self)
+        if self._workers is None:
+            example, error, kind = self._local(number)
+        else:
+            example, error, kind = self._workers(number, f"record {index}")
+        if error is not None:
+            self.bad.add(index, error, kind)
+        return example
+
+    def many(self, numbers: Iterable[int]) -> list[Any]:
+        """The examples of several numbers, in order."""
+        return list((self._threads.map if self._threads else map)(self.__getitem__, numbers))
+
+    def open(self) -> None:
+        """Has threads and processes read from now on; until then, everything is read by the caller."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1 and self.num_threads:
+                self._threads = ThreadPoolExecutor(self.num_threads, thread_name_prefix="reading")
+                self._workers = Workers(self._local, self._num_workers) if self._num_workers else None
+
+    def close(self) -> None:
+        """Ends them when the last who opened them closes; what is being read is dropped."""
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+            if self._threads is not None:
+                self._threads.shutdown(wait=False, cancel_futures=True)
+            if self._workers is not None:
+                self._workers.close()
+
+
+def _attempt(
+    source: Source, transform: Callable[[int, Any], Any], length: int, number: int
+) -> tuple[Any, Exception | None, str]:
+    """(example, None, ""), or (None, what is wrong with the record, of what kind it is)."""
+    keep_freed_memory()
+    epoch, index = divmod(number, length)
+    try:
+        return transform(number, read(source, index, epoch)), None, ""
+    except (ValueError, OSError) as error:
+        return None, error, bad_data.kind_of(error)  # Note: the kind may be the cause's, which another process keeps.
 
 
 def mask_example(record: Mapping[str, Any], image_size: int, mask_size: int) -> tuple[np.ndarray, np.ndarray]:

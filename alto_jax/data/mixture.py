@@ -1,7 +1,12 @@
 """Several sources as one, by weight: record i comes from the same source and row every time.
 
 A weight is the share of the stream. An epoch of the mixture ends when the source that is read slowest has been read
-once, so that no record is lost; the others are read again (each time from the start). The seed draws the order.
+once, so that no record is lost; the others are read again (each time from the start, and drawn anew where their records
+are drawn). Which source record i comes from, and which of its rows, is computed of i: nothing is stored for a record.
+
+A source with a of n records gets record i if floor((i a + c) / n) grows from i to i + 1, and that quotient is the row:
+its records are spread evenly over each stretch. The records that are left go to the other sources in the same way. The
+seed draws the c.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from alto_jax.config import require
-from alto_jax.data import caches
-from alto_jax.data.source import HasConversations, HasImages, HasTexts, Records
+from alto_jax.data import caches, identity
+from alto_jax.data.source import HasConversations, HasImages, HasTexts, Records, read
+
+_LONGEST = 2**32 - 1  # of an epoch that Grain can shuffle
 
 
 class Mixture:
@@ -24,7 +31,7 @@ class Mixture:
     """
 
     def __init__(self, sources: Mapping[str, tuple[Records, float]], *, seed: int = 0):
-        """ValueError: no source, an empty one, a weight that is not above 0, or different caches.
+        """ValueError: no source, an empty one, a weight that is not above 0 or too small, or different caches.
 
         Args:
           sources: name → (source, weight).
@@ -32,46 +39,78 @@ class Mixture:
         """
         require(bool(sources), "mixture", dict(sources), "at least one source")
         for name, (source, weight) in sources.items():
-            require(weight > 0, f"mixture.{name}.weight", weight, "a number above 0")
+            require(0 < weight < float("inf"), f"mixture.{name}.weight", weight, "a number above 0")
             require(len(source) > 0, f"mixture.{name}", len(source), "at least one record")
         self._sources = [source for source, _ in sources.values()]
-        self._names = list(sources)
-        weights = np.array([weight for _, weight in sources.values()], float)
-        shares, sizes = weights / weights.sum(), np.array([len(s) for s in self._sources])
-        counts = np.maximum(sizes, np.round(shares * np.max(sizes / shares)).astype(np.int64))
-        self.counts = dict(zip(self._names, counts.tolist()))
+        self._names, self._seed = list(sources), seed
+        sizes, weights = [len(source) for source in self._sources], [weight for _, weight in sources.values()]
+        # Epochs are as long as the slowest source needs.
+        pace = max(size / weight for size, weight in zip(sizes, weights))
+        if pace * sum(weights) > _LONGEST:
+            slow = max(sources, key=lambda name: len(sources[name][0]) / sources[name][1])
+            raise ValueError(
+                f"mixture.{slow}.weight: with {sources[slow][1]!r} of {sum(weights)!r} an epoch, which reads all of its"
+                f" {len(sources[slow][0])} records, has {pace * sum(weights):.3g} in all; at most {_LONGEST} can be"
+                " shuffled"
+            )
+        self._counts = [max(size, round(weight * pace)) for size, weight in zip(sizes, weights)]
+        self.counts = dict(zip(self._names, self._counts))
         rng = np.random.default_rng(seed)
-        # Every source is spread evenly over the epoch, so that the shares hold in each stretch of it too.
-        places = np.concatenate([(np.arange(count) + rng.random(count)) / count for count in counts])
-        order = np.argsort(places, kind="stable")
-        self._which = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
-        self._row = np.zeros(len(self._which), np.int64)
-        for number, size in enumerate(sizes):
-            mine = self._which == number
-            self._row[mine] = np.arange(int(mine.sum())) % size
+        self._left = [sum(self._counts[number:]) for number in range(len(sizes))]  # when source `number` chooses
+        self._phases = [int(rng.integers(left)) for left in self._left]
         self.caches = caches.same({name: getattr(source, "caches", {}) for name, (source, _) in sources.items()})
         if all(isinstance(source, HasConversations) for source in self._sources):
             self.conversation = self._conversation
 
     def __len__(self) -> int:
-        return len(self._which)
+        return self._left[0]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which source record `index` comes from, and the how manieth of an epoch it is there."""
+        for number, (count, left, phase) in enumerate(zip(self._counts, self._left, self._phases)):
+            before, after = (index * count + phase) // left, ((index + 1) * count + phase) // left
+            if after > before:
+                return number, before
+            index -= before
+        raise IndexError(f"record {index} of {len(self)}")
 
     def image_hashes(self, index: int) -> tuple[int, ...]:
         """Hashes of the images of record `index`, see split.py; () where its source can't tell."""
-        source = self._sources[int(self._which[index])]
-        return source.image_hashes(int(self._row[index])) if isinstance(source, HasImages) else ()
+        number, nth = self.place(index)
+        source = self._sources[number]
+        return source.image_hashes(nth % len(source)) if isinstance(source, HasImages) else ()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._named(index, lambda source, row: source[row])
+        return self.at_epoch(index, 0)
+
+    def at_epoch(self, index: int, epoch: int) -> dict[str, Any]:
+        """Record `index` as it is drawn in an epoch of the mixture."""
+        return self._named(index, read, epoch)
 
     def _conversation(self, index: int) -> dict[str, Any]:
         """Record `index` without images, where every source can give that."""
-        return self._named(index, lambda source, row: source.conversation(row))
+        return self._named(index, lambda source, row, again: source.conversation(row))
 
-    def _named(self, index: int, read: Callable[[Any, int], dict[str, Any]]) -> dict[str, Any]:
-        number = int(self._which[index])
-        record = read(self._sources[number], int(self._row[index]))
+    def _named(self, index: int, read: Callable[[Any, int, int], dict[str, Any]], epoch: int = 0) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        number, nth = self.place(int(index) % len(self))
+        source, count = self._sources[number], self._counts[number]
+        # How often the source was read before: each of its rows up to `rounds` times in an epoch of the mixture.
+        rounds = -(-count // len(source))
+        record = read(source, nth % len(source), epoch * rounds + nth // len(source))
         return {**record, "key": f"{self._names[number]}:{record['key']}"}
+
+    def identity(self) -> identity.Identity:
+        """What the data are, see identity.py."""
+        found: identity.Identity = {}
+        for name, source in zip(self._names, self._sources):
+            parts = identity.of(source)
+            for part, known in parts.items():
+                # The share belongs to it: with another one the same place in the order is another record.
+                added = {"hash": identity.digest(known["hash"], self.counts[name], self._seed)}
+                found[f"{name}/{part}" if part else name] = {**known, **added}
+        return found
 
     def texts(self) -> Iterator[list[str]]:
         """The texts of all sources that have some."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from alto_jax.data.examples import Examples
 from alto_jax.data.prefetch import Ahead
+from alto_jax.data.stream import Numbers
 from alto_jax.parallel.shares import WHOLE, BatchShare
 
 
@@ -100,19 +101,17 @@ class Packed(grain.IterDataset):
         max_segments: int,
         seed: int,
         share: BatchShare = WHOLE,
-        num_threads: int = 4,
     ):
         """Opens the stream.
 
         Args:
-          examples: of `chat_example`.
+          examples: of `chat_example`; with threads or processes, a thread of its own prepares the next batch ahead.
           measure: tokens of record i without reading its images (None: bad); None reads the example.
           make_batch: makes a batch of the examples of each row.
           num_rows: of a batch over all processes.
           max_length, max_segments: see `fill_rows`.
           seed: of the shuffling, which differs from epoch to epoch.
           share: the rows that are read here.
-          num_threads: reading threads; with some, a thread of their own prepares the next batch ahead.
 
         Raises:
           ValueError: rows that do not divide among the devices.
@@ -121,12 +120,11 @@ class Packed(grain.IterDataset):
         self.examples, self.measure, self.make_batch = examples, measure, make_batch
         self.shape = {"num_rows": num_rows, "max_length": max_length, "max_segments": max_segments}
         self.rows = share.rows(num_rows)
-        self.num_threads = num_threads
-        self.order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
+        self.order = Numbers(len(examples)).seed(seed).shuffle().repeat()
 
     def __iter__(self) -> grain.DatasetIterator:
         iterator = _PackedIterator(self)
-        return Ahead(iterator) if self.num_threads else iterator
+        return Ahead(iterator) if self.examples.num_threads else iterator
 
 
 class _PackedIterator(grain.DatasetIterator):
@@ -135,21 +133,22 @@ class _PackedIterator(grain.DatasetIterator):
     def __init__(self, dataset: Packed):
         super().__init__()
         self._dataset, self._position = dataset, 0
-        self._threads = ThreadPoolExecutor(max_workers=max(dataset.num_threads, 1), thread_name_prefix="packing")
+        num_threads = max(dataset.examples.num_threads, 1)
+        self._threads = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="packing")
         self._found: dict[int, Future] = {}
 
     def _example(self, position: int) -> Future:
         """The example at a position of the stream, being read; resolves to None if it is bad."""
         if position not in self._found:
-            index = int(self._dataset.order[position])
-            self._found[position] = self._threads.submit(self._dataset.examples.get, index)
+            number = int(self._dataset.order[position])
+            self._found[position] = self._threads.submit(self._dataset.examples.get, number)
         return self._found[position]
 
     def _length(self, position: int) -> int | None:
         dataset = self._dataset
         if dataset.measure is not None:
             return dataset.measure(int(dataset.order[position]))
-        for ahead in range(2 * dataset.num_threads):
+        for ahead in range(2 * dataset.examples.num_threads):
             self._example(position + ahead)
         example = self._example(position).result()
         return None if example is None else int(example["text_mask"].sum())

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from alto_jax.data import packing
 from alto_jax.data.examples import Examples, chat_example, chat_text, mask_fields, prompt_example
 from alto_jax.data.source import HasConversations, Records, Source
 from alto_jax.mllm import text
@@ -22,7 +21,7 @@ from alto_jax.parallel.shares import WHOLE, BatchShare
 
 
 def batches(
-    examples: Source[Any],
+    examples: Examples | Source[Any],
     make_batch: Callable[[Sequence[Any]], Any],
     *,
     batch_size: int,
@@ -31,13 +30,13 @@ def batches(
     shuffle: bool = True,
     drop_remainder: bool = True,
     share: BatchShare = WHOLE,
-    num_threads: int = 4,
     prefetch: int = 4,
+    allow_changed: bool = False,
 ) -> Any:
     """The common part: shuffle, repeat, slice, batch, prefetch.
 
     Args:
-      examples: random access to examples.
+      examples: random access to examples; `Examples` are read by their threads or processes, others by the caller.
       make_batch: makes a batch of a list of examples.
       batch_size: examples in a batch over all processes.
       seed: of the shuffling, which differs from epoch to epoch.
@@ -45,33 +44,47 @@ def batches(
       shuffle: whether to shuffle.
       drop_remainder: leave out a last batch that is not full; several processes cannot share one.
       share: the rows of each batch that this process reads.
-      num_threads: reading threads; 0 reads in the caller's thread.
-      prefetch: batches kept ready.
+      prefetch: batches kept ready where the examples have threads or processes.
+      allow_changed: see `Stream`.
 
     Returns:
-      A grain.IterDataset.
+      A grain.IterDataset, see `Stream`.
 
     Raises:
       ValueError: a batch size that does not divide among the devices, or too few examples for a batch.
     """
-    import grain  # late: keeps the start fast
+    import grain  # late: readers and their processes run without JAX, which Grain brings
+
+    from alto_jax.data.stream import Numbers, Stream
 
     rows = share.rows(batch_size)
     if not share.is_whole and not drop_remainder:
         raise ValueError(f"drop_remainder: expected True with {share.num_processes} processes, got False")
+    examples = examples if isinstance(examples, Examples) else Examples(examples, lambda _, example: example)
     if num_epochs is not None and drop_remainder and len(examples) * num_epochs < batch_size:
         raise ValueError(f"batch_size: {batch_size} is more than the {len(examples)} records of {num_epochs} epochs")
-    dataset = grain.MapDataset.source(examples).seed(seed)
+    dataset = Numbers(len(examples)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
     dataset = dataset.repeat(num_epochs)
     if not share.is_whole:
         own = functools.partial(_own_row, dataset, batch_size, rows)
         dataset = grain.MapDataset.range(len(dataset) // batch_size * len(rows)).map(own)
-    dataset = dataset.batch(len(rows), drop_remainder=drop_remainder, batch_fn=make_batch)
-    return dataset.to_iter_dataset(
-        grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
-    )
+    made = lambda numbers: make_batch(examples.many(numbers))
+    dataset = dataset.batch(len(rows), drop_remainder=drop_remainder, batch_fn=made)
+    # Note: the examples' threads and processes read; these here put batches together, one while the other waits.
+    num_threads, prefetch = (2, prefetch) if examples.num_threads else (0, 0)
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
+    return Stream(dataset, examples, allow_changed=allow_changed)
+
+
+def _examples(
+    source: Source, transform: Callable[[int, Any], Any], options: Mapping[str, Any]
+) -> tuple[Examples, dict[str, Any]]:
+    """The examples that the options ask for, and the options that are left."""
+    own = ("max_bad_records", "max_bad_fraction", "num_threads", "num_workers")
+    examples = Examples(source, transform, **{"num_threads": 4} | {k: v for k, v in options.items() if k in own})
+    return examples, {k: v for k, v in options.items() if k not in own}
 
 
 def _own_row(stream: Any, batch_size: int, rows: np.ndarray, index: int) -> Any:
@@ -87,8 +100,6 @@ def mask_batches(
     mask_size: int,
     batch_size: int,
     seed: int,
-    max_bad_records: int = 0,
-    max_bad_fraction: float = 0.0,
     **options: Any,
 ) -> Any:
     """Batches of stages 1 and 1.5.
@@ -97,17 +108,16 @@ def mask_batches(
       source: MaskRecords.
       image_size, mask_size: sides of the images and masks in the batch, in pixels.
       batch_size, seed: see `batches`.
-      max_bad_records, max_bad_fraction: bad records that are passed over, see `Examples`.
-      **options: num_epochs, shuffle, drop_remainder, share, num_threads and prefetch of `batches`.
+      **options: num_epochs, shuffle, drop_remainder, share, prefetch and allow_changed of `batches`;
+        max_bad_records, max_bad_fraction, num_threads (4 by default) and num_workers of `Examples`.
 
     Returns:
       A grain.IterDataset of MaskBatch.
     """
-    examples = Examples(
-        source, lambda _, record: mask_fields(record, image_size, mask_size), max_bad_records, max_bad_fraction
-    )
     from alto_jax.batch import MaskBatch  # late: readers and their processes run without JAX
 
+    transform = lambda _, record: mask_fields(record, image_size, mask_size)
+    examples, options = _examples(source, transform, options)
     make_batch = lambda rows: MaskBatch(**{"image": None} | _stack(rows))
     return batches(examples, make_batch, batch_size=batch_size, seed=seed, **options)
 
@@ -128,8 +138,6 @@ def chat_batches(
     system: str | None = text.SYSTEM_MESSAGE,
     length_buckets: Sequence[int] = (),
     pack_samples: int = 1,
-    max_bad_records: int = 0,
-    max_bad_fraction: float = 0.0,
     **options: Any,
 ) -> Any:
     """Batches of stage 2.
@@ -148,7 +156,6 @@ def chat_batches(
         processes, which must agree on a shape without asking each other, it stays at max_length.
       pack_samples: up to so many conversations share a row, see packing.py; more than 1 makes endless, shuffled
         batches and takes no length_buckets.
-      max_bad_records, max_bad_fraction: bad records that are passed over, see `Examples`.
       **options: as in `mask_batches`.
 
     Returns:
@@ -163,7 +170,7 @@ def chat_batches(
     )
     sizes: dict[str, Any] = dict(vision_size=vision_size, image_size=image_size, mask_size=mask_size)
     transform = lambda _, record: chat_example(record, tok, **sizes, **texts)
-    examples = Examples(source, transform, max_bad_records, max_bad_fraction)
+    examples, options = _examples(source, transform, options)
     if pack_samples > 1:
         if length_buckets:
             raise ValueError(f"length_buckets: expected () with pack_samples {pack_samples}, got {length_buckets!r}")
@@ -195,10 +202,13 @@ def _packed_chat_batches(
     options: Mapping[str, Any],
 ) -> Any:
     """Packed batches of stage 2; `texts` are the options of `chat_text`."""
+    from alto_jax.data import packing  # late: as in `batches`
+    from alto_jax.data.stream import Stream
 
     conversation = source.conversation if isinstance(source, HasConversations) else source.__getitem__
 
-    def measure(index: int) -> int | None:
+    def measure(number: int) -> int | None:
+        index = number % len(source)
         try:
             return len(chat_text(conversation(index), tok, **texts)[0])
         except (ValueError, OSError) as error:
@@ -217,7 +227,9 @@ def _packed_chat_batches(
         packed = [packing.pack_row(row, blank(), pack_samples, tok.ids.img_context) for row in rows]
         return ChatBatch(**{"pixel_image": None} | _stack(packed))
 
-    return packing.Packed(
+    allow_changed = bool(options.get("allow_changed", False))
+    options = {name: value for name, value in options.items() if name != "allow_changed"}
+    packed = packing.Packed(
         examples,
         measure if isinstance(source, HasConversations) else None,
         make_batch,
@@ -227,6 +239,7 @@ def _packed_chat_batches(
         seed=seed,
         **options,
     )
+    return Stream(packed, examples, allow_changed=allow_changed)
 
 
 def prompt_batches(
@@ -243,8 +256,6 @@ def prompt_batches(
     system: str | None = text.SYSTEM_MESSAGE,
     answer_prefix: str = "",
     templates: Literal["first", "all", "keep"] = "first",
-    max_bad_records: int = 0,
-    max_bad_fraction: float = 0.0,
     **options: Any,
 ) -> Any:
     """Batches of stage 3: prompts without their answers, and the target masks.
@@ -256,8 +267,7 @@ def prompt_batches(
       max_prompt_length: tokens of a prompt, image tokens included.
       answer_prefix: start of the answer that is given to the model.
       templates: "first": the wording that the reference uses in effect; "all": record i has wording
-        i mod 7; "keep": the human turn as it stands.
-      max_bad_records, max_bad_fraction: bad records that are passed over, see `Examples`.
+        i + e mod 7 in epoch e; "keep": the human turn as it stands.
       **options: as in `mask_batches`.
 
     Returns:
@@ -270,7 +280,10 @@ def prompt_batches(
     if templates not in ("first", "all", "keep"):
         raise ValueError(f"templates: expected 'first', 'all' or 'keep', got {templates!r}")
 
-    def transform(index: int, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    length = len(source)
+
+    def transform(number: int, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        epoch, index = divmod(number, length)
         return prompt_example(
             record,
             tok,
@@ -281,12 +294,12 @@ def prompt_batches(
             num_image_tokens=num_image_tokens,
             system=system,
             answer_prefix=answer_prefix,
-            template={"first": 0, "all": index, "keep": None}[templates],
+            template={"first": 0, "all": index + epoch, "keep": None}[templates],
         )
 
-    examples = Examples(source, transform, max_bad_records, max_bad_fraction)
     from alto_jax.batch import PromptBatch  # late: readers and their processes run without JAX
 
+    examples, options = _examples(source, transform, options)
     make_batch = lambda rows: PromptBatch(**{"pixel_image": None} | _stack(rows))
     return batches(examples, make_batch, batch_size=batch_size, seed=seed, **options)
 

@@ -67,7 +67,9 @@ class Ahead(grain.DatasetIterator):
             self._pending = None
 
     def close(self) -> None:
-        """Lets the thread end when it is done with what it is doing."""
+        """Closes the given iterator and lets the thread end when it is done with what it is doing."""
         # Note: no waiting, since the garbage collector may close this from that very thread.
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if hasattr(self._iterator, "close"):
+            self._iterator.close()
         super().close()

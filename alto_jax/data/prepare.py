@@ -293,7 +293,8 @@ def _write_shard(
         if job.kind == "chat":
             requests.append((prompts.count_requests(raw["conversations"], len(raw["masks"])), len(raw["masks"])))
     writer.close()
-    digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+    with open(temporary, "rb") as written_file:
+        digest = hashlib.file_digest(written_file, "sha256").hexdigest()
     shard: dict[str, Any] = {
         "number": number,
         "seen": stop - start,

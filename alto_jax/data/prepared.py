@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from alto_jax.data import prompts
+from alto_jax.data import identity, prompts
+from alto_jax.data.shards import Shards
 from alto_jax.data.split import ImageSplit, image_hash
 
 _log = logging.getLogger(__name__)
@@ -203,15 +204,13 @@ class Prepared:
         self.caches = self.manifest.get("caches", {}) if use_caches else {}
         self._sized = any(self.manifest["sizes"].values())
         self._rows: np.ndarray | None = None
-        self._images = self._read_images() if (self.directory / IMAGES).is_file() else None
-        self._requests = self._read_requests() if (self.directory / REQUESTS).is_file() else None
+        self._open()
         if max_masks is not None and self._requests is not None:
             many = self._requests[:, 1] > max_masks
             if many.any():
                 _log.warning("%s: %d of %d records have more masks than config.data.max_masks=%d and are passed over",
                              self.directory, many.sum(), len(many), max_masks)  # fmt: skip
                 self._rows = np.flatnonzero(~many)
-        self._open()
 
     def image_hashes(self, index: int) -> tuple[int, ...]:
         """Hash of the image of record `index`, see split.py; () if the set was prepared before these were kept."""
@@ -247,7 +246,7 @@ class Prepared:
     def _read_requests(self) -> np.ndarray:
         file, count = self.directory / REQUESTS, self.manifest["written"]
         try:
-            requests = np.load(file)
+            requests = np.load(file, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{file}: cannot be read: {error}") from error
         if requests.shape != (count, 2):
@@ -264,13 +263,36 @@ class Prepared:
     def _open(self) -> None:
         import tensorflow_datasets as tfds  # late: only prepared sets need it, and it is slow to start
 
+        self._images = self._read_images() if (self.directory / IMAGES).is_file() else None
+        self._requests = self._read_requests() if (self.directory / REQUESTS).is_file() else None
         builder = tfds.builder_from_directory(self.directory)
-        self._source = builder.as_data_source(split=self.manifest["split"])
+        shards = builder.info.splits[self.manifest["split"]].file_instructions
+        self._source = Shards([shard.filename for shard in shards], [shard.take for shard in shards])
         fields = dict(builder.info.features.items())
         self._large = [name for name in ("image", "pixel_image", "features") if name in fields]
         self._small = tfds.features.FeaturesDict({k: v for k, v in fields.items() if k not in self._large})
         texts = {name: tfds.features.Text() for name in ("key", "conversations") if name in fields}
         self._texts = tfds.features.FeaturesDict(texts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process opens the data set for itself."""
+        opened = ("_source", "_large", "_small", "_texts", "_images", "_requests")
+        return {name: value for name, value in vars(self).items() if name not in opened}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __copy__(self) -> "Prepared":
+        found = object.__new__(type(self))
+        vars(found).update(vars(self))
+        return found
+
+    def identity(self) -> identity.Identity:
+        """What the data are, see identity.py: by the hashes of the shards."""
+        shards = [shard["sha256"] for shard in self.manifest["shards"]]
+        rows = () if self._rows is None else (self._rows.tobytes(),)
+        return {"": {"records": len(self), "hash": identity.digest(self.manifest["kind"], shards, *rows)}}
 
     def _stored(self, index: int) -> dict[str, Any]:
         """A record's fields; images and their features not decoded, see `decode`."""
@@ -279,7 +301,7 @@ class Prepared:
         )  # late: only prepared sets need it, and it is slow to start
 
         names = {key for name in self._large for key in (name, f"{name}/value")}
-        values, rest = take_fields(self._source.data_source[index], names)
+        values, rest = take_fields(self._source[index], names)
         fields, large = tf_example_pb2.Example.FromString(rest).features.feature, {}
         for name in self._large:
             shape = fields[f"{name}/shape"].int64_list.value
@@ -320,7 +342,7 @@ class Prepared:
 
     def conversation(self, index: int) -> dict[str, Any]:
         """Record `index` of kind "chat" without its images and masks, but for "image": None where it has none."""
-        example = self._source.data_source[self._row(index)]
+        example = self._source[self._row(index)]
         stored = self._texts.deserialize_example_np(example)
         record = {"key": stored["key"].decode(), "conversations": json.loads(stored["conversations"])}
         return record | ({"image": None} if _is_one_pixel(example) else {})

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from alto_jax.data import identity
 from alto_jax.data.bad_data import RecordError
-from alto_jax.data.source import Chats, HasImages
+from alto_jax.data.source import Chats, HasImages, read
 from alto_jax.mllm import text
 
 
@@ -96,9 +97,18 @@ class Prompts:
         row = int(np.searchsorted(self._ends, index, side="right"))
         return row, index - int(self._ends[row] - self._counts[row])
 
+    def identity(self) -> identity.Identity:
+        """What the data are, see identity.py."""
+        return {name: {**known, "records": len(self)} if name == "" else known
+                for name, known in identity.of(self._source).items()}  # fmt: skip
+
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.at_epoch(index, 0)
+
+    def at_epoch(self, index: int, epoch: int) -> dict[str, Any]:
+        """Prompt `index` of the record as it is drawn in an epoch."""
         row, number = self._find(index)
-        record = self._source[row]
+        record = read(self._source, row, epoch)
         where = f"record {record['key']}"
         question, mask = requests(record["conversations"], len(record["masks"]), where)[number]
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": text.answer(adaptive=True)}]

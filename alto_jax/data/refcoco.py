@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from alto_jax.data import bad_data, coco, files, masks
+from alto_jax.data import bad_data, coco, files, identity, masks
 from alto_jax.data.bad_data import RecordError
 from alto_jax.data.prompts import NoPrompts
 from alto_jax.data.reading import AS_STORED, Reading
@@ -126,6 +126,11 @@ class Referring:
         mask, name = mask.astype(np.uint8) * np.uint8(255), image_name(referent.image)
         return {"key": key, "image": photo.image, "image_name": name, "mask": mask, "phrase": phrase}
 
+    def identity(self) -> identity.Identity:
+        """What the data are, see identity.py: by keys, images and sentences in their order."""
+        named = ((r.key, r.image.name, r.sentences, number) for r, number in self._samples)
+        return {"": {"records": len(self), "hash": identity.digest(*named)}}
+
     def phrases(self) -> Iterator[str]:
         """The sentences of all referents."""
         for referent in dict.fromkeys(referent for referent, _ in self._samples):
@@ -133,7 +138,7 @@ class Referring:
 
 
 class ReferringChats:
-    """ChatRecords of ReferringRecords: fixed and adaptive requests half and half, drawn by (seed, index).
+    """ChatRecords of ReferringRecords: fixed and adaptive requests half and half, drawn by (seed, index, epoch).
 
     Samples without a target become the question whether there is one, answered "No"; where there may be none,
     `yes_fraction` of the others become the same question, answered "Yes".
@@ -147,12 +152,20 @@ class ReferringChats:
     def __len__(self) -> int:
         return len(self.source)
 
+    def identity(self) -> identity.Identity:
+        """What the data are, see identity.py."""
+        return identity.of(self.source)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.at_epoch(index, 0)
+
+    def at_epoch(self, index: int, epoch: int) -> dict[str, Any]:
+        """Record `index` as it is asked in an epoch."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         index = int(index) % len(self)
         record = self.source[index]
-        adaptive, yes = np.random.default_rng((self._seed, index)).random(2) < (
+        adaptive, yes = np.random.default_rng((self._seed, index, epoch)).random(2) < (
             self._adaptive,
             self._yes,
         )

@@ -3,7 +3,7 @@
 In: a folder with `sa_*.json` beside `sa_*.jpg`, flat or in sub-folders (`sa_000000/`). Out: MaskRecords by
 the reference's rule (reference/NUMERICS.md §8): annotations larger than 0.5 % of the squared long side,
 1 to 20 of them merged; in training a square crop around them; at most 1024 pixels; padded to a square.
-Record i is a function of (seed, i), in any order and epoch.
+Record i of epoch e is a function of (seed, i, e), in any order: every epoch draws targets, crop and padding anew.
 """
 
 import copy
@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax.data import bad_data, coco, rle, transforms
+from alto_jax.data import bad_data, coco, identity, rle, transforms
 from alto_jax.data.bad_data import RecordError
+from alto_jax.data.index import FileNames
 from alto_jax.data.reading import AS_STORED, Photo, Reading
 from alto_jax.data.split import ImageSplit, file_hash, image_name
 
@@ -59,7 +60,7 @@ class Sa1bMasks:
             raise ValueError(f"SA-1B folder {self.root} does not exist")
         if draws_per_image < 1:
             raise ValueError(f"draws_per_image: expected at least 1, got {draws_per_image}")
-        self.files = sorted(self.root.rglob("sa_*.json"))
+        self.files = FileNames(self.root, "sa_", ".json")
         if not self.files:
             raise ValueError(f"SA-1B folder {self.root} holds no sa_*.json")
         self._train, self._seed, self._draws = train, seed, draws_per_image if train else 1
@@ -68,22 +69,31 @@ class Sa1bMasks:
     def part(self, split: ImageSplit) -> "Sa1bMasks":
         """The images on one side of a split (an annotation file has its image's name); EmptySplit if there is none."""
         found = copy.copy(self)
-        found.files = [file for file in self.files if split.has((file_hash(file),), "")]
+        hashes = np.fromiter((file_hash(self.files.name(i)) for i in range(len(self.files))), np.uint64)
+        found.files = self.files.take(np.flatnonzero(split.has_hashes(hashes)))
         split.require_some(len(found.files), len(self.files), self.root)
         return found
 
     def image_hashes(self, index: int) -> tuple[int, ...]:
         """Hash of the image of record `index`, see split.py; if it has no large annotation, another is taken."""
-        return (file_hash(self.files[index % len(self.files)]),)
+        return (file_hash(self.files.name(index % len(self.files))),)
 
     def __len__(self) -> int:
         return len(self.files) * self._draws
 
+    def identity(self) -> identity.Identity:
+        """What the data are, see identity.py: by the names of the files."""
+        return {"": {"records": len(self), "hash": identity.digest(self.files.digest, self._train, self._draws)}}
+
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.at_epoch(index, 0)
+
+    def at_epoch(self, index: int, epoch: int) -> dict[str, Any]:
+        """Record `index` as it is drawn in an epoch (without `train`, the same in all)."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         index = int(index) % len(self)
-        rng = np.random.default_rng((self._seed, index))
+        rng = np.random.default_rng((self._seed, index, epoch if self._train else 0))
         file, (height, width), file_name, annotations = self._annotations(index % len(self.files), rng)
         count = len(annotations)
         most = min(_MAX_TARGETS, max(3, count // 2))

@@ -2,7 +2,8 @@
 
 In: a `ScenesConfig` (composition.py). Out: random-access sources of MaskRecords for the mask tokenizer
 (`SceneMasks`) and of ChatRecords for the language model (`SceneChats`). Record i is a function of the
-configuration and i alone. Questions and answers are worded as in the published data (mllm/text.py).
+configuration and i alone, the same in every epoch: `num_scenes` says how many there are. Questions and answers are
+worded as in the published data (mllm/text.py).
 """
 
 import dataclasses
@@ -10,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax.data import phrases
+from alto_jax.data import identity, phrases
 from alto_jax.data.composition import Scene, SceneObject, Scenes, ScenesConfig, mask_complexity
+from alto_jax.data.glyphs import catalogue
 from alto_jax.mllm import text
 
 __all__ = [
@@ -75,6 +77,12 @@ def _require_probability(field: str, value: float) -> None:
         raise ValueError(f"{field}: expected 0..1, got {value!r}")
 
 
+def _identity(scenes: Scenes) -> identity.Identity:
+    """By the pictures that are installed; all else is in the run's configuration."""
+    glyphs = [(glyph.codepoint, glyph.name, glyph.colour, glyph.shape) for glyph in catalogue().glyphs]
+    return {"": {"records": len(scenes), "hash": identity.digest(glyphs)}}
+
+
 class SceneMasks:
     """Random access to MaskRecords {"key", "image", "mask"}: mostly one object, sometimes a union."""
 
@@ -84,6 +92,10 @@ class SceneMasks:
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    def identity(self) -> identity.Identity:
+        """What the data are, see identity.py."""
+        return _identity(self.scenes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         config = self.config
@@ -109,6 +121,10 @@ class SceneChats:
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    def identity(self) -> identity.Identity:
+        """What the data are, see identity.py."""
+        return _identity(self.scenes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         config = self.config

@@ -20,6 +20,19 @@ Records = Source[dict[str, Any]]  # MaskRecords, ChatRecords, ReferringRecords, 
 
 
 @runtime_checkable
+class HasDraws(Protocol):
+    """A source whose records are drawn (a crop, a wording), anew in every epoch."""
+
+    def at_epoch(self, index: int, epoch: int, /) -> dict[str, Any]:
+        """Record `index` as it is drawn in an epoch, a function of the two; in epoch 0 it is `self[index]`."""
+
+
+def read(source: Source[Any], index: int, epoch: int) -> Any:
+    """Record `index` of a source as it is in an epoch."""
+    return source.at_epoch(index, epoch) if isinstance(source, HasDraws) else source[index]
+
+
+@runtime_checkable
 class HasTexts(Protocol):
     """A source of ChatRecords whose texts can be read without its images, for training a text tokenizer."""
 

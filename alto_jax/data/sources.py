@@ -25,10 +25,12 @@ from alto_jax.data.sa1b import Sa1bMasks
 from alto_jax.data.source import Batches, HasImages, HasTexts, Records
 from alto_jax.data.split import EmptySplit, ImageSplit
 from alto_jax.mllm.text import TextTokenizer, question
+from alto_jax.parallel import distributed
 from alto_jax.parallel.shares import WHOLE, BatchShare
 
 S = TypeVar("S", Conversations, Prepared, Sa1bMasks, refcoco.Referring)
 _log = logging.getLogger(__name__)
+_MOST_THREADS = 16  # more wait for each other
 _SEED_OFFSET = 1_000_003  # Note: keeps the shuffling apart from the other uses of config.seed.
 
 
@@ -328,9 +330,10 @@ def _options(config: Any, share: BatchShare) -> dict:
         "batch_size": config.train.batch_size,
         "seed": config.seed + _SEED_OFFSET,
         "share": share,
-        "num_threads": config.data.num_threads,
+        "allow_changed": config.data.allow_changed,
         "max_bad_fraction": config.data.max_bad_fraction,
     }
+    options |= readers(config.data.num_threads, config.data.num_workers)
     return options | ({"system": config.data.system} if config.stage in ("stage2", "stage3") else {})
 
 
@@ -342,9 +345,24 @@ def _once(config: Any, source: Records) -> dict[str, Any]:
         "num_epochs": 1,
         "shuffle": False,
         "drop_remainder": False,
-        "num_threads": config.data.num_threads,
         "max_bad_records": int(config.data.max_bad_fraction * len(source)),
         "max_bad_fraction": config.data.max_bad_fraction,
+        **readers(config.data.num_threads, 0),
+    }
+
+
+def readers(num_threads: int, num_workers: int) -> dict[str, int]:
+    """Numbers of reading threads and processes for the configured ones (see DataConfig), by the cores of this machine.
+
+    Several processes of a run on one machine share its cores.
+    """
+    if num_threads and num_workers >= 0:
+        return {"num_threads": num_threads, "num_workers": num_workers}
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(here // distributed.processes_here(), 1)
+    return {
+        "num_threads": num_threads or min(cores, _MOST_THREADS),
+        "num_workers": max(cores - 2, 1) if num_workers < 0 else num_workers,
     }
 
 

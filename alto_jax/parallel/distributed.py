@@ -6,9 +6,11 @@ scripts that start the processes.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import socket
 import sys
 from typing import Any, TypeVar
 
@@ -124,6 +126,13 @@ def from_first(function: Callable[[], T]) -> T:
     if "error" in found:
         raise ConfigError(found["error"])
     return found["value"]
+
+
+@functools.cache
+def processes_here() -> int:
+    """How many processes of the run this machine has; all of them must ask."""
+    here = socket.gethostname()
+    return gather(here).count(here)
 
 
 def check_same_config(config: Any) -> None:

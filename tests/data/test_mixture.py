@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -37,6 +38,51 @@ def test_mixture_has_exact_shares_and_loses_no_record():
     assert 20 < sum(key[0] == "b" for key in keys[:100]) < 30
     with pytest.raises(ValueError, match="mixture.a.weight"):
         Mixture({"a": (Named(1), 0.0)})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights"),
+    [((7,), (2.0,)), ((10, 50), (3.0, 1.0)), ((5, 5, 5), (1, 1, 1)), ((3, 40, 11, 1), (0.05, 0.2, 0.7, 0.05))],
+)
+def test_a_mixture_is_even_in_every_stretch(sizes, weights):
+    """Each source's records in the order of its rows, none left out; shares right in each stretch, not only in all."""
+    for seed in range(3):
+        mixed = Mixture({str(i): (Named(s), w) for i, (s, w) in enumerate(zip(sizes, weights))}, seed=seed)
+        places = [mixed.place(index) for index in range(len(mixed))]
+        for number, size in enumerate(sizes):
+            mine = [nth for which, nth in places if which == number]
+            assert mine == list(range(mixed.counts[str(number)])) and len(mine) >= size
+            share = mixed.counts[str(number)] / len(mixed)
+            assert abs(share - weights[number] / sum(weights)) < 1 / len(mixed)
+            so_far = np.cumsum([which == number for which, _ in places])
+            assert np.abs(so_far - share * np.arange(1, len(mixed) + 1)).max() < len(sizes)
+        assert [record["key"] for record in mixed][-1] == mixed[-1]["key"]
+        with pytest.raises(IndexError):
+            mixed[len(mixed)]
+
+
+def test_a_mixture_takes_no_memory_for_its_records():
+    """A small share of a large set beside a small one makes an epoch of millions, and entries for none of them."""
+    tracemalloc.start()
+    mixed = Mixture({"large": (Named(200_000), 0.05), "small": (Named(1000), 0.95)})
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(mixed) == 4_000_000 and mixed.counts == {"large": 200_000, "small": 3_800_000} and used < 50_000
+    keys = [mixed[index]["key"] for index in range(0, len(mixed), 997)]
+    assert sum(key.startswith("large:") for key in keys) == pytest.approx(len(keys) / 20, rel=0.1)
+    iterator = iter(pipeline.batches(mixed, list, batch_size=50, seed=3))
+    first = next(iterator), next(iterator)
+    assert len({record["key"] for record in first[0]}) > 40
+    state = iterator.get_state()
+    following = next(iterator)
+    again = iter(pipeline.batches(mixed, list, batch_size=50, seed=3))
+    again.set_state(state)
+    assert next(again) == following
+    with pytest.raises(ValueError, match="mixture.large.weight: with 1e-06 of .* can be shuffled"):
+        Mixture({"large": (Named(200_000), 1e-6), "small": (Named(1000), 1.0)})
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="mixture.a.weight"):
+            Mixture({"a": (Named(3), weight), "b": (Named(3), 1.0)})
 
 
 def test_text_buckets_cut_padding_only(tmp_path, debug_model):
