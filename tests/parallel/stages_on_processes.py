@@ -32,8 +32,10 @@ def config_of(stage: str, mesh: tuple[int, ...], start: str):
         plain["model"]["vision"] |= {"image_size": 28, "embed_dim": 16, "mlp_dim": 16}
         plain["model"]["language_model"] |= {"num_layers": 1, "num_heads": 4}
     if stage == "stage3":
-        plain["grpo"]["reward"]["kind"] = "reference"  # the paper's gives an untrained model nothing to learn from
-        plain["grpo"]["generate"]["max_new_tokens"] = 6
+        # The paper's reward gives an untrained model nothing to learn from; this one differs where a mask begins.
+        plain["grpo"]["reward"]["kind"] = "reference"
+        plain["grpo"] |= {"num_generations": 8}
+        plain["grpo"]["generate"] |= {"max_new_tokens": 24, "top_k": 0}
     return make_experiment(plain)
 
 

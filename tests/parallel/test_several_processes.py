@@ -65,7 +65,7 @@ def test_every_stage_learns_what_one_process_learns(tmp_path):
         for name in ("loss", "grad_norm"):
             a, b = (np.array([record[name] for record in records]) for records in (expected, found))
             largest = max(np.abs(a).max(), 1.0 if (stage, name) == ("stage3", "loss") else 0)
-            assert largest > 0 and np.abs(a - b).max() <= 1e-5 * largest, (case, name, a, b)
+            assert largest > 1e-3 and np.abs(a - b).max() <= 1e-5 * largest, (case, name, a, b)
 
 
 def test_damaged_saves_are_restored_or_refused(tmp_path):
