@@ -34,7 +34,8 @@ class ReportSample:
     """One prediction to show.
 
     image: uint8[H, W, 3]; prediction: bool[H, W]; target: bool[H, W] or None; text: the request (or any
-    caption); length: mask tokens used, of at most max_length; iou in 0..1 or None; codes: the tokens.
+    caption); length: mask tokens used, of at most max_length; iou in 0..1 or None; codes: the tokens; note: a line
+    below the text.
     """
 
     image: np.ndarray
@@ -45,6 +46,7 @@ class ReportSample:
     target: np.ndarray | None = None
     iou: float | None = None
     codes: Sequence[int] = ()
+    note: str = ""
 
 
 # --- overlays --------------------------------------------------------------------------------------
@@ -297,8 +299,9 @@ def _sample_html(sample: ReportSample) -> str:
     filled = 100 * sample.length / max(sample.max_length, 1)
     codes = " ".join(str(int(c)) for c in sample.codes)
     codes = f'<p class="codes">{codes}</p>' if codes else ""
+    note = f'<p class="note">{html.escape(sample.note)}</p>' if sample.note else ""
     return (
-        f'<article><div class="views">{images}</div><p class="text">{text}</p>'
+        f'<article><div class="views">{images}</div><p class="text">{text}</p>{note}'
         f'<p class="facts"><span><b>{sample.length}</b> of {sample.max_length} tokens</span>{iou}</p>'
         f'<div class="bar" aria-hidden="true"><i style="width:{filled:.1f}%"></i></div>{codes}</article>'
     )
@@ -392,6 +395,7 @@ article { padding: .9rem; background: #fff; border: 1px solid var(--line); borde
 .views { display: flex; gap: .4rem; }
 .views img { flex: 1 1 0; min-width: 0; height: auto; border-radius: 4px; align-self: start; }
 .text { margin: .7rem 0 .3rem; }
+.note { margin: 0 0 .3rem; color: var(--soft); font-size: .85rem; overflow-wrap: anywhere; }
 .facts {
   display: flex; justify-content: space-between; margin: 0 0 .35rem; color: var(--soft);
   font-size: .9rem;

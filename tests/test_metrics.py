@@ -60,6 +60,37 @@ def test_boundary_is_the_mask_minus_its_repeated_erosion(shape):
     assert metrics.boundary_iou(empty, empty) == 1 and metrics.boundary_iou(mask[0], empty) == 0
 
 
+def test_boundary_in_the_boxes_is_the_boundary():
+    """The same number as from whole masks: boxes apart, at the border, smaller than the erosion, and empty."""
+    rng = np.random.default_rng(1)
+    cases = [(np.zeros((40, 60), bool), np.zeros((40, 60), bool))]
+    for _ in range(300):
+        shape = tuple(rng.integers(3, 120, 2))
+        pair = []
+        for _ in range(2):
+            top, left = rng.integers(0, shape[0]), rng.integers(0, shape[1])
+            mask = np.zeros(shape, bool)
+            mask[top : top + rng.integers(1, 80), left : left + rng.integers(1, 80)] = True
+            pair.append(mask & (rng.random(shape) < rng.choice([1.0, 0.99, 0.5])))
+        cases.append(tuple(pair))
+    for ratio in (0.02, 0.1):
+        for prediction, target in cases:
+            parts = [metrics.mask_boundary(mask, ratio) for mask in (prediction, target)]
+            assert metrics.boundary_iou(prediction, target, ratio) == metrics.mask_iou(*parts)
+
+
+def test_a_malformed_answer_is_never_a_rejection():
+    empty, full = np.zeros((4, 4), bool), np.ones((4, 4), bool)
+    garbage = metrics.SegmentationMetrics()
+    assert [garbage.add(empty, target, malformed=True) for target in (empty, empty, full)] == [0, 0, 0]
+    result = garbage.compute()
+    assert result["n_acc"] == 0 and result["giou"] == 0 and result["biou"] == 0 and result["t_acc"] == 0
+    assert result["ciou"] == 0 and garbage.union == [0, 0, 16]
+    said = metrics.SegmentationMetrics()
+    said.add(empty, empty)
+    assert said.merge(garbage).compute()["n_acc"] == 1 / 3 and said.compute()["giou"] == 1
+
+
 def test_ignored_pixels_and_small_predictions():
     probabilities = np.array([[0.9, 0.9], [0.1, 0.1]])
     target = np.array([[True, False], [True, False]])
@@ -86,7 +117,8 @@ def test_grefcoco_rules():
     assert result["giou"] == 0.375
     np.testing.assert_allclose(result["ciou"], 8 / (8 + 16 + 16))
     assert result["n_acc"] == 0.5 and result["t_acc"] == 0.5
-    assert result["precision@0.5"] == 0 and "mse" not in result and "mean_length" not in result
+    assert result["precision@0.5"] == 0.5 and result["precision@0.6"] == 0  # at least, as the field's evaluators
+    assert "mse" not in result and "mean_length" not in result
 
 
 def test_merge_equals_one_collection():
@@ -115,6 +147,27 @@ def test_bootstrap_interval_has_the_normal_width():
     assert ratio == (0.25, 0.25)
     with pytest.raises(ValueError, match="common length"):
         metrics.bootstrap_ci(np.mean, np.zeros(3), np.zeros(4))
+
+
+def test_bootstrap_draws_groups_together():
+    """Ten images with 40 equal sentences each know no more than ten samples."""
+    rng = np.random.default_rng(0)
+    of_images = rng.normal(size=10)
+    alone = metrics.bootstrap_ci(np.mean, of_images)
+    images, values = np.repeat(np.arange(10), 40), np.repeat(of_images, 40)
+    order = rng.permutation(400)
+    grouped = metrics.bootstrap_ci(np.mean, values[order], groups=[f"image {i}" for i in images[order]])
+    apart = metrics.bootstrap_ci(np.mean, values[order])
+    np.testing.assert_allclose(grouped[1] - grouped[0], alone[1] - alone[0], rtol=0.1)
+    assert 5 < (grouped[1] - grouped[0]) / (apart[1] - apart[0]) < 8  # about the root of 40
+    assert metrics.bootstrap_ci(np.mean, of_images, groups=list("abcdefghij")) == alone
+    # Groups of unequal size come whole: with two of them a mean is one of three.
+    values = np.array([0.0, 1.0, 1.0, 1.0])
+    seen = []
+    metrics.bootstrap_ci(lambda v: seen.append(v.tolist()) or 0.0, values, groups=["a", "b", "b", "b"])
+    assert {tuple(v) for v in seen} == {(0.0, 0.0), (0.0, 1.0, 1.0, 1.0), (1.0, 1.0, 1.0, 0.0), (1.0,) * 6}
+    with pytest.raises(ValueError, match="groups"):
+        metrics.bootstrap_ci(np.mean, values, groups=["a"])
 
 
 def test_length_statistics():

@@ -10,6 +10,7 @@ import pathlib
 from typing import Any, cast
 
 from alto_jax.data import files, refcoco
+from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.open_vocab import OpenVocab
 from alto_jax.data.prepared import Prepared
 from alto_jax.data.reading import AS_STORED, Reading
@@ -117,9 +118,16 @@ class SceneReferring:
     def __init__(self, count: int, image_size: int = 128):
         config = ScenesConfig(image_size=image_size, num_scenes=count, split="validation")
         self._chats = SceneChats(config, ChatConfig(adaptive_only=True))
+        self._config = config
 
     def __len__(self) -> int:
         return len(self._chats)
+
+    def fingerprint(self) -> str:
+        """What the samples are, see fingerprint.py."""
+        found = Fingerprint()
+        found.values(self._config)
+        return str(found)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._chats[index]

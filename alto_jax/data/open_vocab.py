@@ -22,6 +22,7 @@ import numpy as np
 from alto_jax import cli
 from alto_jax.config import write_whole
 from alto_jax.data import bad_data
+from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.images import open_image, open_labels
 from alto_jax.data.masks import AUTO
 from alto_jax.data.reading import AS_STORED, Reading
@@ -67,6 +68,21 @@ class OpenVocab:
 
     def __len__(self) -> int:
         return len(self._lines)
+
+    def fingerprint(self) -> str:
+        """What the samples are, see fingerprint.py."""
+        found, entries = Fingerprint(), []
+        found.contents([self.file])
+        for _, line in self._lines:
+            try:
+                entry = json.loads(line)
+                entries.append({k: str(entry[k]) for k in ("image", "mask", "ignore") if entry.get(k)})
+            except (ValueError, AttributeError):  # Counted and reported where the sample is read.
+                continue
+        found.sizes(self.file.parent / entry["image"] for entry in entries if "image" in entry)
+        for name in ("mask", "ignore"):
+            found.contents(self.file.parent / entry[name] for entry in entries if name in entry)
+        return str(found)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, line = self._lines[index]

@@ -37,6 +37,7 @@ from alto_jax.config import ConfigError, write_whole
 from alto_jax.data import bad_data, benchmarks, examples, masks, prepared, prompts, refcoco, transforms
 from alto_jax.data.caches import CacheMaker
 from alto_jax.data.conversations import Conversations
+from alto_jax.data.fingerprint import HasFingerprint
 from alto_jax.data.images import check_size, noting
 from alto_jax.data.reading import AS_STORED, EXIF, Reading
 from alto_jax.data.sa1b import Sa1bMasks
@@ -334,6 +335,7 @@ def _finish(job: Job, folder: pathlib.Path, shards: list[dict], options: dict) -
     bad = [entry for shard in shards for entry in shard["bad"]]
     manifest = options | {
         "written": sum(lengths),
+        "fingerprint": job.source.fingerprint() if isinstance(job.source, HasFingerprint) else "",
         "bad": bad,
         "bad_by_kind": dict(sorted(Counter(entry["kind"] for entry in bad).items())),
         "shards": [{k: s[k] for k in ("records", "bytes", "sha256")} for s in shards],

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from alto_jax.data import identity, prompts
+from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.shards import Shards
 from alto_jax.data.split import ImageSplit, image_hash
 
@@ -215,6 +216,21 @@ class Prepared:
     def image_hashes(self, index: int) -> tuple[int, ...]:
         """Hash of the image of record `index`, see split.py; () if the set was prepared before these were kept."""
         return () if self._images is None else (int(self._images["hash"][self._row(index)]),)
+
+    def fingerprint(self) -> str:
+        """What the samples are, see fingerprint.py: as the raw data say it where they are stored as they are."""
+        manifest = self.manifest
+        is_exact = not any(manifest["sizes"].values()) and manifest["format"] != "jpeg"
+        if is_exact and manifest.get("fingerprint"):
+            return str(manifest["fingerprint"])
+        found = Fingerprint()
+        found.values(manifest["kind"], [shard["sha256"] for shard in manifest["shards"]])
+        return str(found)
+
+    def left_out(self, count: int) -> list[dict[str, Any]]:
+        """The records, {"index", "kind", "message"}, that preparation left out of those up to the `count`-th kept."""
+        bad = sorted(self.manifest["bad"], key=lambda entry: entry["index"])
+        return [b for number, b in enumerate(bad) if b["index"] - number < count or count >= self.manifest["written"]]
 
     def part(self, split: ImageSplit) -> "Prepared":
         """The records whose images are on one side of a split.

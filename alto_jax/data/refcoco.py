@@ -20,6 +20,7 @@ import numpy as np
 
 from alto_jax.data import bad_data, coco, files, identity, masks
 from alto_jax.data.bad_data import RecordError
+from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.prompts import NoPrompts
 from alto_jax.data.reading import AS_STORED, Reading
 from alto_jax.data.split import ImageSplit, file_hash, image_name
@@ -37,6 +38,7 @@ class Referent:
 
     `mask(height, width)` reads the mask at the annotated size as bool[H, W]. no_target: it is all False. size: (height,
     width) that the annotations are for, if they say so. error: why the entry can't be used (its record raises this).
+    mask_path: the file that `mask` reads, if it is one.
     """
 
     where: str
@@ -47,6 +49,7 @@ class Referent:
     no_target: bool = False
     size: tuple[int, int] | None = None
     error: str = ""
+    mask_path: pathlib.Path | None = None
 
     @property
     def image_hashes(self) -> tuple[int, ...]:
@@ -68,12 +71,13 @@ class Referring:
         *,
         no_target: bool = False,
         reading: Reading = AS_STORED,
+        annotations: Sequence[pathlib.Path] = (),
     ):
-        """ValueError: an unknown protocol, or no referent."""
+        """`annotations`: the files that say what is referred to. ValueError: an unknown protocol, or no referent."""
         self._reading = reading
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-        self.protocol, self.no_target = protocol, no_target
+        self.protocol, self.no_target, self._annotations = protocol, no_target, tuple(annotations)
         self._samples = [
             (referent, number)
             for referent in referents
@@ -130,6 +134,15 @@ class Referring:
         """What the data are, see identity.py: by keys, images and sentences in their order."""
         named = ((r.key, r.image.name, r.sentences, number) for r, number in self._samples)
         return {"": {"records": len(self), "hash": identity.digest(*named)}}
+
+    def fingerprint(self) -> str:
+        """What the samples are, see fingerprint.py."""
+        found, referents = Fingerprint(), [referent for referent, _ in self._samples]
+        found.values(self.protocol, self.no_target, [(r.key, number, r.error) for r, number in self._samples])
+        found.contents(self._annotations)
+        found.contents(dict.fromkeys(r.mask_path for r in referents if r.mask_path is not None))
+        found.sizes(coco.find_image(image) for image in dict.fromkeys(r.image for r in referents))
+        return str(found)
 
     def phrases(self) -> Iterator[str]:
         """The sentences of all referents."""
@@ -267,7 +280,8 @@ def open_refer(
         referents.append(Referent(where, key, image_folder / name, sentences, mask, no_target, size))
     if not referents:
         raise ValueError(f"{file}: no entry of split {split!r}")
-    return Referring(referents, protocol, no_target=general, reading=reading)
+    annotations = (file, instances.path)
+    return Referring(referents, protocol, no_target=general, reading=reading, annotations=annotations)
 
 
 def psalm_files(dataset: str, split: str) -> tuple[str, ...]:
@@ -320,7 +334,8 @@ def open_psalm(
         _log.warning(
             "%s: %d of %d entries have no instruction and are left out", file, dropped, len(referents) + dropped
         )
-    return Referring(referents, protocol, no_target=no_target, reading=reading)
+    annotations = (pathlib.Path(file),)
+    return Referring(referents, protocol, no_target=no_target, reading=reading, annotations=annotations)
 
 
 def open_refcocom(
@@ -353,9 +368,10 @@ def open_refcocom(
         except (KeyError, TypeError) as error:
             referents.append(_broken(where, error))
             continue
-        mask = _mask_file(folder / "masks" / f"{segment}.png", reading.mask_rule)
-        referents.append(Referent(where, f"refcocom/{split}/{segment}", image, sentences, mask))
-    return Referring(referents, protocol, reading=reading)
+        path, key = folder / "masks" / f"{segment}.png", f"refcocom/{split}/{segment}"
+        mask = _mask_file(path, reading.mask_rule)
+        referents.append(Referent(where, key, image, sentences, mask, mask_path=path))
+    return Referring(referents, protocol, reading=reading, annotations=(file,))
 
 
 def _mask_file(path: pathlib.Path, rule: str) -> Callable[[int, int], np.ndarray]:

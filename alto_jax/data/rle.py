@@ -1,8 +1,9 @@
 """COCO segmentations to masks, checked: run-length codes (compressed or lists) and polygons.
 
 In: the `segmentation` field of a COCO annotation. Out: bool[H, W]. A code that does not describe a mask of
-that size is refused with a message; pycocotools is used for polygons alone, after everything that it would
-trust has been checked: with a coordinate far outside of the image it takes all memory or ends the process.
+that size is refused with a message; pycocotools reads polygons alone, after everything that it would
+trust has been checked: with a coordinate far outside of the image it takes all memory or ends the process. And masks
+to run-length codes.
 """
 
 from collections.abc import Sequence
@@ -53,6 +54,16 @@ def check_size(height: Any, width: Any, where: str) -> None:
 
 def _error(where: str, message: str) -> RecordError:
     return RecordError(f"{where}: {message}", "segmentation")
+
+
+def encode(mask: np.ndarray) -> dict[str, Any]:
+    """{"size": [H, W], "counts": text} of bool[H, W], as COCO stores it."""
+    from pycocotools import mask as coco_mask  # late: keeps the start fast
+
+    found = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    counts = found["counts"]
+    text = counts if isinstance(counts, str) else counts.decode("ascii")
+    return {"size": [int(side) for side in found["size"]], "counts": text}
 
 
 def check_runs(rle: dict[str, Any], height: int, width: int, where: str) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 
 from alto_jax.data import bad_data, coco, identity, rle, transforms
 from alto_jax.data.bad_data import RecordError
+from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.index import FileNames
 from alto_jax.data.reading import AS_STORED, Photo, Reading
 from alto_jax.data.split import ImageSplit, file_hash, image_name
@@ -113,6 +114,15 @@ class Sa1bMasks:
         image, mask = transforms.pad_square(image, mask, rng if self._train else None)
         key = f"{file.relative_to(self.root)}#{index}"
         return {"key": key, "image": image, "image_name": image_name(file), "mask": mask}
+
+    def fingerprint(self) -> str:
+        """What the samples are, see fingerprint.py; of many files the sizes of a thousand, evenly spread."""
+        found, step = Fingerprint(), max(1, len(self.files) // 1000)
+        found.values(self._train, self._seed, self._draws, self._max_side, self._min_area)
+        found.values(self.files.digest)
+        found.sizes(self.files[::step])
+        found.sizes(file.with_suffix(".jpg") for file in self.files[::step])
+        return str(found)
 
     def problems(self, index: int) -> list[ValueError]:
         """Everything that is wrong with image `index` and its annotations, also with those that may never be drawn."""

@@ -2,9 +2,10 @@
 
     python -m alto_jax.evaluate --checkpoint DIR --benchmark refcoco_val,grefcoco_testA --data ROOT --out DIR
 
-Writes to the out directory `results/*.jsonl` (a line a sample, in order), `metrics.json`, `tables.md`, plots, and
-`timing.json`. Killed and started again, it goes on after the last whole batch; everything but `timing.json` ends
-byte for byte as without the kill. A benchmark is one of those that --list names, or `tokenizer_NAME`: the mask
+Writes to the out directory `results/*.jsonl` (a line a sample, in order), `metrics.json`, `tables.md`, plots,
+`coco/*.json` (the predicted masks), `worst.html`, `timing.json` and `timing.md`. Killed and started again, it goes on
+after the last whole batch; everything but the times ends byte for byte as without the kill. --rescore makes it all
+again from the results. A benchmark is one of those that --list names, or `tokenizer_NAME`: the mask
 tokenizer alone on the masks of benchmark NAME, of `scenes`, or of the SA-1B folder given by --data (`tokenizer_sa1b`).
 """
 
@@ -38,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--forced-prefix", action="store_true", help="the answer's start is given, the mask's end ends it"
     )
-    found.add_argument("--min-pixels", type=int, default=0, help="fewer predicted pixels count as no mask")
+    found.add_argument("--end-bias", type=float, default=0.0, metavar="X", help="> 0: fewer mask tokens; < 0: more")
+    found.add_argument("--min-pixels", type=int, help="fewer predicted pixels count as no mask")
     found.add_argument("--reference", action="store_true",
                        help="the reference's scoring: nearest upsampling, ignored pixels as hits, malformed answers "
                             "decoded from no codes")  # fmt: skip
@@ -48,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--scenes", type=int, default=256, help="samples of the built-in benchmark")
     found.add_argument("--paper-rows", metavar="FILE", help='JSON {table: [{"row": name, benchmark: value}]} to add')
     found.add_argument("--title", help="name of our rows (default: the checkpoint's folder)")
+    found.add_argument("--rescore", action="store_true",
+                       help="compute the tables again from the results in --out, without a model")  # fmt: skip
+    found.add_argument("--worst", type=int, default=12, help="answers of lowest IoU to show as pictures (0: none)")
+    found.add_argument("--timed-samples", type=int, default=8, help="samples to time one at a time, too (0: none)")
     found.add_argument("--fsdp", type=int, default=1, help="devices that share the parameters")
     found.add_argument("--tensor", type=int, default=1, help="devices that share heads and vocabulary")
     found.add_argument(
@@ -66,7 +72,7 @@ def main() -> int:
         for found in BENCHMARKS.values():
             print(f"{found.name:28s}{found.expects}")
         return 0
-    for name in ("checkpoint", "benchmark", "out"):
+    for name in ("out",) if options.rescore else ("checkpoint", "benchmark", "out"):
         if not getattr(options, name):
             raise ConfigError(f"--{name} is required (see --help)")
     from alto_jax.evaluate.options import EvaluateOptions  # late: keeps the start fast
@@ -75,8 +81,9 @@ def main() -> int:
 
     values = vars(options)
     distributed.initialize(values.pop("distributed"))
-    names = [name.strip() for name in values.pop("benchmark").split(",") if name.strip()]
+    names = [name.strip() for name in (values.pop("benchmark") or "").split(",") if name.strip()]
     values.pop("list")
+    values["checkpoint"] = values["checkpoint"] or ""
     evaluate(EvaluateOptions(benchmarks=names, **values))
     return 0
 

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 import dataclasses
+import math
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from alto_jax.config import local_path, require
 from alto_jax.data.masks import AUTO, parse_rule
-from alto_jax.data.reading import Exif
+from alto_jax.data.reading import EXIF, Exif
+from alto_jax.data.refcoco import PROTOCOLS
+
+LENGTHS = ("adaptive", "fixed", "both")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,8 @@ class EvaluateOptions:
       max_new_tokens: of an answer; 0: one mask and a sentence.
       grammar: allow only well-formed masks.
       forced_prefix: the answer's start is given, the mask's end ends it.
-      min_pixels: fewer predicted pixels count as no mask.
+      end_bias: added to the logit of the mask's end; positive gives shorter masks, negative longer ones.
+      min_pixels: fewer predicted pixels count as no mask; None: 0, or what the results were scored with (`rescore`).
       reference: the reference's scoring: nearest upsampling, ignored pixels as hits, malformed answers decoded from no
         codes.
       max_bad_fraction: unreadable samples left out at most.
@@ -35,6 +40,9 @@ class EvaluateOptions:
       scenes: samples of the built-in benchmark.
       paper_rows: JSON file {table: [{"row": name, benchmark: value}]} to add to the tables.
       title: name of our rows; default: the checkpoint's folder.
+      rescore: compute everything again from the results in `out`, without a model.
+      worst: samples of lowest IoU of each benchmark that are shown as pictures (0: none).
+      timed_samples: samples of each benchmark that are also timed one at a time (0: none).
       fsdp, tensor: devices that share the parameters; heads and vocabulary.
       threads: that read samples.
     """
@@ -51,7 +59,8 @@ class EvaluateOptions:
     max_new_tokens: int = 0
     grammar: bool = False
     forced_prefix: bool = False
-    min_pixels: int = 0
+    end_bias: float = 0.0
+    min_pixels: int | None = None
     reference: bool = False
     max_bad_fraction: float = 0.001
     exif: Exif = "stored"
@@ -59,6 +68,9 @@ class EvaluateOptions:
     scenes: int = 256
     paper_rows: str | os.PathLike | None = None
     title: str | None = None
+    rescore: bool = False
+    worst: int = 12
+    timed_samples: int = 8
     fsdp: int = 1
     tensor: int = 1
     threads: int = 2
@@ -67,9 +79,16 @@ class EvaluateOptions:
         for name in ("checkpoint", "out", "data", "images", "paper_rows"):
             local_path(getattr(self, name) or "", f"--{name.replace('_', '-')}")
         require(not isinstance(self.benchmarks, str), "benchmarks", self.benchmarks, "a list of names")
-        for name in ("limit", "max_new_tokens", "min_pixels"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("limit", "max_new_tokens", "min_pixels", "worst", "timed_samples"):
+            require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "at least 0")
+        require(math.isfinite(self.end_bias), "end_bias", self.end_bias, "a finite number")
+        for name, known in (("protocol", PROTOCOLS), ("length", LENGTHS), ("exif", EXIF)):
+            require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
         for name in ("scenes", "fsdp", "tensor", "threads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         parse_rule(self.mask_rule, "--mask-rule")
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "0..1")
+
+    def replace(self, **changes: Any) -> "EvaluateOptions":
+        """The same options with some changed."""
+        return dataclasses.replace(self, **changes)

@@ -17,7 +17,9 @@ import numpy as np
 
 from alto_jax import metrics
 from alto_jax.data import bad_data, coco, files
+from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.reading import AS_STORED, Reading
+from alto_jax.data.split import image_name
 
 _log = logging.getLogger(__name__)
 SUFFIX = " Answer the question using a single word or phrase."
@@ -44,13 +46,23 @@ class Questions:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def fingerprint(self) -> str:
+        """What the questions are, see fingerprint.py."""
+        found = Fingerprint()
+        found.values([(key, question, label) for _, key, _, question, label, _ in self._entries])
+        found.sizes(coco.find_image(file) for file in dict.fromkeys(entry[2] for entry in self._entries))
+        return str(found)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         where, key, file, question, label, category = self._entries[index]
         try:
             image = self._reading.photo(coco.find_image(file)).image
         except ValueError as error:
             raise bad_data.at(where, error) from error
-        return {"key": key, "image": image, "question": question + SUFFIX, "label": label, "category": category}
+        # Note: MME has files of the same name in several categories.
+        name = key.rpartition("/")[0] if key.startswith("mme/") else image_name(file)
+        named = {"key": key, "image": image, "image_name": name}
+        return named | {"question": question + SUFFIX, "label": label, "category": category}
 
 
 def open_questions(
@@ -251,7 +263,7 @@ def normalise_answer(answer: str) -> str:
 
 
 def summarise_questions(family: str, lines: Sequence[Mapping[str, Any]], *, resamples: int = 1000) -> dict[str, Any]:
-    """Scores of a result file's samples, with bootstrap 95 % intervals of the headline ones."""
+    """Scores of a result file's samples, with bootstrap 95 % intervals (over images) of the headline ones."""
     good = [line for line in lines if "error" not in line]
     if not good:
         raise ValueError(f"none of the {len(lines)} samples could be read, such as: {lines[0]['error']}")
@@ -265,7 +277,8 @@ def summarise_questions(family: str, lines: Sequence[Mapping[str, Any]], *, resa
     else:
         right, name = [a.strip().lower().startswith(g) for a, g in zip(answers, labels)], "question_accuracy"
         result[name] = float(np.mean(right))
-    interval = lambda *arguments: list(metrics.bootstrap_ci(*arguments, num_resamples=resamples))
+    images = [line.get("image", line["key"]) for line in good]
+    interval = lambda *arguments: list(metrics.bootstrap_ci(*arguments, num_resamples=resamples, groups=images))
     result["intervals"] = {name: interval(np.mean, np.array(right, float))}
     if family == "pope":
         said = np.array([pope_answer(a) == "yes" for a in answers])

@@ -1,9 +1,7 @@
-"""Runs tasks batch by batch into result files that survive a kill, then writes metrics, tables and plots."""
+"""Runs tasks batch by batch into result files that survive a kill, then writes what is made of them."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-import json
+from concurrent.futures import Future, ThreadPoolExecutor
 import os
 import pathlib
 import time
@@ -13,70 +11,98 @@ import jax
 
 from alto_jax.checkpoint import loading
 from alto_jax.cli import Progress
-from alto_jax.config import write_whole
 from alto_jax.data import bad_data
-from alto_jax.evaluate import results, tables
+from alto_jax.evaluate import outputs, results, timing
+from alto_jax.evaluate.device import Answers, Programs, device_name
 from alto_jax.evaluate.options import EvaluateOptions
-from alto_jax.evaluate.tasks import Task, make_tasks
+from alto_jax.evaluate.tasks import Task, header_of, make_tasks
 from alto_jax.parallel import distributed, sharding
-
-_NUM_TIMED_FROM = 1  # Note: the first batch of a process compiles and is left out of the times.
 
 
 class Runner:
     """Runs tasks (`alto_jax.evaluate.tasks.Task`) batch by batch into result files, and keeps the times."""
 
     def __init__(
-        self, out: str | os.PathLike, mesh: Any, *, batch_size: int, max_bad_fraction: float, threads: int = 2
+        self,
+        out: str | os.PathLike,
+        mesh: Any,
+        *,
+        batch_size: int,
+        max_bad_fraction: float,
+        threads: int = 2,
+        num_singles: int = 0,
     ):
         """ConfigError: a batch size that does not split over the devices."""
         self.out, self.mesh, self.batch_size = pathlib.Path(out), mesh, batch_size
-        self._max_bad, self._threads = max_bad_fraction, threads
+        self._max_bad, self._threads, self._num_singles = max_bad_fraction, threads, num_singles
         self._process, self._processes = jax.process_index(), jax.process_count()
-        self._rows = sharding.batch_share(mesh).rows(batch_size, "--batch-size").tolist()
+        self._share = sharding.batch_share(mesh)
+        self._rows = self._share.rows(batch_size, "--batch-size").tolist()
 
-    def run(self, task: Task, header: dict[str, Any]) -> tuple[list[dict], dict]:
-        """Runs what is left of a task.
-
-        Returns:
-          The samples of its result file, and its times {"seconds_per_sample", "tokens_per_second", …}.
+    def run(self, task: Task, header: dict[str, Any]) -> None:
+        """Runs what is left of a task into its result file.
 
         Raises:
-          ConfigError: the out directory holds results of another checkpoint or other options.
+          ConfigError: the out directory holds results of another checkpoint, other data or other options.
           ValueError: more bad samples than `max_bad_fraction` allows.
         """
-        total = len(task)
-        path = self.out / "results" / f"{task.name}.jsonl"
-        header = header | {"task": task.name, "samples": total, "batch_size": self.batch_size, **task.options}
+        total, path = len(task), results.result_path(self.out, task.name)
+        header = header | {"version": results.VERSION, "batch_size": self.batch_size} | header_of(task)
         file, done, earlier = self._open(path, header, total)
+        times = None if file is None else timing.TimingFile(path, header, device_name(self.mesh), done=done)
         progress = Progress(task.name, total, done)
         bad = bad_data.BadRecords(total, self._max_bad, name=task.name, option="--max-bad-fraction")
         if done:
             print(f"[{task.name}] resumed after {done} of {total} samples")
             _count(bad, earlier)
-        timing, shown = _Timing(self.out / "results" / f"{task.name}.timing.jsonl"), 0.0
+        shown = 0.0
+
+        def finish(start: int, scored: Sequence[dict | Future], answers: Answers | None) -> None:
+            """Writes a batch whose samples are being scored."""
+            nonlocal shown
+            lines = [line.result() if isinstance(line, Future) else line for line in scored]
+            lines = [{"index": start + row, **line} for row, line in zip(self._rows, lines, strict=True)]
+            lines = results.merge_lines(distributed.gather(lines), total)
+            if file is not None and times is not None:
+                file.append(lines)
+                if answers is not None:
+                    times.add(start, self.batch_size, answers.tokens, answers.seconds)
+            _count(bad, lines)
+            if start == done:
+                progress.restart_clock(start + len(lines))
+            if self._process == 0 and (time.monotonic() - shown > 2 or start + len(lines) == total):
+                progress.line(start + len(lines), task.headline(lines))
+                shown = time.monotonic()
+
         try:
-            for number, (start, examples) in enumerate(self._batches(task, done, total)):
-                began = time.monotonic()
-                lines, tokens = self._batch(task, examples)
-                lines = [{"index": start + row, **line} for row, line in zip(self._rows, lines, strict=True)]
-                lines = results.merge_lines(distributed.gather(lines), total)
-                if file is not None:
-                    file.append(lines)
-                    if number >= _NUM_TIMED_FROM:
-                        timing.add(start, len(lines), tokens, time.monotonic() - began)
-                _count(bad, lines)
-                if number == 0:
-                    progress.restart_clock(start + len(lines))
-                if self._process == 0 and (time.monotonic() - shown > 2 or start + len(lines) == total):
-                    progress.line(start + len(lines), task.headline(lines))
-                    shown = time.monotonic()
+            with ThreadPoolExecutor(max_workers=self._threads) as pool:
+                waiting: tuple | None = None
+                for start, examples in self._batches(task, done, total):
+                    now = (start, *self._batch(task, examples, pool))
+                    # Note: the samples of a batch are scored while the device computes the next one.
+                    if waiting is not None:
+                        finish(*waiting)
+                    waiting = now
+                if waiting is not None:
+                    finish(*waiting)
         finally:
             if file is not None:
                 file.close()
         if len(bad) and self._process == 0:
             print(f"[{task.name}] {len(bad)} of {total} samples left out: {bad.by_kind()}")
-        return (results.read_results(path)[1], timing.summary()) if self._process == 0 else ([], {})
+        self._time_singles(task, times)
+
+    def _time_singles(self, task: Task, times: timing.TimingFile | None) -> None:
+        """Times the first samples one at a time, as far as that is not done yet."""
+        for index in range(min(self._num_singles, len(task))):
+            example = _example(task, index)
+            known = times is not None and times.has_single(index)
+            # Note: process 0 alone knows the times, and every process must be able to read the sample.
+            if any(distributed.gather(known or "line" in example)):
+                continue
+            answers = task.answer([example] * len(self._share.parts))
+            if times is not None:
+                times.add(index, 1, answers.tokens / self._share.num_parts, answers.seconds, single=True)
 
     def _open(
         self, path: pathlib.Path, header: dict[str, Any], total: int
@@ -109,14 +135,17 @@ class Runner:
                     ahead.append(submit(starts[number + 2]))
                 yield start, examples
 
-    def _batch(self, task: Any, examples: Sequence[dict]) -> tuple[list[dict], int]:
-        """Result lines of a batch's examples, and the tokens generated for them."""
+    def _batch(
+        self, task: Task, examples: Sequence[dict], pool: ThreadPoolExecutor
+    ) -> tuple[list[dict | Future], Answers | None]:
+        """Result lines of a batch's examples, which threads work on, and what the device said (None: nothing)."""
         good = next((e for e in examples if "line" not in e), None)
         if good is None and self._processes == 1:
-            return [e["line"] for e in examples], 0
+            return [e["line"] for e in examples], None
         filled = [e if "line" not in e else (good or task.blank()) for e in examples]
-        lines, tokens = task.run(filled, self.mesh)
-        return [e.get("line", line) for e, line in zip(examples, lines)], tokens
+        answers = task.answer(filled)
+        score = lambda row, e: e["line"] if "line" in e else pool.submit(task.line, e, answers, row)
+        return [score(row, example) for row, example in enumerate(examples)], answers
 
 
 def _example(task: Any, index: int) -> dict:
@@ -134,61 +163,25 @@ def _count(bad: Any, lines: Sequence[dict]) -> None:
             bad.add(line["index"], line["error"], line.get("kind", ""))
 
 
-class _Timing:
-    """Seconds and tokens of each timed batch, kept over restarts."""
-
-    def __init__(self, path: pathlib.Path):
-        self._path = path
-
-    def add(self, start: int, samples: int, tokens: int, seconds: float) -> None:
-        line = {"start": start, "samples": samples, "tokens": tokens, "seconds": round(seconds, 5)}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def summary(self) -> dict[str, Any]:
-        lines = []
-        for line in self._path.read_text().splitlines() if self._path.exists() else ():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:  # cut short by a kill
-                continue
-        seconds = sum(line["seconds"] for line in lines)
-        samples, tokens = sum(line["samples"] for line in lines), sum(line["tokens"] for line in lines)
-        if not samples:
-            return {"timed_samples": 0}
-        rate = tokens / seconds if tokens else None
-        return {"timed_samples": samples, "seconds_per_sample": seconds / samples, "tokens_per_second": rate}
-
-
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Runs the benchmarks and writes metrics, tables and plots.
+    """Runs the benchmarks and writes metrics, tables, pictures and plots; with `options.rescore` the latter alone.
 
     Returns:
       What `metrics.json` holds: task name → numbers.
     """
+    if options.rescore:
+        return outputs.rescore(options)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=options.fsdp, tensor=options.tensor))
     loaded = loading.load_model(options.checkpoint, mesh)
-    cfg, identity = loaded.cfg, loaded.identity
     system = loaded.meta["data"]["system"]
-    tasks = make_tasks(options, cfg, loaded.params, loaded.text, system)
+    programs = Programs(mesh, loaded.cfg.matmul_precision)
+    tasks = make_tasks(options, loaded.cfg, loaded.params, loaded.text, system, programs)
     runner = Runner(options.out, mesh, batch_size=options.batch_size, max_bad_fraction=options.max_bad_fraction,
-                    threads=options.threads)  # fmt: skip
-    found, timing, samples = {}, {}, {}
+                    threads=options.threads, num_singles=options.timed_samples)  # fmt: skip
     for task in tasks:
-        lines, times = runner.run(task, {"checkpoint": identity})
-        if jax.process_index() == 0:
-            kinds = Counter(line.get("kind", "other") for line in lines if "error" in line)
-            found[task.name] = {"family": task.family, "benchmark": task.benchmark, **task.options,
-                                **task.summary(lines), "bad_by_kind": dict(sorted(kinds.items()))}  # fmt: skip
-            timing[task.name], samples[task.name] = times, lines
-    if jax.process_index() == 0:
-        out = pathlib.Path(options.out)
-        title = options.title or pathlib.Path(options.checkpoint).name
-        paper = json.loads(pathlib.Path(options.paper_rows).read_text()) if options.paper_rows else {}
-        write_whole(out / "metrics.json", json.dumps({"checkpoint": identity, "tasks": found}, indent=1) + "\n")
-        write_whole(out / "tables.md", tables.markdown(found, title, paper))
-        write_whole(out / "timing.json", json.dumps(timing, indent=1) + "\n")
-        write_whole(out / "timing.md", tables.timing_markdown(found, timing, title))
-        tables.plots(found, cfg.tokenizer.num_latent_tokens, out)
-        print((out / "tables.md").read_text(), end="")
-    return found
+        runner.run(task, {"checkpoint": loaded.identity})
+    if jax.process_index() != 0:
+        return {}
+    title = options.title or pathlib.Path(options.checkpoint).name
+    sources = {task.name: task.source for task in tasks}
+    return outputs.write_outputs(options, list(sources), title, lambda name, header: sources[name])

@@ -12,6 +12,7 @@ from typing import Any
 
 from alto_jax import report
 from alto_jax.config import write_whole
+from alto_jax.data.masks import AUTO
 
 # family: (title, [(column title, metric)] for each benchmark, benchmark → heading)
 LAYOUTS: dict[str, tuple[str, Sequence[tuple[str, str]], Mapping[str, str]]] = {
@@ -54,7 +55,13 @@ _POINTS = ("perception", "cognition")  # Sums of points, no fractions.
 PAPER_ROWS: Mapping[str, Sequence[Mapping]] = {
     "refcoco": ({"row": "ALToLLM-8B, adaptive, paper", "refcoco_val": 85.8},)
 }
-PAPER_TIMES = {"adaptive": ("about 17", "0.71 s"), "fixed": ("32", "1.08 s")}
+PAPER_TIMES = {"adaptive": ("about 17", "0.71 s"), "fixed": ("32", "1.08 s")}  # Their device is not stated.
+# A tokenizer is trained with image features or without; those of one that has them can be withheld when it decodes.
+_PARTS = {
+    "with_features": "with image features",
+    "features_withheld": "image features withheld at inference (trained with them)",
+    "without_features": "without image features",
+}
 _MORE_PAPER_ROWS = (
     "Of the paper's figures, the sources of this project state cIoU on RefCOCO val (85.8) and the times alone;"
     " `--paper-rows FILE` adds more rows.\n"
@@ -82,6 +89,7 @@ def markdown(tasks: Mapping[str, Mapping[str, Any]], title: str, paper: Mapping[
     reconstruction = [t for t in tasks.values() if t["family"] == "tokenizer"]
     if reconstruction:
         parts.append(_reconstruction_table(reconstruction, title, paper.get("tokenizer", ())))
+    parts += [_classes_table(name, t, title) for name, t in tasks.items() if t.get("by_class")]
     masks = {
         name: t for name, t in tasks.items() if "precision@0.7" in t or "lengths" in t and t["family"] != "tokenizer"
     }
@@ -109,12 +117,24 @@ def _cell(task: Mapping[str, Any] | None, metric: str) -> str:
 
 
 def _row_name(task: Mapping[str, Any], title: str) -> str:
-    named = [task[k] for k in ("mode", "protocol") if k in task]
-    if task.get("scoring") == "reference":
-        named.append("reference scoring")
-    if task.get("min_pixels"):
-        named.append(f"empty below {task['min_pixels']} px")
+    """Our row's name, with everything that its numbers were made by."""
+    named = [*(task[k] for k in ("mode", "protocol") if k in task), *_protocol_flags(task)]
     return f"{title} ({', '.join(named)})" if named else title
+
+
+def _protocol_flags(task: Mapping[str, Any]) -> list[str]:
+    """What of a task's protocol is not the plain one, in words."""
+    flags = {
+        "grammar": task.get("grammar"),
+        "forced prefix": task.get("forced_prefix"),
+        f"end bias {task.get('end_bias', 0):+g}": task.get("end_bias"),
+        "reference scoring": task.get("scoring") == "reference",
+        f"empty below {task.get('min_pixels')} px": task.get("min_pixels"),
+        f"first {task.get('limit')} samples": task.get("limit"),
+        f"exif {task.get('exif')}": task.get("exif", "stored") != "stored",
+        f"mask rule {task.get('mask_rule')}": task.get("mask_rule", AUTO) != AUTO,
+    }
+    return [name for name, is_set in flags.items() if is_set]
 
 
 def _family_table(
@@ -146,9 +166,10 @@ def _reconstruction_table(tasks: Sequence[Mapping[str, Any]], title: str, paper:
     rows = [[f"{given['row']} (given)"] + [str(given.get(str(k), "–")) for k in (*counts, "adaptive", "tokens")]
             for given in paper]  # fmt: skip
     for task in tasks:
-        for part in ("with_features", "without_features"):
+        for part, words in _PARTS.items():
             if part in task:
-                by, name = task[part]["giou_by_tokens"], f"{title}, {task['benchmark']}, {part.replace('_', ' image ')}"
+                by = task[part]["giou_by_tokens"]
+                name = ", ".join([title, task["benchmark"], words, *_protocol_flags(task)])
                 cells = [f"{100 * by[str(k)]:.1f}" if str(k) in by else "–" for k in counts]
                 low, high = task[part]["intervals"]["adaptive"]
                 adaptive = f"{100 * task[part]['giou_adaptive']:.1f} ± {50 * (high - low):.1f}"
@@ -163,30 +184,52 @@ def _first_part(task: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _details_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     metrics = (("Pr@0.7", "precision@0.7"), ("Pr@0.8", "precision@0.8"), ("Pr@0.9", "precision@0.9"),
-               ("boundary IoU", "biou"), ("well-formed", "format_rate"))  # fmt: skip
-    header = ["task", "samples", *[c for c, _ in metrics], "mean tokens", "std", "left out"]
+               ("boundary IoU", "biou"), ("well-formed", "format_rate"), ("several masks", "several_masks_rate"))  # fmt: skip
+    header = ["task", "samples", "images", *[c for c, _ in metrics], "mean tokens", "std", "left out"]
     rows = []
     for name, task in tasks.items():
         lengths = task.get("lengths")
         tokens = [f"{lengths['mean']:.1f}", f"{lengths['std']:.1f}"] if lengths else ["–", "–"]
         cells = [_cell(task, metric) for _, metric in metrics]
-        rows.append([name, f"{int(task['num_samples'])}", *cells, *tokens, str(task["num_skipped"])])
+        named = ", ".join([name, *_protocol_flags(task)])
+        counts = [f"{int(task['num_samples'])}", f"{task['num_images']}"]
+        rows.append([named, *counts, *cells, *tokens, str(task["num_skipped"])])
     return f"## Details\n\n{_table(header, rows)}"
 
 
+def _classes_table(name: str, task: Mapping[str, Any], title: str) -> str:
+    rows = [
+        [label, str(numbers["num_samples"]), f"{100 * numbers['giou']:.1f}", f"{100 * numbers['ciou']:.1f}"]
+        for label, numbers in task["by_class"].items()
+    ]
+    what = f"Over the samples that ask for a class, alone or with others: {_row_name(task, title)}."
+    return f"## Classes of {name}\n\n{what}\n\n{_table(['class', 'samples', 'gIoU', 'cIoU'], rows)}"
+
+
 def timing_markdown(tasks: Mapping[str, Mapping], timing: Mapping[str, Mapping], title: str) -> str:
-    """Mean tokens, seconds per sample and tokens per second, with the paper's seconds beside ours."""
-    rows = [[f"ALToLLM-8B, {mode}, paper", *figures, "–"] for mode, figures in PAPER_TIMES.items()]
+    """Mean tokens, seconds per sample (alone, in batches) and tokens per second, with the paper's beside ours."""
+    rows = [
+        [f"ALToLLM-8B, {mode}, paper", "not stated", tokens, f"{seconds} (batch not stated)", "–", "–", "–"]
+        for mode, (tokens, seconds) in PAPER_TIMES.items()
+    ]
     for name, times in timing.items():
-        lengths, seconds, rate = (
-            tasks[name].get("lengths"),
-            times.get("seconds_per_sample"),
-            times.get("tokens_per_second"),
-        )
-        mean = f"{lengths['mean']:.1f}" if lengths else "–"
-        rows.append([f"{title}, {name}", mean, f"{seconds:.4f} s" if seconds else "–", f"{rate:.1f}" if rate else "–"])
-    header = ["model", "mean tokens", "per sample", "tokens per second"]
-    return f"# Time of {title}\n\nWithout the first batch of each start, which compiles.\n\n{_table(header, rows)}"
+        lengths, batch, single = tasks[name].get("lengths"), times.get("batch"), times.get("single")
+        cells = [
+            f"{', '.join([title, name, *_protocol_flags(tasks[name])])}",
+            times.get("device", "–"),
+            f"{lengths['mean']:.1f}" if lengths else "–",
+            f"{single['seconds_per_sample']:.4f} s" if single else "–",
+            f"{batch['seconds_per_sample']:.4f} s" if batch else "–",
+            f"{times['batch_size']}" if batch else "–",
+            f"{batch['tokens_per_second']:.1f}" if batch and batch["tokens_per_second"] else "–",
+        ]
+        rows.append(cells)
+    header = ["model", "device", "mean tokens", "one at a time", "in batches, per sample", "of", "tokens per second"]
+    note = (
+        "Seconds of the device from request to answer, compiled and warmed up before, without reading and scoring. One"
+        " at a time: each device has one sample. In batches: the time of a batch over its samples."
+    )
+    return f"# Time of {title}\n\n{note}\n\n{_table(header, rows)}"
 
 
 def plots(tasks: Mapping[str, Mapping[str, Any]], max_length: int, out: pathlib.Path) -> list[pathlib.Path]:
@@ -194,9 +237,9 @@ def plots(tasks: Mapping[str, Mapping[str, Any]], max_length: int, out: pathlib.
     curves, points, by_length, lengths = {}, {}, {}, {}
     for name, task in tasks.items():
         if task["family"] == "tokenizer":
-            for part in ("with_features", "without_features"):
+            for part, words in _PARTS.items():
                 if part in task:
-                    label = f"{name}, {part.replace('_', ' image ')}"
+                    label = f"{name}, {words}"
                     curves[label] = task[part]["giou_by_tokens"]
                     points[f"{label}, adaptive"] = (task["lengths"]["mean"], task[part]["giou_adaptive"])
         if task.get("giou_by_length"):

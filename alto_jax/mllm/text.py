@@ -111,6 +111,11 @@ def join_classes(names: Sequence[str]) -> str:
     return ", ".join(names)
 
 
+def split_classes(phrase: str) -> list[str]:
+    """Returns the class names of a phrase that `join_classes` made of names without commas."""
+    return phrase.split(", ")
+
+
 def find_reference(text: str) -> str | None:
     """Returns the first `<ref>…</ref>` or `<box>…</box>` of a human turn with its tags, None without one."""
     return next(iter(find_references(text)), None)

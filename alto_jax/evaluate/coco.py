@@ -1,0 +1,30 @@
+"""Predicted masks as COCO results, one JSON a benchmark, which pycocotools' `COCO.loadRes` takes."""
+
+from collections.abc import Mapping, Sequence
+import json
+from typing import Any
+
+_LARGEST = 2**53  # JSON's whole numbers, as most readers keep them.
+
+
+def image_ids(lines: Sequence[Mapping[str, Any]]) -> list[int]:
+    """A number for the image of each sample: COCO's own where all images have one for a name, else 1, 2, … in order."""
+    names = [str(line["image"]) for line in lines]
+    if all(name.isascii() and name.isdigit() and int(name) < _LARGEST for name in names):
+        return [int(name) for name in names]
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(name, len(numbers) + 1) for name in names]
+
+
+def coco_results(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a COCO-results JSON: an entry a predicted mask, none for samples whose answer has none.
+
+    Entries have image_id (see `image_ids`), category_id 1, segmentation and score 1, and beside these the sample's
+    "index", "key" and "phrase", since several may be of one image.
+    """
+    entries, good = [], [line for line in lines if "error" not in line]
+    for line, image_id in zip(good, image_ids(good)):
+        if line["mask"] is not None:
+            entry = {"image_id": image_id, "category_id": 1, "segmentation": line["mask"], "score": 1.0}
+            entries.append(json.dumps(entry | {k: line[k] for k in ("index", "key", "phrase")}))
+    return "[\n" + ",\n".join(entries) + "\n]\n" if entries else "[]\n"
