@@ -202,7 +202,7 @@ def chat_text(
     """The ids and labels of a ChatRecord, unpadded; needs its "key" and "conversations" alone.
 
     The text has `num_image_tokens` image tokens, or none if the record has "image": None. Without masks, it is cut at
-    `max_length`, as the reference does.
+    `max_length`, as in InternVL's training.
 
     Raises:
       ValueError: text with masks longer than `max_length`, no answer in what is left, or too many masks; the message

@@ -184,7 +184,8 @@ def _first_part(task: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _details_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     metrics = (("Pr@0.7", "precision@0.7"), ("Pr@0.8", "precision@0.8"), ("Pr@0.9", "precision@0.9"),
-               ("boundary IoU", "biou"), ("well-formed", "format_rate"), ("several masks", "several_masks_rate"))  # fmt: skip
+               ("boundary IoU", "biou"), ("well-formed", "format_rate"),
+               ("several masks", "several_masks_rate"))  # fmt: skip
     header = ["task", "samples", "images", *[c for c, _ in metrics], "mean tokens", "std", "left out"]
     rows = []
     for name, task in tasks.items():

@@ -145,7 +145,7 @@ def _reading(options: EvaluateOptions) -> Reading:
 
 
 def _limited(source: Records, options: EvaluateOptions) -> tuple[Records, dict[str, Any]]:
-    """The records that are evaluated, and how they are read: the limit if it leaves some out (else 0), and the rules."""
+    """Which records are evaluated, and how they are read: the limit if it leaves some out (else 0), the rules."""
     limit = options.limit if 0 < options.limit < len(source) else 0
     read = {"limit": limit, "exif": options.exif, "mask_rule": options.mask_rule}
     return Limited(source, limit) if limit else source, read

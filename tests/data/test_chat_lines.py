@@ -79,7 +79,21 @@ def test_records_without_an_image_are_text(folder, image, debug_model):
     assert tok.decode(supervised) == "Là.<|im_end|>"
 
 
-def test_long_text_without_masks_is_cut_as_by_the_reference(debug_model):
+def test_text_alone_shares_packed_rows(folder, debug_model):
+    source = Conversations(write(folder, *[{"conversations": WORDS}, FORMS[0]] * 3))
+    tok = text.TextTokenizer.load(debug_model.path)
+    options = dict(vision_size=28, image_size=64, mask_size=32, num_image_tokens=4, max_length=160, max_masks=1,
+                   num_latent_tokens=8, batch_size=2, seed=0, system=None, num_threads=0)  # fmt: skip
+    batch = next(iter(pipeline.chat_batches(source, tok, **options, pack_samples=4)))
+    assert batch.segment_ids.max() >= 3 and (batch.segment_ids > 0).any(1).all()
+    for row in range(2):
+        number = int((batch.ids[row] == tok.ids.img_context).sum()) // 4
+        shown = [bool(image.any()) for image in batch.image[row]]
+        assert 0 < number <= batch.segment_ids[row].max() and shown == sorted(shown, reverse=True)
+        assert sum(shown) == number == int(batch.mask_valid[row].sum())
+
+
+def test_long_text_without_masks_is_cut(debug_model):
     tok = text.TextTokenizer.load(debug_model.path)
     sizes = dict(num_image_tokens=4, num_latent_tokens=8, max_masks=1, system=None)
     long = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because " * 300}]
