@@ -62,9 +62,6 @@ def code_token(index: int) -> str:
     return f"<TOK_{index}>"
 
 
-# --- The task's sentences ---------------------------------------------------------------------------
-
-
 def reference(phrase: str) -> str:
     """Returns `<ref>phrase</ref>`; a phrase that already carries `<ref>` or `<box>` is kept as it is.
 
@@ -149,9 +146,6 @@ def resize_placeholders(text: str, num_placeholders: int) -> str:
     if text.count(MASK_START) != text.count(MASK_END):
         raise ValueError(f"conversation: {MASK_START} and {MASK_END} do not match in {text[:80]!r}")
     return re.sub(rf"{MASK_START}(.*?){MASK_END}", replace, text, flags=re.DOTALL)
-
-
-# --- The tokenizer ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,9 +306,6 @@ def _special_ids(tokenizer: Any, source: str) -> SpecialIds:
             f"got {vocabulary.get(code_token(num_codes))}: the {total} mask codes must have consecutive ids"
         )
     return SpecialIds(pad=find(*PAD_CANDIDATES), bos=vocabulary.get(BOS), num_codes=num_codes, **ids)
-
-
-# --- The chat template ------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=8)
