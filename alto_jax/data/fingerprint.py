@@ -1,7 +1,8 @@
 """A short hash of what the samples of a data set are: keys, questions, annotations, and names and sizes of images.
 
 Results of an evaluation carry it, so that those of one data set are never continued with another of the same length. It
-does not depend on where the data lie. No image is read, only looked up; annotations and mask files are read.
+does not depend on where the data lie. No image is read, only looked up; annotations and mask files are read. (What a
+training run keeps of its data, identity.py, asks for less, so that it is cheap for millions of records.)
 """
 
 from collections.abc import Iterable

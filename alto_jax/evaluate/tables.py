@@ -240,7 +240,7 @@ def plots(tasks: Mapping[str, Mapping[str, Any]], max_length: int, out: pathlib.
         if task["family"] == "tokenizer":
             for part, words in _PARTS.items():
                 if part in task:
-                    label = f"{name}, {words}"
+                    label = f"{name}, {words.partition(' at ')[0]}"
                     curves[label] = task[part]["giou_by_tokens"]
                     points[f"{label}, adaptive"] = (task["lengths"]["mean"], task[part]["giou_adaptive"])
         if task.get("giou_by_length"):

@@ -33,10 +33,10 @@ def test_compiling_is_not_in_the_clock():
     programs = Programs(one_device())
     for rows, executions in ((2, 2), (2, 1), (3, 2), (2, 1)):
         ran.clear()
-        found, seconds = programs("f", slow_to_trace, {"scale": jnp.float32(2)}, np.ones((rows, 4), np.float32))
+        answers = programs("f", slow_to_trace, {"scale": jnp.float32(2)}, np.ones((rows, 4), np.float32))
         jax.effects_barrier()
-        np.testing.assert_array_equal(found["sum"], np.full(rows, 8))
-        assert 0 < seconds < 0.25 and len(ran) == executions
+        np.testing.assert_array_equal(answers.found["sum"], np.full(rows, 8))
+        assert 0 < answers.seconds < 0.25 and len(ran) == executions
 
 
 @pytest.fixture
