@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from alto_jax import layers, predict
+from alto_jax.batch import MaskBatch
 from alto_jax.config import ConfigError
-from alto_jax.evaluate import tasks
+from alto_jax.evaluate import device
+from alto_jax.evaluate.reconstruction import Reconstruction
 from alto_jax.experiment import make_experiment
 from alto_jax.main import load_config
 from alto_jax.mllm.alto_llm import ModelConfig
@@ -79,7 +81,7 @@ def test_large_configurations_leave_their_last_float32_parts_to_the_device():
 
 
 @pytest.mark.parametrize("precision", ["", "default"])
-def test_prediction_and_evaluation_do_as_told(precision):
+def test_prediction_and_evaluation_do_as_told(precision, monkeypatch):
     """The tokenizer's calls of `predict` and `tokenize`, and those of `evaluate`."""
     values = load_config(str(ROOT / "configs/stage1.py:debug")).to_dict()["model"]
     cfg = dataclasses.replace(make_experiment_model(values), matmul_precision=precision)
@@ -88,10 +90,20 @@ def test_prediction_and_evaluation_do_as_told(precision):
     image = jax.ShapeDtypeStruct((2, size.image_size, size.image_size, 3), jnp.uint8)
     params = jax.eval_shape(model.init, jax.random.key(0), mask, image)["params"]
     encode = predict.TokenizerModel(cfg, {}, "")._method("tokenize").trace(params, mask)
-    evaluation = tasks.Reconstruction(cfg, {"tokenizer": params}, "tokenizer_scenes", [], {})
-    reconstruct = tasks._compiled(cfg, evaluation._reconstruct, one_device())
-    batch = tasks.MaskBatch(image=image, mask=mask)
-    for traced in (encode, reconstruct.trace({"tokenizer": params}, batch)):
+
+    class Built(Exception):
+        """The program is there; it need not run."""
+
+    def stop(*args):
+        raise Built
+
+    monkeypatch.setattr(device.sharding, "put_batch", stop)
+    evaluated = device.Programs(one_device(), cfg.matmul_precision)
+    evaluation = Reconstruction(cfg, {"tokenizer": params}, "tokenizer_scenes", [], {}, evaluated)
+    with pytest.raises(Built):
+        evaluation.answer([evaluation.blank()])
+    reconstruct = evaluated._functions["reconstruct"]
+    for traced in (encode, reconstruct.trace({"tokenizer": params}, MaskBatch(image=image, mask=mask))):
         found = rounding.products(traced.jaxpr.jaxpr)
         assert sum(p.decides for p in found) >= 6
         assert all(p.is_highest for p in found if p.decides)

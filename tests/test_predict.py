@@ -16,6 +16,7 @@ from alto_jax.checkpoint import runs
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import SceneMasks
 from alto_jax.evaluate import tasks
+from alto_jax.evaluate.device import Programs
 from alto_jax.evaluate.options import EvaluateOptions
 from alto_jax.mllm import alto_llm
 from alto_jax.mllm.generate import Generated
@@ -210,8 +211,10 @@ def test_an_answer_with_two_masks_gives_the_first_and_says_so(debug_model, scene
     assert found.mask.any() and (found.mask != model.decode([9], image.shape[:2], image)).any()
 
     options = EvaluateOptions(debug_model.path, ["scenes"], "", "", scenes=1)
-    [task] = tasks.make_tasks(options, model.cfg, model.params, model.text, model.system)[:1]
-    [line], _ = task.run([task.example(0)], sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1]))
+    programs = Programs(sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1]))
+    [task] = tasks.make_tasks(options, model.cfg, model.params, model.text, model.system, programs)
+    example = task.example(0)
+    line = task.line(example, task.answer([example]), 0)
     assert line["valid"] and line["length"] == 2 and line["num_masks"] == 2 and line["predicted_pixels"] > 0
 
 
