@@ -80,21 +80,23 @@ def _boundary_in_box(mask: np.ndarray, reach: int) -> tuple[np.ndarray, tuple[in
     if not len(rows):
         return np.zeros((0, 0), bool), (0, 0)
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    eroded = _all_near(_all_near(box, reach).T, reach).T
+    eroded = _all_near(_all_near(box, reach, 0), reach, 1)
     return box & ~eroded, (int(rows[0]), int(columns[0]))
 
 
-def _all_near(mask: np.ndarray, reach: int) -> np.ndarray:
-    """Whether all rows within `reach` of each are True (none is outside), bool[H, W]: by doubling the rows compared."""
+def _all_near(mask: np.ndarray, reach: int, axis: int) -> np.ndarray:
+    """Whether all pixels within `reach` along an axis are True (none outside is), bool[H, W]: by doubling their number."""
     result, side, done = np.zeros(mask.shape, bool), 2 * reach + 1, 1
-    if len(mask) < side:
+    cut = lambda array, start, stop: array[start:stop] if axis == 0 else array[:, start:stop]
+    size = mask.shape[axis]
+    if size < side:
         return result
-    while 2 * done <= side:
-        mask = mask[:-done] & mask[done:]
-        done *= 2
-    if done < side:
-        mask = mask[: done - side] & mask[side - done :]
-    result[reach : reach + len(mask)] = mask
+    while done < side:
+        step = min(done, side - done)  # Note: found[i] is of `done` pixels from i on.
+        left = mask.shape[axis] - step
+        mask = cut(mask, 0, left) & cut(mask, step, left + step)
+        done += step
+    cut(result, reach, size - reach)[...] = mask
     return result
 
 
