@@ -53,7 +53,7 @@ MEMORY = 2 * 2**30  # bytes at peak
 SECONDS = 60  # a case
 NAMES = (  # one of them stands in every message
     "input", "entry", "a.jpg", "m.png", "chat.jsonl", "odd.json", "sa_1", "refs(unc)", "instances.json", "psalm.json",
-    "val_part_only", "open.jsonl",
+    "val_part_only", "open.jsonl", "files/sa:",
 )  # fmt: skip
 LARGE_EVERY = 1000  # cases; one of them reads a file of nearly MAX_PIXELS
 RULES = ("auto", "auto", "nonzero", ">127", "equals:1,5", "ignore:255", "alpha", "colour:ff0000")
@@ -256,6 +256,7 @@ def run_cases(
     kinds = only or cases.kinds
     outcomes: Counter[str] = Counter()
     failures: list[str] = []
+    peak, peak_case = 0, ""
     with open(folder / "now", "wb", buffering=0) as now:
         for number in range(count):
             kind = "large" if number % LARGE_EVERY == LARGE_EVERY - 1 else kinds[number % len(kinds)]
@@ -270,9 +271,11 @@ def run_cases(
                 if keep is not None:
                     shutil.copytree(cases.folder, keep / str(number), dirs_exist_ok=True)
             outcomes[f"{kind} {outcome}"] += 1
+            if (now_peak := resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) > peak:
+                peak, peak_case = now_peak, f"case {number} ({kind})"
     signal.alarm(0)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"outcomes": dict(sorted(outcomes.items())), "failures": failures, "peak_bytes": peak}
+    found = {"outcomes": dict(sorted(outcomes.items())), "failures": failures}
+    return found | {"peak_bytes": peak, "peak_case": peak_case}
 
 
 def fuzz(count: int, seed: int, only: list[str], keep: pathlib.Path | None = None) -> dict[str, Any]:
@@ -293,7 +296,8 @@ def fuzz(count: int, seed: int, only: list[str], keep: pathlib.Path | None = Non
             return {"outcomes": {}, "failures": [message], "peak_bytes": 0}
         found = json.loads(done.stdout.splitlines()[-1])
     if found["peak_bytes"] >= MEMORY:
-        found["failures"].append(f"peak memory {found['peak_bytes'] / 2**30:.2f} GiB, allowed is {MEMORY / 2**30:.0f}")
+        peak = f"{found['peak_bytes'] / 2**30:.2f} GiB in {found['peak_case']}"
+        found["failures"].append(f"peak memory {peak}, allowed is {MEMORY / 2**30:.0f}")
     return found
 
 

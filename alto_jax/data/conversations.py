@@ -10,7 +10,6 @@ Records are weighted by `repeat_time`: 3 has each record three times, 0.5 a fixe
 from collections.abc import Iterator
 import copy
 import dataclasses
-import json
 import logging
 import os
 import pathlib
@@ -24,6 +23,7 @@ from alto_jax.data.reading import AS_STORED, Reading
 from alto_jax.data.split import ImageSplit, image_hash, image_name
 
 _log = logging.getLogger(__name__)
+_MOST_RECORDS = 10**8  # of a data set with its repetitions; each takes 8 bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +113,9 @@ class Conversations:
         """
         meta = pathlib.Path(meta)
         try:
-            content = json.loads(meta.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"meta file {meta} cannot be read: {error}") from error
+            content = bad_data.parse_json(meta.read_bytes(), f"meta file {meta}")
+        except OSError as error:
+            raise ValueError(f"meta file {meta} cannot be read: {error.strerror}") from error
         if not isinstance(content, dict) or not content:
             raise ValueError(f"meta file {meta}: expected a non-empty object of data sets")
         self._seed = seed
@@ -238,6 +238,9 @@ def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int, max_masks: 
     if declared is not None and declared != count:
         _log.warning("meta file %s: %s.length is %s, but %s has %d records", meta, name, declared, file, count)
     count = len(usable)
+    if count * repeat > _MOST_RECORDS:
+        most = f"makes more than {_MOST_RECORDS} of {count} records"
+        raise ValueError(f"meta file {meta}: {name}.repeat_time {most}, got {repeat:.4g}")
     whole, total = int(repeat), max(min(count, 1), round(count * repeat))
     rest = np.sort(np.random.default_rng((seed, count)).permutation(count)[: total - whole * count])
     return _Part(name, root, lines, augment, reading, _Chosen(usable, whole, rest))

@@ -334,6 +334,8 @@ def open_psalm(
         _log.warning(
             "%s: %d of %d entries have no instruction and are left out", file, dropped, len(referents) + dropped
         )
+    if not referents:
+        raise ValueError(f"{file}: no entry with an instruction")
     annotations = (pathlib.Path(file),)
     return Referring(referents, protocol, no_target=no_target, reading=reading, annotations=annotations)
 
@@ -371,6 +373,8 @@ def open_refcocom(
         path, key = folder / "masks" / f"{segment}.png", f"refcocom/{split}/{segment}"
         mask = _mask_file(path, reading.mask_rule)
         referents.append(Referent(where, key, image, sentences, mask, mask_path=path))
+    if not referents:
+        raise ValueError(f"{file}: no entry")
     return Referring(referents, protocol, reading=reading, annotations=(file,))
 
 

@@ -6,7 +6,6 @@ the source is: prepared sets and mixtures need nothing special with several proc
 
 from collections.abc import Callable, Iterator
 import dataclasses
-import json
 import logging
 import os
 import pathlib
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 
 from alto_jax.batch import ChatBatch, MaskBatch, PromptBatch
 from alto_jax.config import local_path
-from alto_jax.data import benchmarks, caches, composition, pipeline, refcoco, scenes
+from alto_jax.data import bad_data, benchmarks, caches, composition, pipeline, refcoco, scenes
 from alto_jax.data.conversations import Conversations
 from alto_jax.data.glyphs import catalogue
 from alto_jax.data.mixture import Mixture
@@ -178,7 +177,7 @@ def _entries(config: Any, field: str) -> dict[str, tuple[float, dict[str, Any]]]
     """The checked entries {name: (weight, {"source", "root", "meta"})} of the JSON `config.data.meta`."""
     file = pathlib.Path(config.data.meta)
     try:
-        content = json.loads(file.read_bytes())
+        content = bad_data.parse_json(file.read_bytes(), file)
         found = {n: (float(e["weight"]), {**e, "source": str(e["source"])}) for n, e in content.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{field}.meta: {file}: expected JSON {{name: {{weight, source, …}}}}: {error!r}") from error

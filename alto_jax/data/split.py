@@ -36,7 +36,7 @@ def file_hash(path: str | os.PathLike) -> int:
 
 def image_hash(name: str) -> int:
     """A number below 2^64 of an image's name."""
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
