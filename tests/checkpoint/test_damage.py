@@ -23,7 +23,7 @@ from tests.train.test_reliability import damage as spoil
 WORDS = {
     "array data cut": "the data of the arrays are damaged|the list of its arrays is missing or damaged",
     "array data gone": r"the data of the arrays \(state/d\) are missing|the data of the arrays",
-    "bits of an array flipped": "arrays are not what was saved|the data of the arrays are damaged|the list of its arrays is",
+    "bits of an array flipped": "arrays are not what was saved|the data of the arrays are damaged|the list of its",
     "index of arrays gone": r"the index of the arrays \(state/manifest.ocdbt\) is missing",
     "tree metadata cut": r"the list of the arrays \(state/_METADATA\) is damaged \(40 bytes, not JSON\)",
     "description empty": r"the description \(meta/metadata\) is damaged \(0 bytes, not JSON\)",
