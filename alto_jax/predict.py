@@ -318,6 +318,21 @@ def load(directory: str | os.PathLike, step: int | None = None) -> TokenizerMode
     return Segmenter(loaded.cfg, loaded.params, str(directory), loaded.text, loaded.meta["data"]["system"])
 
 
+def _check_request(options: argparse.Namespace, meta: dict[str, Any]) -> None:
+    """Raises ConfigError for a request that the model could not answer, before its parameters are read."""
+    if meta["stage"] in ("stage1", "stage1_5"):
+        raise ConfigError(f"--checkpoint={options.checkpoint}: a mask tokenizer alone; predict needs stage 2 or 3")
+    most = meta["model"]["tokenizer"]["num_latent_tokens"]
+    if options.max_length is not None and not 1 <= options.max_length <= most:
+        raise ConfigError(f"--max_length={options.max_length}: expected 1..{most}, the mask tokens of the model")
+    if not math.isfinite(options.end_bias):
+        raise ConfigError(f"--end_bias={options.end_bias}: expected a finite number")
+    if options.prompt is not None and not options.prompt.strip():
+        raise ConfigError(f"--prompt={options.prompt!r}: expected a question")
+    if options.prompt is None and not any(c.isalnum() for c in options.text):
+        raise ConfigError(f"--text={options.text!r}: expected the name or description of an object")
+
+
 def main() -> int:
     """The command; see the module's docstring."""
     from alto_jax.data.masks import AUTO, RULES, parse_rule  # late: keeps the start fast
@@ -346,8 +361,7 @@ def main() -> int:
                "--json": (options.json, (".json",))}  # fmt: skip
     cli.check_outputs(outputs, {"--image": options.image, "--target": options.target})
     length = parse_length(options.length)
-    if describe(options.checkpoint, options.step, length)["stage"] in ("stage1", "stage1_5"):
-        raise ConfigError(f"--checkpoint={options.checkpoint}: a mask tokenizer alone; predict needs stage 2 or 3")
+    _check_request(options, describe(options.checkpoint, options.step, length))
     from PIL import Image  # late: keeps the start fast
 
     parse_rule(options.mask_rule, "--mask_rule")

@@ -1,6 +1,7 @@
 """The commands: bad input ends in one clear line and a non-zero exit; importing and --help are quick."""
 
 import json
+import os
 import pathlib
 import re
 import sys
@@ -229,3 +230,42 @@ def test_help_is_quick(command):
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(2)) < 2
+
+
+def test_outputs_are_checked_before_the_work(tmp_path):
+    picture, mask = cli.PICTURE_SUFFIXES, cli.MASK_SUFFIXES
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(b"x")
+    (tmp_path / "link.png").symlink_to(photo)
+    (tmp_path / "hard.png").hardlink_to(photo)
+    (tmp_path / "folder.png").mkdir()
+
+    def check(path, suffixes=mask, **more):
+        path = None if path is None else str(path)
+        cli.check_outputs({"--out": (path, suffixes), **more}, {"--image": str(photo), "--target": None})
+
+    for fine in (None, tmp_path / "mask.png", tmp_path / "MASK.TIFF", "mask.bmp", "/dev/stdout"):
+        check(fine)
+    check(tmp_path / "a.jpg", picture)
+    json_file = (str(tmp_path / "a.json"), (".json",))
+    check(tmp_path / "a.png", **{"--json": json_file})
+    for path, match in (
+        (tmp_path / "none" / "mask.png", "there is no folder .*none"),
+        (photo / "mask.png", "there is no folder"),
+        (tmp_path / "mask.jpg", "expected a name that ends in .png, .bmp, .tif, .tiff"),
+        (tmp_path / "mask", "expected a name that ends in .png"),
+        (tmp_path / "folder.png", "expected a file's name, got a folder"),
+        ("", "expected a file's name, got nothing"),
+        (str(tmp_path) + "/", "expected a file's name, got a folder"),
+        (photo, "the same file as --image, which is read"),
+        (tmp_path / "link.png", "the same file as --image, which is read"),
+        (tmp_path / "hard.png", "the same file as --image, which is read"),
+        (tmp_path / "folder.png" / ".." / "photo.png", "the same file as --image"),
+        ("/proc/mask.png", "no permission to write there|there is no folder"),
+    ):
+        if path == "/proc/mask.png" and os.access("/proc", os.W_OK):
+            continue
+        with pytest.raises(ConfigError, match=f"--out={path}: .*{match}|--out={path}: {match}"):
+            check(path)
+    with pytest.raises(ConfigError, match="--overlay=.*a.png: the same file as --out"):
+        check(tmp_path / "a.png", **{"--overlay": (str(tmp_path / "." / "a.png"), picture)})

@@ -118,6 +118,30 @@ def test_workdir_belongs_to_one_configuration(tmp_path, values):
         claim(seed=2)
 
 
+def test_another_number_of_steps(tmp_path, values):
+    """A run may become longer or shorter, not shorter than what is done; reading changes nothing."""
+
+    def claim(steps, **options):
+        config = make_experiment({**values, "train": {**values["train"], "steps": steps}})
+        return claim_workdir(tmp_path / "run", config, **options)
+
+    path = claim(4)
+    (path / "checkpoints" / "4").mkdir(parents=True)
+    (path / "result.json").write_text("{}")
+    saved = lambda: json.loads((path / "config.json").read_text())["train"]["steps"]
+    claim(9, is_training=False)
+    assert saved() == 4 and (path / "result.json").exists()
+    claim(4)
+    assert (path / "result.json").exists()
+    with pytest.raises(ConfigError, match="config.train.steps: expected at least the 4 updates that .*, got 3"):
+        claim(3)
+    assert saved() == 4 and (path / "result.json").exists()
+    claim(9)
+    assert saved() == 9 and not (path / "result.json").exists()
+    claim(6)
+    assert saved() == 6
+
+
 @pytest.mark.parametrize(
     "group, change, message",
     [

@@ -13,6 +13,7 @@ import pytest
 import alto_jax
 from alto_jax import predict, report, tokenize
 from alto_jax.checkpoint import runs
+from alto_jax.config import ConfigError
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import SceneMasks
 from alto_jax.evaluate import tasks
@@ -238,6 +239,99 @@ def test_tokenize_there_and_back(run, scene, tmp_path):
     # The image and every code have a say in the result.
     assert (model.decode(saved["codes"], (HEIGHT, WIDTH)) != (mask > 0)).any()
     assert (model.decode(saved["codes"][:5], (HEIGHT, WIDTH), record["image"]) != (mask > 0)).any()
+
+
+@pytest.mark.parametrize("kind", [int, np.int8, np.int32, np.int64, np.uint16])
+def test_any_integer_is_a_length(kind, run, scene):
+    model = alto_jax.load(run)
+    assert len(model.encode(scene[1]["mask"], kind(3))) == 3
+    result = model.segment(scene[1]["image"], "apple", length=kind(2), max_new_tokens=kind(20))
+    assert result.length == 2
+    codes = [kind(code) for code in result.codes if code < 100] or [kind(1)]
+    assert model.decode(codes, (kind(5), kind(7))).shape == (5, 7)
+
+
+def test_lengths_codes_and_sizes_that_are_none(run, scene):
+    model, image = alto_jax.load(run), scene[1]["image"]
+    for length in (0, -1, L + 1, True, False, np.True_, 1.5, np.float32(2), "3", "²", "", None, [3], np.array([3])):
+        message = r"length: expected 'adaptive', 'full' or a whole number in 1..8"
+        with pytest.raises(ValueError, match=message):
+            model.segment(image, "apple", length=length)
+        with pytest.raises(ValueError, match=message):
+            model.encode(scene[1]["mask"], length)
+    for name, most in (("max_length", L), ("min_length", L), ("max_new_tokens", 65536)):
+        for value in (0, -1, most + 1, True, 1.5, "3"):
+            with pytest.raises(ValueError, match=f"{name}: expected a whole number in 1..{most}, got"):
+                model.segment(image, "apple", **{name: value})
+    for bias in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="end_bias: expected a finite number"):
+            model.segment(image, "apple", end_bias=bias)
+    for code in (-1, CODES, 1.5, True, "1"):
+        with pytest.raises(ValueError, match=rf"codes: expected values in 0..{CODES - 1}, got"):
+            model.decode([1, code], (5, 7))
+    for size in ((0, 5), (5,), (5, 7, 3), (10**6, 5), (5.5, 7), (True, 7)):
+        with pytest.raises(ValueError, match="size: expected height and width in 1..16384"):
+            model.decode([1], size)
+
+
+def test_commands_check_before_they_load(run, scene, quickstart, tmp_path, monkeypatch):
+    """Each refusal comes before a parameter is read."""
+    folder = scene[0]
+    image, mask = str(folder / "image.png"), str(folder / "mask.png")
+    codes = tmp_path / "codes.json"
+    codes.write_text('{"codes": [1], "size": [5, 7]}')
+    monkeypatch.setattr(predict, "load", lambda *arguments: pytest.fail("loaded"))
+    ask = ["--checkpoint", str(run), "--image", image, "--text", "apple"]
+    encode = ["encode", "--checkpoint", str(run), "--mask", mask, "--out", str(tmp_path / "a.json")]
+    lengths = [("²", "expected adaptive, full or a whole number of at least 1"), ("0", "expected adaptive"),
+               ("-1", "expected adaptive"), ("1.5", "expected adaptive"), ("", "expected adaptive"),
+               ("9", r"the model of .* has 8 mask tokens at most"), ("True", "expected adaptive"),
+               ("9" * 30, "expected adaptive")]  # fmt: skip
+    for value, match in lengths:
+        for module, rest in ((predict, ask), (tokenize, encode)):
+            with pytest.raises(ConfigError, match=f"--length={value}: {match}"):
+                call(monkeypatch, module, *rest, "--length", value)
+    steps = r"--step=7: .* has the steps 1"
+    torch_folder = tmp_path / "hf"
+    torch_folder.mkdir()
+    (torch_folder / "model.safetensors").write_bytes(b"x")
+    refused = [
+        (predict, [*ask, "--step", "7"], ConfigError, steps),
+        (tokenize, [*encode, "--step", "7"], ConfigError, steps),
+        (predict, [*ask, "--max_length", "9"], ConfigError, "--max_length=9: expected 1..8"),
+        (predict, [*ask, "--max_length", "0"], ConfigError, "--max_length=0: expected 1..8"),
+        (predict, [*ask, "--end_bias", "nan"], ConfigError, "--end_bias=nan: expected a finite number"),
+        (predict, [*ask, "--out", str(tmp_path / "none" / "a.png")], ConfigError, "there is no folder"),
+        (predict, [*ask, "--out", image], ConfigError, "the same file as --image"),
+        (predict, [*ask, "--json", str(tmp_path / "a.png")], ConfigError, "expected a name that ends in .json"),
+        (predict, [*ask[:-1], "?!"], ConfigError, "--text='\\?!': expected the name"),
+        (predict, [*ask, "--prompt", " "], ConfigError, "--prompt=' ': expected a question"),
+        (predict, ["--checkpoint", str(quickstart.path / "stage1"), *ask[2:]], ConfigError, "a mask tokenizer alone"),
+        (predict, ["--checkpoint", str(torch_folder), *ask[2:]], FileNotFoundError, "import it first: python -m tools"),
+        (tokenize, [*encode[:-1], mask], ConfigError, "expected a name that ends in .json"),
+        (tokenize, ["decode", "--checkpoint", str(run), "--codes", str(codes), "--out", str(codes)], ConfigError,
+         "expected a name that ends in .png"),
+    ]  # fmt: skip
+    for module, arguments, error, match in refused:
+        with pytest.raises(error, match=match):
+            call(monkeypatch, module, *arguments)
+    assert json.loads(codes.read_text())["codes"] == [1] and np.asarray(Image.open(image)).shape == (HEIGHT, WIDTH, 3)
+
+
+def call(monkeypatch, module, *arguments):
+    """Runs a command in this process."""
+    monkeypatch.setattr("sys.argv", [module.__name__, *arguments])
+    return module.main()
+
+
+def test_a_step_to_choose(run, scene, tmp_path):
+    """Of a run with two steps; the older one is another model."""
+    both = tmp_path / "run"
+    shutil.copytree(run, both)
+    shutil.copytree(both / "checkpoints" / "1", both / "checkpoints" / "2")
+    assert alto_jax.load(both, step=1).encode(scene[1]["mask"], 4) == alto_jax.load(both).encode(scene[1]["mask"], 4)
+    with pytest.raises(ConfigError, match=r"--step=3: .* has the steps 1, 2"):
+        alto_jax.load(both, step=3)
 
 
 def test_a_tokenizer_alone_opens_too(quickstart, scene):

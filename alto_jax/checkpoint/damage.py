@@ -51,11 +51,11 @@ def reason(folder: pathlib.Path, error: BaseException) -> str:
     for data in (state / "d", *(file.parent / "d" for file in manifests[1:])) if manifests[0].exists() else ():
         if not data.is_dir() or not any(data.iterdir()):
             return f"the data of the arrays ({data.relative_to(folder)}) are missing"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()).replace(f"{folder}/", "") or type(error).__name__
     if isinstance(error, (AttributeError, TypeError)):
         return "the data of the arrays are damaged: their index cannot be read"
     is_library = not isinstance(error, (ValueError, OSError)) or any(word in text for word in _LIBRARY)
-    return f"the data of the arrays are damaged: {text[:200]}" if is_library else text[:300]
+    return f"the data of the arrays are damaged: {text[:120]}" if is_library else text[:300]
 
 
 def _holds_parameters_alone(folder: pathlib.Path) -> bool:
@@ -63,12 +63,12 @@ def _holds_parameters_alone(folder: pathlib.Path) -> bool:
     return not list(folder.glob("state/ocdbt.process_*"))
 
 
-def _is_late_future(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> bool:
+def _is_late_future(error: BaseException | None, trace: TracebackType | None) -> bool:
     """Whether this is a result that arrives when nobody waits for it any more."""
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     is_asyncio = trace is None or "asyncio" in trace.tb_frame.f_code.co_filename
-    return kind is RuntimeError and "Event loop is closed" in str(error) and is_asyncio
+    return type(error) is RuntimeError and "Event loop is closed" in str(error) and is_asyncio
 
 
 @contextlib.contextmanager
@@ -76,20 +76,20 @@ def quiet() -> Iterator[None]:
     """Around an attempt to read: keeps asyncio from printing a stack trace for every array that could not be read.
 
     Note: TensorStore goes on reading in threads of its own after the first array has failed, and finds the event loop
-    closed. Each of these results comes to `sys.excepthook`, some after this block, so the hook stays after a failure.
+    closed. Each of these results comes to `sys.unraisablehook`, some of them later, so the hook stays after a failure.
     """
-    logger, hook = logging.getLogger("asyncio"), sys.excepthook
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
     level = logger.level
 
-    def without_late_ones(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not _is_late_future(kind, error, trace):
-            hook(kind, error, trace)
+    def without_late_ones(found: "sys.UnraisableHookArgs") -> None:
+        if not _is_late_future(found.exc_value, found.exc_traceback):
+            hook(found)
 
     logger.setLevel(logging.CRITICAL + 1)
-    sys.excepthook = without_late_ones
+    sys.unraisablehook = without_late_ones
     try:
         yield
-        sys.excepthook = hook
+        sys.unraisablehook = hook
     finally:
         gc.collect()  # Note: a task that failed is told of when it is collected.
         logger.setLevel(level)

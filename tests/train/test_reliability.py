@@ -12,9 +12,11 @@ import pytest
 from alto_jax.checkpoint import loading, runs
 from alto_jax.checkpoint.runs import Retention
 from alto_jax.cli import EXIT_RESUMABLE, Stopped
+from alto_jax.config import ConfigError
 from alto_jax.train import loop
 from alto_jax.train.preemption import StopSignals
 from alto_jax.train.progress import read_metrics
+from alto_jax.train.state import make_schedule
 from tests import fake_stage
 from tests.conftest import run_python
 from tests.train.test_loop import arrays, untimed
@@ -315,3 +317,28 @@ def test_average_is_what_others_read(tmp_path, use):
     np.testing.assert_array_equal(found, saved["['ema']['vision']['kernel']"])
     assert not np.array_equal(found, saved["['params']['vision']['kernel']"])
     assert loading.adapter_meta(fake_stage.config()) == {}
+
+
+def test_a_finished_run_becomes_longer(tmp_path, use, capfd):
+    """In place: with a constant rate the bits of a run that was long from the start; else the schedule of the new
+    length from the step on where it goes on."""
+    use(fake_stage.stage())
+    train = lambda steps, path, **optim: loop.train(fake_stage.config(train={"steps": steps}, optim=optim), path)
+    train(12, tmp_path / "long", schedule="constant")
+    first = train(6, tmp_path / "run", schedule="constant")
+    assert first["steps"] == 6
+    result = train(12, tmp_path / "run", schedule="constant")
+    assert result["steps"] == 12 and "resumed from step 6" in capfd.readouterr().out
+    assert_same_end(tmp_path / "run", tmp_path / "long")
+    assert train(12, tmp_path / "run", schedule="constant") == result  # complete again
+    with pytest.raises(ConfigError, match="config.train.steps: expected at least the 12 updates that .*, got 11"):
+        train(11, tmp_path / "run", schedule="constant")
+
+    cosine = {"schedule": "cosine", "warmup_steps": 0}
+    train(6, tmp_path / "cosine", **cosine)
+    train(12, tmp_path / "cosine", **cosine)
+    short, long = (make_schedule(fake_stage.config(optim=cosine).optim, steps) for steps in (6, 12))
+    wanted = [float((short if step < 6 else long)(step)) for step in range(12)]
+    found = [r["learning_rate"] for r in read_metrics(tmp_path / "cosine") if "learning_rate" in r]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert found[6] > found[5]
