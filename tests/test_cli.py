@@ -99,11 +99,11 @@ def test_commands_refuse_urls(refused, files, tmp_path, monkeypatch):
     before = sorted(tmp_path.iterdir())
     run = ["--checkpoint", "run", "--out", "out"]
     commands = [
-        (predict, ["--image", files["good"], *run], "image target out overlay json checkpoint"),
+        (predict, ["--image", files["good"], *run[:3], "out.png"], "image target out overlay json checkpoint"),
         (evaluate, ["--benchmark", "scenes", *run], "checkpoint data out images paper-rows"),
         (prepare, ["scene_masks", "--out", "out"], "source out images cache-features cache-tokens"),
         (open_vocab, ["a150", "--images", "i", "--labels", "l", "--out", "o"], "images labels out names split"),
-        (tokenize, ["encode", "--mask", files["mask"], *run], "mask out checkpoint"),
+        (tokenize, ["encode", "--mask", files["mask"], *run[:3], "out.json"], "mask out checkpoint"),
     ]
     for module, arguments, names in commands:
         for name in names.split():

@@ -77,7 +77,7 @@ def test_damaged_saves_are_restored_or_refused(tmp_path):
         assert first == second == "step 1" and {"step 1"} <= {*others}, lines
     said = (tmp_path / "0.txt").read_text()
     for process in (0, 1):
-        line = rf"warning: .*step 2 cannot be read \(process {process}: .*/2 is not there\); going back to step 1"
+        line = rf"warning: .*step 2 cannot be read \(process {process}: its folder is missing\); going back to step 1"
         assert len(re.findall(line, said)) == 2, said
     assert all(line.startswith("warning: ") for line in said.splitlines() if "going back" in line)
 
