@@ -45,7 +45,7 @@ def make_writer(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) ->
         codes, length = found.codes[..., 0, :], found.length[..., 0]
         prompt, group = first.prompt, first.rewards.shape[1]
         features = apply_module(
-            ALToLLM(config.model), params, prompt.image, prompt.pixel_image, method="image_features"
+            ALToLLM(config.model), params, prompt.image, prompt.pixel_image, prompt.features, method="image_features"
         )
         if features is not None:
             features = features.repeat(group, axis=0)
