@@ -11,6 +11,7 @@ import pytest
 from alto_jax.data import benchmarks, coco, files, open_vocab, refcoco
 from alto_jax.data.prompts import NoPrompts
 from alto_jax.data.sa1b import Sa1bMasks
+from tests.conftest import run_python
 from tests.data import replicas
 
 HEIGHT, WIDTH = 60, 80
@@ -219,6 +220,33 @@ def test_texts_of_python_2_are_utf_8_or_latin_1(tmp_path):
         file = tmp_path / f"{number}.p"
         file.write_bytes(python_2(content))
         assert files.load_pickle(file) == [wanted, "plain"]
+
+
+def test_a_pickle_that_claims_memory_takes_none(tmp_path):
+    # Protocol 2: the number of an object in the table of those that can be named again, as a damaged file has it.
+    (tmp_path / "refs(unc).p").write_bytes(b"\x80\x02]r" + (2**31 - 1).to_bytes(4, "little") + b".")
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31)); from alto_jax.data import files; "
+        f"print(files.load_pickle({str(tmp_path / 'refs(unc).p')!r}))"
+    )
+    done = run_python("-c", code)
+    assert done.stdout == "[]\n", done.stderr[-500:]
+
+
+def test_sets_without_an_entry_name_their_file(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "psalm.json").write_text("[]")
+    with pytest.raises(ValueError, match="psalm.json: no entry"):
+        refcoco.open_psalm(tmp_path / "psalm.json", "x/val", root=tmp_path)
+    (tmp_path / "refcocom" / "annotations").mkdir(parents=True)
+    (tmp_path / "refcocom" / "annotations" / "val_part_only.json").write_text("[]")
+    with pytest.raises(ValueError, match="val_part_only.json: no entry"):
+        refcoco.open_refcocom(tmp_path, "val_part_only")
+
+
+def test_names_that_are_none_are_not_looked_for(tmp_path):
+    for name in ("0" * 5000 + ".jpg", "a\0b.jpg"):
+        assert coco.find_image(tmp_path / name) == tmp_path / name
 
 
 def test_sa1b_sizes_may_be_whole_floats_and_are_compared(tmp_path):

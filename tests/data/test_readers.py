@@ -190,6 +190,9 @@ def test_meta_errors_name_file_and_field(files):
         ({"annotation": None}, "sample.annotation is missing"),
         ({"annotation": "absent.jsonl"}, "sample.annotation .*absent.jsonl does not exist"),
         ({"repeat_time": 0}, "sample.repeat_time must be above 0"),
+        ({"repeat_time": 1e300}, "sample.repeat_time makes more than 100000000 of 3 records, got 1e\\+300"),
+        ({"repeat_time": float("inf")}, "sample.repeat_time makes more than"),
+        ({"annotation": "0" * 5000}, "sample.annotation .*does not exist"),
         ({"repeat_time": "2"}, "sample.repeat_time is missing or of a wrong type: '2'"),
         ({"root": 3}, "sample.root"),
     ):
@@ -197,6 +200,9 @@ def test_meta_errors_name_file_and_field(files):
             Conversations(write_meta(files, **fields))
     with pytest.raises(ValueError, match="nometa.json cannot be read"):
         Conversations(files / "nometa.json")
+    (files / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="deep.json is no JSON"):
+        Conversations(files / "deep.json")
 
 
 @pytest.mark.parametrize(
