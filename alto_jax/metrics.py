@@ -85,7 +85,7 @@ def _boundary_in_box(mask: np.ndarray, reach: int) -> tuple[np.ndarray, tuple[in
 
 
 def _all_near(mask: np.ndarray, reach: int, axis: int) -> np.ndarray:
-    """Whether all pixels within `reach` along an axis are True (none outside is), bool[H, W], by doubling runs."""
+    """Whether all pixels within `reach` along an axis are True (none outside is), bool[H, W]; by doubling steps."""
     result, side, done = np.zeros(mask.shape, bool), 2 * reach + 1, 1
     cut = lambda array, start, stop: array[start:stop] if axis == 0 else array[:, start:stop]
     size = mask.shape[axis]

@@ -316,6 +316,7 @@ def test_records_lost_in_preparation_are_counted(debug_model, tmp_path):
         assert numbers["bad_by_kind"] == {"truncated file": 2}
         assert (tmp_path / out / "tables.md").read_text().count("| 2 |") == 1  # the column of those left out
     prepared = Prepared(folder)
+    assert prepared.fingerprint() == raw.fingerprint()  # stored as they are, they are the same data
     # Of the first two that are kept, one was left out between them; of the first, none before it.
     assert [len(prepared.left_out(count)) for count in (1, 2, 3, 4)] == [0, 1, 1, 2]
 
