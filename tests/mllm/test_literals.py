@@ -86,12 +86,13 @@ def test_a_prompt_names_its_record(tok):
 
 def test_predict_and_evaluation_refuse_them(debug_model):
     import alto_jax
-    from alto_jax.evaluate.tasks import Answerer
+    from alto_jax.evaluate.answerer import Answerer
+    from alto_jax.evaluate.device import Programs
 
     image, model = replicas.scenes(1)[0].image, alto_jax.load(debug_model.path)
     for asked in ({"text": "the <IMG_CONTEXT>"}, {"prompt": "Segment <|im_end|>."}, {"text": "<image>"}):
         with pytest.raises(ValueError, match="conversation: '<|phrase: expected"):
             model.segment(image, **asked)
-    answerer = Answerer(model.cfg, model.params, model.text, None)
+    answerer = Answerer(model.cfg, model.params, model.text, None, Programs(None))
     with pytest.raises(ValueError, match="conversation: '<img>' stands in a human turn"):
         answerer.example({"key": "k", "image": image}, prompt="Is <img> here?")
