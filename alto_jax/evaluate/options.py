@@ -40,6 +40,7 @@ class EvaluateOptions:
       scenes: samples of the built-in benchmark.
       paper_rows: JSON file {table: [{"row": name, benchmark: value}]} to add to the tables.
       title: name of our rows; default: the checkpoint's folder.
+      step: which of the run's checkpoints; None: the newest that can be read.
       rescore: compute everything again from the results in `out`, without a model.
       worst: samples of lowest IoU of each benchmark that are shown as pictures (0: none).
       timed_samples: samples of each benchmark that are also timed one at a time (0: none).
@@ -68,6 +69,7 @@ class EvaluateOptions:
     scenes: int = 256
     paper_rows: str | os.PathLike | None = None
     title: str | None = None
+    step: int | None = None
     rescore: bool = False
     worst: int = 12
     timed_samples: int = 8
@@ -76,6 +78,7 @@ class EvaluateOptions:
     threads: int = 2
 
     def __post_init__(self) -> None:
+        require(self.step is None or not self.rescore, "step", self.step, "nothing, with --rescore")
         for name in ("checkpoint", "out", "data", "images", "paper_rows"):
             local_path(getattr(self, name) or "", f"--{name.replace('_', '-')}")
         require(not isinstance(self.benchmarks, str), "benchmarks", self.benchmarks, "a list of names")
