@@ -10,7 +10,7 @@ import pytest
 
 from alto_jax.config import build
 from alto_jax.experiment import ExperimentConfig
-from alto_jax.main import load_config
+from alto_jax.main import load_config, read_config
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,16 +68,10 @@ def test_commands_name_what_exists(words):
     assert words[:2] == ["python", "-m"] and importlib.util.find_spec(words[2])
     if words[2] != "alto_jax.main":
         return
+    given = [word for word in words[3:] if not word.startswith(("--config=", "--workdir=", "--distributed"))]
     flags = dict(word.removeprefix("--").split("=", 1) for word in words[3:])
-    values = load_config(str(ROOT / flags.pop("config"))).to_dict()
-    assert flags.pop("workdir").startswith("runs/")
-    for name, text in flags.items():
-        *groups, field = name.removeprefix("config.").split(".")
-        group = values
-        for key in groups:
-            group = group[key]
-        assert field in group
-        group[field] = text
+    assert flags["workdir"].startswith("runs/")
+    values = read_config(str(ROOT / flags["config"]), given)
     if "stage" in values:
         build(ExperimentConfig, values)
 
