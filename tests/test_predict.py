@@ -161,13 +161,13 @@ def test_a_users_own_mask_is_read_by_a_rule(run, scene, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "result.json").read_text())["iou"] == wanted
 
 
-def test_files_that_no_decoder_takes_end_with_one_line(scene, tmp_path):
+def test_files_that_no_decoder_takes_end_with_one_line(run, tmp_path):
     (tmp_path / "truncated mask.jpg").write_bytes(b"\xff\xd8\xff\xe1\x00\x08Exif\0\0" + bytes(40))
     for arguments in (
         ["alto_jax.predict", "--image", tmp_path / "truncated mask.jpg", "--text", "apple"],
-        ["alto_jax.tokenize", "encode", "--mask", tmp_path / "truncated mask.jpg", "--out", "x"],
+        ["alto_jax.tokenize", "encode", "--mask", tmp_path / "truncated mask.jpg", "--out", tmp_path / "x.json"],
     ):
-        done = run_python("-m", *arguments, "--checkpoint", "nowhere")
+        done = run_python("-m", *arguments, "--checkpoint", run)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert done.stderr.startswith("error: ") and "truncated mask.jpg cannot be read: " in done.stderr
 

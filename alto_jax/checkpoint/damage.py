@@ -71,25 +71,30 @@ def _is_late_future(error: BaseException | None, trace: TracebackType | None) ->
     return type(error) is RuntimeError and "Event loop is closed" in str(error) and is_asyncio
 
 
+def _is_other_news(record: logging.LogRecord) -> bool:
+    """Whether a line of asyncio's log is about something else than a result that nobody waits for any more."""
+    return "exception was never retrieved" not in record.getMessage()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Around an attempt to read: keeps asyncio from printing a stack trace for every array that could not be read.
 
     Note: TensorStore goes on reading in threads of its own after the first array has failed, and finds the event loop
-    closed. Each of these results comes to `sys.unraisablehook`, some of them later, so the hook stays after a failure.
+    closed. Each of these results comes to `sys.unraisablehook` or, when it is collected, to asyncio's log, some of them
+    later: so hook and filter stay after a failure.
     """
     logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    level = logger.level
 
     def without_late_ones(found: "sys.UnraisableHookArgs") -> None:
         if not _is_late_future(found.exc_value, found.exc_traceback):
             hook(found)
 
-    logger.setLevel(logging.CRITICAL + 1)
+    logger.addFilter(_is_other_news)
     sys.unraisablehook = without_late_ones
     try:
         yield
-        sys.unraisablehook = hook
     finally:
         gc.collect()  # Note: a task that failed is told of when it is collected.
-        logger.setLevel(level)
+    sys.unraisablehook = hook
+    logger.removeFilter(_is_other_news)
