@@ -1,83 +1,102 @@
-"""Do several processes, or micro-batches, learn what one process learns? `python benchmarks/processes.py [--steps 3]`.
+"""Do several processes, or micro-batches, learn what one process learns? `python benchmarks/processes.py`.
 
-Every stage's debug configuration (float32, batch of 8) is trained by one process, by one process with gradients
-accumulated over 4 micro-batches, and by P = 2 and 4 real processes (launch/local.sh, Gloo on the CPU) on the meshes
-(P,1,1), (1,P,1), (1,1,P) and (1,2,2), from the same start on the same data. Compared are loss and gradient norm of
-every step, relative to their largest value in the run; the loss of stage 3, a mean of advantages of unit variance that
-cancel to 1e-8, relative to these. Prints a Markdown table; exits with 1 if a figure exceeds the tolerance.
+Every stage, at a size below debug (float32, batch of 8; tests/parallel/stages_on_processes.py), takes three updates in
+one process, in one process with gradients accumulated over 4 micro-batches, and in P = 2 and 4 real processes (Gloo on
+the CPU) on the meshes (P,1,1), (1,P,1), (1,1,P) and (1,2,2), from the same start on the same data. Compared are loss
+and gradient norm of every update, relative to their largest value in the run; the loss of stage 3, a mean of advantages
+of unit variance that cancel to 1e-8, relative to these. Prints a Markdown table; exits with 1 if a figure exceeds the
+tolerance.
 """
 
-import argparse
 import math
 import os
 from pathlib import Path
+import socket
 import subprocess
 import sys
 import tempfile
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from alto_jax.stages.table import STAGES  # noqa: E402
+import numpy as np  # noqa: E402
+
 from alto_jax.train.progress import read_metrics  # noqa: E402
+from tests.debug_model import write_model  # noqa: E402
+from tests.parallel import stages_on_processes  # noqa: E402
 
-NAMES, TOLERANCE = ("loss", "grad_norm"), 1e-5
-LOSS_SCALE = {"stage3": 1.0}  # Size of the terms that a loss sums, where they cancel.
-# The paper's reward gives an untrained model's answers nothing to learn from; this one differs with each.
-OVERRIDES = {"stage3": {"grpo.reward.kind": "reference"}}
+STAGES, TOLERANCE = stages_on_processes.STAGES, 1e-5
 MESHES = {p: ((p, 1, 1), (1, p, 1), (1, 1, p), (1, 2, 2)) for p in (2, 4)}
-SECONDS = 1800  # for one run
+SECONDS = 2400  # for all of a number of processes
 
 
-def train(
-    stage: str, workdir: Path, start: Path | None, steps: int, processes: int, mesh: tuple[int, ...], accumulate: int
-) -> list[dict]:
-    """Runs the command; returns the lines of metrics.jsonl."""
-    command = [sys.executable, "-m", "alto_jax.main"] if processes == 1 else ["launch/local.sh", str(processes)]
-    changes = {"train.steps": steps, "train.batch_size": 8, "train.log_every": 1, "train.accumulate": accumulate,
-               "train.checkpoint_every": 0, "eval.num_samples": 0, **dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"),
-               mesh)), **OVERRIDES.get(stage, {})}  # fmt: skip
-    if stage in ("stage2", "stage3"):
-        changes["model.language_model.num_heads"] = 4  # as many as tensor devices
-    flags = [f"--config={ROOT}/configs/{stage}.py:debug", f"--workdir={workdir}"]
-    flags += [f"--config.{name}={value}" for name, value in changes.items()]
-    flags += [f"--config.init_from={start}"] if start else []
-    devices = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={math.prod(mesh) // processes}"
-    env = os.environ | {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices}
-    done = subprocess.run([*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True, timeout=SECONDS)
-    if done.returncode:
-        raise SystemExit(f"{stage}, {processes} processes, {mesh}:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
-    return [record for record in read_metrics(workdir) if "loss" in record]
+def run(folder: Path, cases: list[str], processes: int, devices: int) -> None:
+    """Trains the cases one after the other, in `processes` processes of `devices` devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        joined = {"ALTO_COORDINATOR": f"127.0.0.1:{free.getsockname()[1]}", "ALTO_NUM_PROCESSES": str(processes)}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    started = []
+    for index in range(processes):
+        own = (joined | {"ALTO_PROCESS_ID": str(index)}) if processes > 1 else {}
+        log = (folder / f"log_{processes}_{devices}_{index}.txt").open("w")
+        command = [sys.executable, stages_on_processes.__file__, str(folder), *cases]
+        env = os.environ | {"XLA_FLAGS": flags} | own
+        started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=SECONDS) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    if any(codes):
+        logs = [log.read_text()[-2000:] for log in sorted(folder.glob(f"log_{processes}_{devices}_*.txt"))]
+        raise SystemExit("\n".join(logs))
 
 
-def worst(expected: list[dict], found: list[dict], name: str, scale: float) -> float:
-    """Largest difference of a metric, relative to its largest value or `scale`, whichever is larger."""
-    largest = max(scale, *(abs(record[name]) for record in expected))
-    return max(abs(a[name] - b[name]) for a, b in zip(expected, found, strict=True)) / largest
+def errors(folder: Path, stage: str, case: str) -> list[float]:
+    """Largest differences of loss and gradient norm from those of one process."""
+    expected, found = read_metrics(folder / f"{stage}:1,1,1"), read_metrics(folder / case)
+    if len(expected) != len(found):
+        raise SystemExit(f"{case}: {len(found)} updates, expected {len(expected)}")
+    result = []
+    for name in ("loss", "grad_norm"):
+        a, b = (np.array([record[name] for record in records]) for records in (expected, found))
+        largest = max(np.abs(a).max(), 1.0 if (stage, name) == ("stage3", "loss") else 0.0)
+        result.append(float(np.abs(a - b).max() / largest))
+    return result
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--stages", default=",".join(STAGES))
-    parser.add_argument("--processes", default=",".join(map(str, MESHES)))
-    options = parser.parse_args()
-    cases = [(int(p), mesh, 1) for p in options.processes.split(",") for mesh in MESHES[int(p)]]
+    """Runs all cases and prints the table."""
+    failed = False
     print("| stage | processes | mesh | micro-batches | loss | gradient norm |\n|---|---|---|---|---|---|", flush=True)
-    failed, start = False, None
-    with tempfile.TemporaryDirectory() as folder:
-        for stage in STAGES:
-            alone = Path(folder) / stage
-            expected = train(stage, alone, start, options.steps, 1, (1, 1, 1), 1)
-            for index, case in enumerate([(1, (1, 1, 1), 4), *cases] if stage in options.stages.split(",") else ()):
-                found = train(stage, Path(folder) / f"{stage}_{index}", start, options.steps, *case)
-                scales = {"loss": LOSS_SCALE.get(stage, 0.0)}
-                errors = [worst(expected, found, name, scales.get(name, 0.0)) for name in NAMES]
-                failed |= max(errors) > TOLERANCE
-                processes, mesh, accumulate = case
-                shown = f"{processes} | {','.join(map(str, mesh))} | {accumulate}"
-                print(f"| {stage} | {shown} | {errors[0]:.1e} | {errors[1]:.1e} |", flush=True)
-            start = alone
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder / "start", stages_on_processes.config_of("stage2", (1, 1, 1), ""))
+        run(folder, [f"{stage}:1,1,1{parts}" for stage in STAGES for parts in ("", ":4")], 1, 1)
+        rows = [(stage, 1, (1, 1, 1), 4) for stage in STAGES]
+        for processes, meshes in MESHES.items():
+            for devices in sorted({math.prod(mesh) // processes for mesh in meshes}):
+                some = [mesh for mesh in meshes if math.prod(mesh) == processes * devices]
+                # Note: one mesh may stand for several numbers of processes, so their results are apart.
+                part = folder / f"{processes}"
+                part.mkdir(exist_ok=True)
+                if not (part / "start").exists():
+                    (part / "start").symlink_to(folder / "start")
+                run(
+                    part,
+                    [f"{stage}:{','.join(map(str, mesh))}" for mesh in some for stage in STAGES],
+                    processes,
+                    devices,
+                )
+            rows += [(stage, processes, mesh, 1) for stage in STAGES for mesh in meshes]
+        for stage, processes, mesh, parts in sorted(rows, key=lambda row: STAGES.index(row[0])):
+            shown = ",".join(map(str, mesh))
+            case = f"{stage}:{shown}" + (f":{parts}" if parts > 1 else "")
+            found = errors(folder, stage, case if processes == 1 else f"{processes}/{case}")
+            failed |= max(found) > TOLERANCE
+            print(f"| {stage} | {processes} | {shown} | {parts} | {found[0]:.1e} | {found[1]:.1e} |", flush=True)
     return int(failed)
 
 

@@ -42,7 +42,7 @@ def load_model(directory: str | os.PathLike, mesh: jax.sharding.Mesh, step: int 
       ConfigError: there is no such step.
       ValueError: the checkpoint lacks parameters of its own model, or cannot be read.
     """
-    root, _ = runs.find_run(directory, made_by="python -m alto_jax.main --config=configs/quickstart.py --workdir=DIR")
+    root, _ = runs.find_run(directory, made_by=runs.MADE_BY)
 
     def read(folder: pathlib.Path) -> runs.Found:
         cfg, lora, abstract = _wanted(runs.read_meta(folder), root, mesh)

@@ -1,8 +1,9 @@
 """Trains three steps of every stage on several meshes, one after the other: one process of a run, or the only one.
 
-    python tests/parallel/stages_on_processes.py FOLDER [DATA,FSDP,TENSOR ...]
+    python tests/parallel/stages_on_processes.py FOLDER [STAGE:DATA,FSDP,TENSOR[:MICRO_BATCHES] ...]
 
-Writes FOLDER/STAGE_MESH/metrics.jsonl; FOLDER/start is where stages 1.5, 2 and 3 begin. See test_several_processes.py.
+Writes a folder of each case, with metrics.jsonl, into FOLDER; FOLDER/start is where stages 1.5, 2 and 3 begin. See
+test_several_processes.py.
 """
 
 import os
@@ -15,14 +16,14 @@ sys.path.insert(0, str(ROOT))
 STAGES = ("stage1", "stage1_5", "stage2", "stage3")
 
 
-def config_of(stage: str, mesh: tuple[int, ...], start: str):
+def config_of(stage: str, mesh: tuple[int, ...], start: str, accumulate: int = 1):
     """The stage's debug configuration, smaller, with a batch of 8 and as many heads as tensor devices."""
     from alto_jax.experiment import make_experiment
     from alto_jax.main import load_config
     from benchmarks import reliability
 
     plain = load_config(f"{ROOT}/configs/{stage}.py:debug").to_dict()
-    plain["train"] |= {"steps": 3, "batch_size": 8, "log_every": 1, "checkpoint_every": 0}
+    plain["train"] |= {"steps": 3, "batch_size": 8, "log_every": 1, "checkpoint_every": 0, "accumulate": accumulate}
     plain["eval"]["num_samples"] = 0
     plain["mesh"] |= dict(zip(("data", "fsdp", "tensor"), mesh))
     plain["init_from"] = "" if stage == "stage1" else start
@@ -46,8 +47,9 @@ def main(folder: pathlib.Path, cases: list[str]) -> None:
     from alto_jax.train import loop
 
     for case in cases:
-        stage, _, mesh = case.partition(":")
-        config = config_of(stage, tuple(map(int, mesh.split(","))), str(folder / "start"))
+        stage, mesh, *parts = case.split(":")
+        accumulate = int(parts[0]) if parts else 1
+        config = config_of(stage, tuple(map(int, mesh.split(","))), str(folder / "start"), accumulate)
         loop.train(config, folder / case)
 
 
