@@ -176,13 +176,13 @@ def test_predict_refuses(refused, files, quickstart):
         assert f"image {files[broken]} cannot be read" in line(broken, "--text", "apple")
     assert f"image {files['pixel']} is 1x1; sides must be at least 8" in line("pixel", "--text", "apple")
     assert "--text='': expected the name or description of an object" in line("good")
-    assert "text: expected the name or description of an object, got ' ?!'" in line("good", "--text", " ?!")
-    assert "prompt: expected a question, got ' '" in line("good", "--prompt", " ")
+    assert "--text=' ?!': expected the name or description of an object" in line("good", "--text", " ?!")
+    assert "--prompt=' ': expected a question" in line("good", "--prompt", " ")
     assert f"mask {files['empty']} is empty" in line("good", "--text", "apple", "--target", files["empty"])
-    for length in ("0", "9", "-1", "some"):
-        assert "length: expected 'adaptive', 'full' or a number in 1..8" in line(
-            "good", "--text", "apple", f"--length={length}"
-        )
+    for length in ("0", "-1", "some"):
+        expected = f"--length={length}: expected adaptive, full or a whole number of at least 1"
+        assert expected in line("good", "--text", "apple", f"--length={length}")
+    assert "has 8 mask tokens at most" in line("good", "--text", "apple", "--length=9")
     checkpoint = ("--checkpoint", "nowhere")
     message = line("good", "--text", "apple")
     assert "nowhere: no checkpoint there" in message and "configs/quickstart.py" in message
@@ -208,7 +208,8 @@ def test_tokenize_refuses(refused, files, quickstart):
         ('{"codes": [-1], "size": [24, 32]}', "codes: expected values in 0..63, got -1"),
     ):
         files["codes"].write_text(content)
-        assert message in refused(tokenize, "decode", "--codes", files["codes"], *common)
+        out = files["codes"].with_name("mask.png")
+        assert message in refused(tokenize, "decode", "--codes", files["codes"], *common[:2], "--out", out)
 
 
 def test_importing_the_package_is_quick_and_brings_no_jax():

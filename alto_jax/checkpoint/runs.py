@@ -42,6 +42,7 @@ from alto_jax.config import local_path
 from alto_jax.parallel import distributed
 from alto_jax.params import merge_params
 
+MADE_BY = "python -m alto_jax.main --config=configs/quickstart.py --workdir=DIR"  # For who has no checkpoint yet.
 BROKEN = "broken_checkpoints"  # What could not be read on resume is moved here.
 S = TypeVar("S")  # A dataclass of trees of arrays, such as TrainState.
 
