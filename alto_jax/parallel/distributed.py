@@ -57,6 +57,9 @@ def initialize(mode: str) -> None:
         # Note: programs that run beside each other may reach their collectives in another order in another process,
         # and each then waits for ever for the other.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+        # Note: within a program too: the scheduler that is the default lets two collectives overtake each other.
+        ordered = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ordered}".strip()
     try:
         jax.distributed.initialize(**arguments)
     except (RuntimeError, ValueError) as error:
