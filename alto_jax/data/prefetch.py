@@ -7,14 +7,14 @@ In: an iterator with get_state and set_state. Out: one with the same elements, t
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+import functools
 from typing import Any
 
-import grain
-
+from alto_jax.data.closing import ClosingIterator
 from alto_jax.data.source import Batches
 
 
-class Ahead(grain.DatasetIterator):
+class Ahead(ClosingIterator):
     """Works one element ahead of its reader; its state is that of the element handed out last (exact checkpoints).
 
     The given iterator is used by one thread at a time, and by nobody else from now on.
@@ -32,6 +32,9 @@ class Ahead(grain.DatasetIterator):
         self._state = iterator.get_state()
         self._pending: Future | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        # Note: the thread is not waited for; it ends when it is done with what it is doing.
+        inner = (iterator.close,) if hasattr(iterator, "close") else ()
+        self.holds(functools.partial(self._thread.shutdown, wait=False, cancel_futures=True), *inner)
 
     def _produce(self) -> tuple[Any, Any]:
         element = self._transform(next(self._iterator))
@@ -65,11 +68,3 @@ class Ahead(grain.DatasetIterator):
         if self._pending is not None:
             self._pending.exception()  # Note: waits; whether it failed does not matter any more.
             self._pending = None
-
-    def close(self) -> None:
-        """Closes the given iterator and lets the thread end when it is done with what it is doing."""
-        # Note: no waiting, since the garbage collector may close this from that very thread.
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        if hasattr(self._iterator, "close"):
-            self._iterator.close()
-        super().close()

@@ -12,6 +12,7 @@ import grain
 
 from alto_jax.config import ConfigError
 from alto_jax.data import identity
+from alto_jax.data.closing import ClosingIterator
 
 _KEY = "data_set"
 
@@ -48,11 +49,12 @@ class Stream(grain.IterDataset):
         return _StreamIterator(iter(self._parent), self._examples, self._allow_changed)
 
 
-class _StreamIterator(grain.DatasetIterator):
+class _StreamIterator(ClosingIterator):
     def __init__(self, iterator: grain.DatasetIterator, examples: Any, allow_changed: bool):
         super().__init__(iterator)
         self._examples, self._allow_changed = examples, allow_changed
         examples.open()
+        self.holds(examples.close, iterator.close)
 
     @functools.cached_property
     def _identity(self) -> identity.Identity:
@@ -82,12 +84,6 @@ class _StreamIterator(grain.DatasetIterator):
                 )
             _warn(f"config.data.allow_changed: going on with another data set: {changed}")
         self._parent.set_state({name: value for name, value in state.items() if name != _KEY})
-
-    def close(self) -> None:
-        """Drops what is being read."""
-        if not self._closed:
-            self._examples.close()
-        super().close()
 
 
 def _warn(text: str) -> None:

@@ -53,16 +53,16 @@ TRACED = """
 import json, pathlib, sys
 from alto_jax import cli, main
 from alto_jax.data.conversations import Conversations
-seen, part, get = [], Conversations.part, Conversations.__getitem__
+seen, part, get = [], Conversations.part, Conversations.at_epoch
 def named_part(self, split):
     found = part(self, split)
     found.side = "held out" if split.held_out else "training"
     return found
-def traced_get(self, index):
-    record = get(self, index)
+def traced_get(self, index, epoch):
+    record = get(self, index, epoch)
     seen.append([self.side, record["key"], record.get("image_name")])
     return record
-Conversations.part, Conversations.__getitem__ = named_part, traced_get
+Conversations.part, Conversations.at_epoch = named_part, traced_get
 def traced_main():
     code = main.main()
     pathlib.Path(SEEN).write_text(json.dumps(seen))
