@@ -5,9 +5,10 @@ one process, in one process with gradients accumulated over 4 micro-batches, and
 the CPU) on the meshes (P,1,1), (1,P,1), (1,1,P) and (1,2,2), from the same start on the same data. Compared are loss
 and gradient norm of every update, relative to their largest value in the run; the loss of stage 3, a mean of advantages
 of unit variance that cancel to 1e-8, relative to these. Prints a Markdown table; exits with 1 if a figure exceeds the
-tolerance.
+tolerance. With --folder DIR the runs stay there, and the command goes on with those that are missing.
 """
 
+import argparse
 import math
 import os
 from pathlib import Path
@@ -28,11 +29,14 @@ from tests.parallel import stages_on_processes  # noqa: E402
 
 STAGES, TOLERANCE = stages_on_processes.STAGES, 1e-5
 MESHES = {p: ((p, 1, 1), (1, p, 1), (1, 1, p), (1, 2, 2)) for p in (2, 4)}
-SECONDS = 2400  # for all of a number of processes
+SECONDS = 7200  # for all of a number of processes
 
 
 def run(folder: Path, cases: list[str], processes: int, devices: int) -> None:
     """Trains the cases one after the other, in `processes` processes of `devices` devices."""
+    cases = [case for case in cases if not (folder / case / "result.json").exists()]
+    if not cases:
+        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         joined = {"ALTO_COORDINATOR": f"127.0.0.1:{free.getsockname()[1]}", "ALTO_NUM_PROCESSES": str(processes)}
@@ -69,34 +73,45 @@ def errors(folder: Path, stage: str, case: str) -> list[float]:
 
 def main() -> int:
     """Runs all cases and prints the table."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/processes.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, metavar="DIR")
+    kept = parser.parse_args().folder
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        return measure(kept.resolve())
+    with tempfile.TemporaryDirectory() as name:
+        return measure(Path(name))
+
+
+def measure(folder: Path) -> int:
+    """Runs the cases that the folder lacks and prints the table."""
     failed = False
     print("| stage | processes | mesh | micro-batches | loss | gradient norm |\n|---|---|---|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    if not (folder / "start").exists():
         write_model(folder / "start", stages_on_processes.config_of("stage2", (1, 1, 1), ""))
-        run(folder, [f"{stage}:1,1,1{parts}" for stage in STAGES for parts in ("", ":4")], 1, 1)
-        rows = [(stage, 1, (1, 1, 1), 4) for stage in STAGES]
-        for processes, meshes in MESHES.items():
-            for devices in sorted({math.prod(mesh) // processes for mesh in meshes}):
-                some = [mesh for mesh in meshes if math.prod(mesh) == processes * devices]
-                # Note: one mesh may stand for several numbers of processes, so their results are apart.
-                part = folder / f"{processes}"
-                part.mkdir(exist_ok=True)
-                if not (part / "start").exists():
-                    (part / "start").symlink_to(folder / "start")
-                run(
-                    part,
-                    [f"{stage}:{','.join(map(str, mesh))}" for mesh in some for stage in STAGES],
-                    processes,
-                    devices,
-                )
-            rows += [(stage, processes, mesh, 1) for stage in STAGES for mesh in meshes]
-        for stage, processes, mesh, parts in sorted(rows, key=lambda row: STAGES.index(row[0])):
-            shown = ",".join(map(str, mesh))
-            case = f"{stage}:{shown}" + (f":{parts}" if parts > 1 else "")
-            found = errors(folder, stage, case if processes == 1 else f"{processes}/{case}")
-            failed |= max(found) > TOLERANCE
-            print(f"| {stage} | {processes} | {shown} | {parts} | {found[0]:.1e} | {found[1]:.1e} |", flush=True)
+    run(folder, [f"{stage}:1,1,1{parts}" for stage in STAGES for parts in ("", ":4")], 1, 1)
+    rows = [(stage, 1, (1, 1, 1), 4) for stage in STAGES]
+    for processes, meshes in MESHES.items():
+        for devices in sorted({math.prod(mesh) // processes for mesh in meshes}):
+            some = [mesh for mesh in meshes if math.prod(mesh) == processes * devices]
+            # Note: one mesh may stand for several numbers of processes, so their results are apart.
+            part = folder / f"{processes}"
+            part.mkdir(exist_ok=True)
+            if not (part / "start").exists():
+                (part / "start").symlink_to(folder / "start")
+            run(
+                part,
+                [f"{stage}:{','.join(map(str, mesh))}" for mesh in some for stage in STAGES],
+                processes,
+                devices,
+            )
+        rows += [(stage, processes, mesh, 1) for stage in STAGES for mesh in meshes]
+    for stage, processes, mesh, parts in sorted(rows, key=lambda row: STAGES.index(row[0])):
+        shown = ",".join(map(str, mesh))
+        case = f"{stage}:{shown}" + (f":{parts}" if parts > 1 else "")
+        found = errors(folder, stage, case if processes == 1 else f"{processes}/{case}")
+        failed |= max(found) > TOLERANCE
+        print(f"| {stage} | {processes} | {shown} | {parts} | {found[0]:.1e} | {found[1]:.1e} |", flush=True)
     return int(failed)
 
 
