@@ -130,6 +130,14 @@ def local_path(path: str | os.PathLike, field: str) -> pathlib.Path:
     return pathlib.Path(path)
 
 
+def cache_folder() -> pathlib.Path:
+    """Where indexes and unpacked checkpoints are kept: ALTO_CACHE, else alto_jax in XDG_CACHE_HOME or ~/.cache."""
+    if os.environ.get("ALTO_CACHE"):
+        return pathlib.Path(os.environ["ALTO_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "alto_jax"
+
+
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes a file that others see whole or not at all, also where several processes or machines write it.
 

@@ -15,7 +15,7 @@ ROOMS = (
     "params", "cli", "parallel", "config",
 )  # fmt: skip
 # A room's command stands above the rooms: it may ask any of them.
-COMMANDS = {"evaluate.__main__", "lora.__main__", "plan.__main__"}
+COMMANDS = {"checkpoint.__main__", "evaluate.__main__", "lora.__main__", "plan.__main__"}
 LINEN_ROOMS = {"layers", "tokenizer", "mllm"}
 ORBAX_ROOMS = {"checkpoint"}
 CODE = ("alto_jax", "configs", "tools", "benchmarks", "tests")

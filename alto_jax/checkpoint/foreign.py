@@ -1,8 +1,19 @@
-"""What a path is that is no run's directory, in words: PyTorch weights to import first, or one step's folder."""
+"""What a path is that is no run's directory: a packed checkpoint to unpack, or, in words, PyTorch weights to import
+first, or one step's folder."""
 
+from collections.abc import Callable
+import os
 import pathlib
 
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+
+# Directory → the run that it is unpacked to, None: it is not of this form. Filled by what stands above, see packed.py.
+unpackers: list[Callable[[str | os.PathLike], pathlib.Path | None]] = []
+
+
+def run_of(directory: str | os.PathLike) -> pathlib.Path:
+    """The run that a path stands for: the one that a packed checkpoint is unpacked to, else the path itself."""
+    return next((run for unpack in unpackers if (run := unpack(directory))), pathlib.Path(directory))
 
 
 def explain(path: pathlib.Path) -> str | None:

@@ -68,6 +68,8 @@ def _wanted(meta: dict, root: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[An
     cfg = build(ModelConfig, meta["model"], f"{root}: model")
     if meta["stage"] in ("stage1", "stage1_5"):
         cfg = dataclasses.replace(cfg, vision=None, language_model=None)
+    if meta["stage"] == "stage0":
+        raise ValueError(f"{root}: a run of stage 0 has no mask tokenizer yet; go on with stage 2, then open that")
     lora = build(LoraConfig, meta["lora"], f"{root}: lora") if meta.get("lora") else None
     shapes = {"model": jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))}
     if lora:

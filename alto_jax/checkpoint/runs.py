@@ -317,7 +317,7 @@ def find_run(directory: str | os.PathLike, *, made_by: str = "") -> tuple[pathli
     """Finds the newest complete checkpoint of a run.
 
     Args:
-      directory: a run's directory (or its `checkpoints` folder).
+      directory: a run's directory (or its `checkpoints` folder), or a packed checkpoint (packed.py).
       made_by: the command that makes such a checkpoint, for the message.
 
     Returns:
@@ -326,11 +326,11 @@ def find_run(directory: str | os.PathLike, *, made_by: str = "") -> tuple[pathli
     Raises:
       FileNotFoundError: the directory is missing or holds no complete checkpoint.
     """
-    root = local_path(directory, "checkpoint").absolute()
-    if root.name == CHECKPOINTS:
-        root = root.parent
-    if found := foreign.explain(pathlib.Path(directory)):
+    given = local_path(directory, "checkpoint")
+    root = foreign.run_of(given).absolute()
+    if root == given.absolute() and (found := foreign.explain(given)):
         raise FileNotFoundError(found)
+    root = root.parent if root.name == CHECKPOINTS else root
     hint = f"; make it with: {made_by}" if made_by else ""
     if not (root / CHECKPOINTS).is_dir():
         raise FileNotFoundError(f"{directory}: no checkpoint there (expected a folder {CHECKPOINTS}/){hint}")

@@ -19,21 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax.config import write_whole
+from alto_jax.config import cache_folder, write_whole
 
 _log = logging.getLogger(__name__)
 _FORM = 1  # of the kept files
 _ENDS = 2**16  # bytes at head and tail that are compared
 _unkept: dict[pathlib.Path, "Index"] = {}  # what could not be written, for the next time that this process asks
 _SETTLED = 2.0  # seconds; a folder that was changed later than this may be changed again with the same time
-
-
-def cache_folder() -> pathlib.Path:
-    """Where indexes are kept."""
-    if os.environ.get("ALTO_CACHE"):
-        return pathlib.Path(os.environ["ALTO_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "alto_jax"
 
 
 # --- kept arrays ------------------------------------------------------------------------------------
