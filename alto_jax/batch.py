@@ -111,11 +111,11 @@ def abstract_batch(config: Any) -> MaskBatch | ChatBatch | PromptBatch:
     if config.stage in ("stage1", "stage1_5"):
         return MaskBatch(image=pixel_image, mask=array("float32", *mask))
     image = array("uint8", model.vision.image_size, model.vision.image_size, 3)
-    packed = config.data.pack_samples if config.stage == "stage2" else 1
+    packed = config.data.pack_samples if config.stage in ("stage0", "stage2") else 1
     if packed > 1:
         image, pixel_image = (array("uint8", packed, *a.shape[1:]) for a in (image, pixel_image))
     images = {"image": image, "pixel_image": pixel_image}
-    if config.stage == "stage2":
+    if config.stage in ("stage0", "stage2"):
         masks = config.data.max_masks * packed
         return ChatBatch(
             **images,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from alto_jax.config import ConfigError, build, local_path, require, to_dict, write_whole
 from alto_jax.data.composition import ScenesConfig
+from alto_jax.data.lessons import LessonConfig
 from alto_jax.data.masks import AUTO, parse_rule
 from alto_jax.data.reading import Exif
 from alto_jax.data.scenes import ChatConfig, MaskConfig
@@ -21,7 +22,7 @@ from alto_jax.mllm.generate import GenerateConfig
 from alto_jax.parallel.sharding import MeshConfig
 from alto_jax.rewards import RewardConfig
 
-STAGE_NAMES = ("stage1", "stage1_5", "stage2", "stage3")
+STAGE_NAMES = ("stage0", "stage1", "stage1_5", "stage2", "stage3")
 SUPERVISED_AT_ONCE = 64  # A mask of 32 tokens and a sentence around it.
 
 
@@ -33,8 +34,8 @@ class DataConfig:
     stage-2/3 meta file), "prepared" (what alto_jax.data.prepare wrote), "referring" (training splits of RefCOCO,
     RefCOCO+, RefCOCOg and gRefCOCO; stages 2 and 3) or "mixture" (a JSON of these with weights). root: the folder;
     meta: the meta file ("jsonl"), the data sets with commas between ("referring"), the JSON file ("mixture").
-    scenes, scene_masks, scene_chats: what the built-in data looks like. max_length: tokens of a row (stage
-    2) or prompt (stage 3). max_masks: masks of a conversation. system: system prompt; None leaves it out.
+    scenes, scene_masks, scene_chats, scene_lessons (stage 0): what the built-in data looks like. max_length: tokens of
+    a row (stages 0, 2) or prompt (stage 3). max_masks: masks of a conversation. system: system prompt; None: without.
     base_vocab_size: size of the tokenizer that is trained on the built-in data when the start checkpoint
     brings none. max_bad_fraction: share of the records that may be unreadable; they are logged and passed over, more
     are an error. length_buckets: a stage-2 batch is cut to the shortest of these lengths that its rows fit in (one
@@ -57,6 +58,7 @@ class DataConfig:
     scenes: ScenesConfig = ScenesConfig()
     scene_masks: MaskConfig = MaskConfig()
     scene_chats: ChatConfig = ChatConfig()
+    scene_lessons: LessonConfig = LessonConfig()
     max_length: int = 1024
     max_masks: int = 1
     system: str | None = None
@@ -179,6 +181,8 @@ class TokenizerStageConfig:
     reseed_until updates; reseed_threshold: a code is dead below this share of its fair use.
     length_loss_reaches_encoder: Compat: the reference lets gradients through what the length predictor reads, so that
     its loss moves the encoder (the golden gradients hold that part); False, in every configuration here: none do.
+    withhold_image: share of the samples, drawn anew each update, whose image features are zero in the loss: a
+    de-tokenizer that always has them learns to draw whatever looks like an object, and its codes carry nothing.
     """
 
     keep_tokens: Literal["random", "adaptive", "full"] = "random"
@@ -189,6 +193,10 @@ class TokenizerStageConfig:
     reseed_until: int = 0
     reseed_threshold: float = 0.1
     length_loss_reaches_encoder: bool = True
+    withhold_image: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.withhold_image <= 1, "withhold_image", self.withhold_image, "0..1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,12 +300,14 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """One stage's run. init_from: directory of the run (or converted checkpoint) that it starts from."""
+    """One stage's run. init_from: directory of the run (or converted checkpoint) that it starts from. tokenizer_from:
+    one that the mask tokenizer is taken from, if it is another one (a stage 2 from stage 0, which has none)."""
 
-    stage: Literal["stage1", "stage1_5", "stage2", "stage3"]
+    stage: Literal["stage0", "stage1", "stage1_5", "stage2", "stage3"]
     model: ModelConfig
     seed: int = 0
     init_from: str = ""
+    tokenizer_from: str = ""
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
@@ -310,6 +320,9 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         local_path(self.init_from, "init_from")
+        local_path(self.tokenizer_from, "tokenizer_from")
+        allowed = not self.tokenizer_from or self.stage in ("stage2", "stage3")
+        require(allowed, "tokenizer_from", self.tokenizer_from, f"empty in {self.stage}")
         if self.lora.rank:
             require(self.stage in ("stage2", "stage3"), "lora.rank", self.lora.rank, f"0 in {self.stage}")
         if self.train.accumulate > 1:
@@ -317,7 +330,9 @@ class ExperimentConfig:
                      "grpo.loss.objective": self.stage == "stage3" and self.grpo.loss.objective == "dapo"}  # fmt: skip
             for name in (name for name, is_whole in whole.items() if is_whole):
                 raise ConfigError(f"train.accumulate: expected 1, since {name} looks at the batch as a whole")
-        if self.stage in ("stage2", "stage3"):
+        if self.stage == "stage0":
+            require(self.sft.mask_loss_weight == 0, "sft.mask_loss_weight", self.sft.mask_loss_weight, "0 in stage0")
+        if self.stage in ("stage0", "stage2", "stage3"):
             require(
                 self.model.language_model is not None,
                 "model.language_model",

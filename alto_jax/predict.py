@@ -323,6 +323,8 @@ def _check_request(options: argparse.Namespace, meta: dict[str, Any]) -> None:
     """Raises ConfigError for a request that the model could not answer, before its parameters are read."""
     if meta["stage"] in ("stage1", "stage1_5"):
         raise ConfigError(f"--checkpoint={options.checkpoint}: a mask tokenizer alone; predict needs stage 2 or 3")
+    if meta["stage"] == "stage0":
+        raise ConfigError(f"--checkpoint={options.checkpoint}: stage 0 answers in text; predict needs stage 2 or 3")
     most = meta["model"]["tokenizer"]["num_latent_tokens"]
     if options.max_length is not None and not 1 <= options.max_length <= most:
         raise ConfigError(f"--max_length={options.max_length}: expected 1..{most}, the mask tokens of the model")

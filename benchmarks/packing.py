@@ -18,7 +18,7 @@ import numpy as np
 
 from alto_jax import experiment, main
 from alto_jax.batch import ChatBatch
-from alto_jax.data import pipeline, sources
+from alto_jax.data import pipeline, sources, vocabulary
 from alto_jax.mllm.alto_llm import init_params
 from alto_jax.mllm.text import SYSTEM_MESSAGE
 from alto_jax.stages import sft
@@ -75,7 +75,7 @@ def measure() -> dict:
     parser.add_argument("--rows", type=int, default=16, help="conversations of a batch")
     args = parser.parse_args()
     config = experiment.make_experiment(main.load_config("configs/stage2.py:tiny"))
-    text = sources.text_tokenizer(config)
+    text = vocabulary.text_tokenizer(config)
     params = jax.jit(lambda key: init_params(config.model, key))(jax.random.key(0))
     found, runs, batches = {}, {}, {}
     for kind, data in PAPER.items():

@@ -67,13 +67,13 @@ def tokenizer(size: str = "base") -> dict:
                               "out_patch": 4, "legacy_shortcut": False},
             **corrected,
         }  # fmt: skip
-    vit = {"embed_dim": 96, "num_layers": 2, "num_heads": 2}
+    vit = {"embed_dim": 128, "num_layers": 2, "num_heads": 2}
     return {
         "mask_size": 64, "patch_size": 8, "num_latent_tokens": 32, "codebook_size": 512, "token_size": 12,
-        "encoder": vit, "decoder": vit,
-        "sam": {"image_size": 128, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 2,
-                "global_attn_indexes": [1], "window_size": 4, "out_channels": 48},
-        "pixel_decoder": {"z_channels": 96, "hidden_channels": 32, "channel_mult": [1], "num_res_blocks": 1,
+        "encoder": vit, "decoder": {**vit, "num_layers": 3},
+        "sam": {"image_size": 128, "patch_size": 16, "embed_dim": 96, "depth": 2, "num_heads": 2,
+                "global_attn_indexes": [1], "window_size": 4, "out_channels": 96},
+        "pixel_decoder": {"z_channels": 96, "hidden_channels": 64, "channel_mult": [1], "num_res_blocks": 1,
                           "num_groups": 8, "out_channels": 1, "out_patch": 8, "legacy_shortcut": False},
         **corrected,
     }  # fmt: skip
@@ -93,9 +93,9 @@ def mllm(size: str) -> dict:
     if size == "tiny":
         return {
             "tokenizer": tokenizer("tiny"),
-            "vision": {"image_size": 128, "patch_size": 16, "embed_dim": 128, "num_layers": 4, "num_heads": 4,
-                       "mlp_dim": 512},
-            "language_model": {"vocab_size": 1152, "embed_dim": 192, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
+            "vision": {"image_size": 128, "patch_size": 16, "embed_dim": 192, "num_layers": 5, "num_heads": 3,
+                       "mlp_dim": 768},
+            "language_model": {"vocab_size": 1312, "embed_dim": 192, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
                                "mlp_dim": 512},
             "pixel_input": "native",
         }  # fmt: skip
@@ -125,6 +125,7 @@ def base_config(stage: str, model: dict) -> ml_collections.ConfigDict:
             "stage": stage,
             "seed": 0,
             "init_from": "",
+            "tokenizer_from": "",
             "model": model,
             "data": {
                 "source": "scenes",
@@ -135,6 +136,7 @@ def base_config(stage: str, model: dict) -> ml_collections.ConfigDict:
                 "scenes": {"image_size": 128, "num_scenes": 20000},
                 "scene_masks": {},
                 "scene_chats": {},
+                "scene_lessons": {},
             },
             "optim": {},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},

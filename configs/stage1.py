@@ -31,16 +31,20 @@ def get_config(size=None):
     # From scratch everything trains but the length predictor, which has its own stage.
     config.optim = {"lr": 2e-3, "schedule": "cosine", "warmup_steps": 100, "b2": 0.98, "weight_decay": 0.05,
                     "trainable": "^tokenizer/(?!length/)"}  # fmt: skip
-    config.train = {"steps": 1600, "batch_size": 16, "log_every": 100, "checkpoint_every": 400}
+    # Masks from one plain object to eight, a number that is uniform where the scene has as many.
+    config.data.scenes.update({"num_scenes": 400_000, "max_objects": 10, "min_size": 0.12, "max_size": 0.6})
+    config.data.scene_masks = {"max_union": 8, "union_probability": None}
+    config.train = {"steps": 12_000, "batch_size": 16, "log_every": 100, "checkpoint_every": 500}
     config.eval = {"every": 0, "num_samples": 256, "batch_size": 64, "token_counts": [1, 2, 4, 8, 16, 32]}
     config.tokenizer = {
         "keep_tokens": "random",
         "commitment_cost": 0.25,
-        "loss": {"edge_weighted_mse": 0.0, "edge": 0.0, "bce": 1.0, "dice": 0.5, "length": 0.0},
-        "unquantized_steps": 160,
+        "loss": {"edge_weighted_mse": 0.0, "edge": 0.0, "bce": 1.0, "dice": 1.0, "length": 0.0},
+        "unquantized_steps": 400,
         "reseed_every": 50,
-        "reseed_until": 1100,
+        "reseed_until": 8000,
         "reseed_threshold": 0.1,
         "length_loss_reaches_encoder": False,
+        "withhold_image": 0.5,
     }
     return common.debug_run(config) if size == "debug" else config

@@ -17,7 +17,7 @@ def write_model(path: pathlib.Path, config: Any) -> None:
 
     from alto_jax.checkpoint import rows
     from alto_jax.config import to_dict
-    from alto_jax.data import sources
+    from alto_jax.data import vocabulary
     from alto_jax.mllm.alto_llm import init_params
 
     abstract = traverse_util.flatten_dict(
@@ -38,7 +38,7 @@ def write_model(path: pathlib.Path, config: Any) -> None:
 
     meta = {"stage": "stage2", "model": to_dict(config.model), "data": {"system": None}, "step": 0}
     rows.save_params(path, shapes, fill, meta)
-    sources.text_tokenizer(config).save(path)
+    vocabulary.text_tokenizer(config).save(path)
 
 
 @pytest.fixture(scope="session")

@@ -279,7 +279,7 @@ def run_cases(
 
 
 def peak_memory() -> int:
-    """Most bytes that this process has held; what getrusage says begins with the peak of the process that started it."""
+    """Most bytes that this process held; getrusage begins with the peak of the process that started it."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 

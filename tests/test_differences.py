@@ -313,7 +313,7 @@ def sources():
 
 def test_fixed_token_ids():
     """Token ids are read from the tokenizer."""
-    from alto_jax.data.sources import text_tokenizer
+    from alto_jax.data.vocabulary import text_tokenizer
 
     found = [text_tokenizer(config_of("stage2.py:debug", data={"base_vocab_size": size})).ids for size in (380, 400)]
     assert found[0].mask_start != found[1].mask_start and found[0].code_0 != found[1].code_0

@@ -78,7 +78,7 @@ def check(caches: dict[str, Any], config: Any, kind: str, directory: str | os.Pa
       caches: of `Prepared` or `Mixture`; {} is right for every run.
       config: the run's configuration.
       kind: of the data set.
-      directory: the run, if it has a checkpoint; None: `config.init_from`.
+      directory: the run, if it has a checkpoint; None: what the run begins with.
 
     Raises:
       ConfigError: other parameters or settings, or parameters that this run trains; names both sides.
@@ -94,7 +94,7 @@ def check(caches: dict[str, Any], config: Any, kind: str, directory: str | os.Pa
                 raise ConfigError(
                     f"{where}: made with {name} {cache['settings'][name]!r}, this run has {wanted!r}; {advice}"
                 )
-        start = directory or config.init_from
+        start = directory or config.tokenizer_from or config.init_from
         if not start:
             raise ConfigError(f"{where}: made with {cache['checkpoint']}, but config.init_from is empty; {advice}")
         trained = next((p for p in _parameters(start, what) if re.search(config.optim.trainable, p)), None)

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image, ImageOps
 
-from alto_jax.data import glyphs, phrases
+from alto_jax.data import glyphs, identity, phrases
 
 SPLITS = ("train", "validation")
 # Photos in scikit-image's wheel, with words for what they show: a scene on such a photo neither holds nor
@@ -212,6 +212,11 @@ class Scenes:
 
     def __len__(self) -> int:
         return self.config.num_scenes
+
+    def identity(self) -> identity.Identity:
+        """What the data are, see identity.py: by the pictures that are installed; all else is in the configuration."""
+        known = [(glyph.codepoint, glyph.name, glyph.colour, glyph.shape) for glyph in self._catalogue.glyphs]
+        return {"": {"records": len(self), "hash": identity.digest(known)}}
 
     def shown(self, photo: str) -> tuple[str, ...]:
         """Words for what the photo itself shows."""

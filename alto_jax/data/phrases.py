@@ -6,6 +6,7 @@ A phrase is given only if no other object could be meant; None says that there i
 """
 
 from collections.abc import Sequence
+import dataclasses
 import re
 from typing import Protocol
 
@@ -19,6 +20,7 @@ POSITIONS = {
     "bottom": "at the bottom",
     "centre": "in the centre",
 }
+THING = "thing"  # for a name that is not said
 _SLACK = 0.1  # a rival must be at least this far (of the image side) outside the region named
 _IRREGULAR = {
     "man": "men",
@@ -160,9 +162,43 @@ def single_phrases(objects: Sequence[Referable], target: int) -> list[str]:
     return phrases
 
 
-def refer_single(objects: Sequence[Referable], target: int, rng: np.random.Generator) -> str | None:
-    """A random one of `single_phrases`, the shortest half of the time; None if there is none."""
-    phrases = single_phrases(objects, target)
+@dataclasses.dataclass(frozen=True)
+class _Partly:
+    """An object of which not everything is told."""
+
+    name: str
+    colour: str | None
+    centre: tuple[float, float]
+
+
+def single_places(objects: Sequence[Referable], target: int) -> list[str]:
+    """The words of POSITIONS that hold for `objects[target]` and for no other object, whatever it is."""
+    others = [o for i, o in enumerate(objects) if i != target]
+    words = position_words(objects[target].centre)
+    return [POSITIONS[w] for w in words if not any(w in position_words(o.centre, _SLACK) for o in others)]
+
+
+def refer_single(
+    objects: Sequence[Referable],
+    target: int,
+    rng: np.random.Generator,
+    *,
+    unnamed: bool = False,
+    coloured: bool = True,
+) -> str | None:
+    """A random one of `single_phrases`, the shortest half of the time; None if there is none.
+
+    Args:
+      objects: of the scene; target: the index of the one that is meant.
+      rng: source of randomness.
+      unnamed: say "thing" instead of a name, so that colour and place alone must tell which.
+      coloured: False: without the colour.
+    """
+    if unnamed or not coloured:
+        told = [_Partly(THING if unnamed else o.name, o.colour if coloured else None, o.centre) for o in objects]
+        phrases = single_phrases(told, target)
+    else:
+        phrases = single_phrases(objects, target)
     if not phrases:
         return None
     return phrases[0] if rng.random() < 0.5 else phrases[int(rng.integers(len(phrases)))]

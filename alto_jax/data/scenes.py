@@ -13,8 +13,7 @@ import numpy as np
 
 from alto_jax.data import identity, phrases
 from alto_jax.data.composition import Scene, SceneObject, Scenes, ScenesConfig, mask_complexity
-from alto_jax.data.glyphs import catalogue
-from alto_jax.mllm import text
+from alto_jax.mllm import boxes, text
 
 __all__ = [
     "ChatConfig",
@@ -35,16 +34,18 @@ class MaskConfig:
 
     Attributes:
       max_union: most objects in one mask.
-      union_probability: how often a mask holds more than one object, where the scene does.
+      union_probability: how often a mask holds more than one object, where the scene does; None: the number of
+        objects is uniform in 1..max_union (as many as the scene has).
     """
 
     max_union: int = 3
-    union_probability: float = 0.2
+    union_probability: float | None = 0.2
 
     def __post_init__(self) -> None:
         if self.max_union < 1:
             raise ValueError(f"max_union: expected at least 1, got {self.max_union}")
-        _require_probability("union_probability", self.union_probability)
+        if self.union_probability is not None:
+            _require_probability("union_probability", self.union_probability)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,10 @@ class ChatConfig:
       question_fraction: how many are yes/no questions, without a mask.
       yes_fraction: of the questions, how many are about a thing that is there.
       adaptive_only: stage 3: only requests for adaptive length, no questions.
+      box_fraction: of the mask requests, how many name their targets by boxes, 1 to max_boxes of them, a number that is
+        uniform where the scene has as many objects.
+      box_step: thousandths between the coordinates of boxes.
+      unnamed_fraction: of the phrases for one object, how many say "thing" for its name.
     """
 
     adaptive_fraction: float = 0.5
@@ -64,10 +69,18 @@ class ChatConfig:
     question_fraction: float = 0.1
     yes_fraction: float = 0.3
     adaptive_only: bool = False
+    box_fraction: float = 0.0
+    max_boxes: int = 8
+    box_step: int = 10
+    unnamed_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("adaptive_fraction", "multi_fraction", "question_fraction", "yes_fraction"):
+        for name in ("adaptive_fraction", "multi_fraction", "question_fraction", "yes_fraction", "box_fraction",
+                     "unnamed_fraction"):  # fmt: skip
             _require_probability(name, getattr(self, name))
+        for name in ("max_boxes", "box_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
         if self.multi_fraction + self.question_fraction > 1:
             raise ValueError(f"multi_fraction + question_fraction: expected at most 1, got {self!r}")
 
@@ -75,12 +88,6 @@ class ChatConfig:
 def _require_probability(field: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{field}: expected 0..1, got {value!r}")
-
-
-def _identity(scenes: Scenes) -> identity.Identity:
-    """By the pictures that are installed; all else is in the run's configuration."""
-    glyphs = [(glyph.codepoint, glyph.name, glyph.colour, glyph.shape) for glyph in catalogue().glyphs]
-    return {"": {"records": len(scenes), "hash": identity.digest(glyphs)}}
 
 
 class SceneMasks:
@@ -95,13 +102,15 @@ class SceneMasks:
 
     def identity(self) -> identity.Identity:
         """What the data are, see identity.py."""
-        return _identity(self.scenes)
+        return self.scenes.identity()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         config = self.config
         scene, rng = self.scenes.scene(index)
         count, most = 1, min(config.max_union, len(scene.objects))
-        if most > 1 and rng.random() < config.union_probability:
+        if config.union_probability is None:
+            count = int(rng.integers(1, most + 1))
+        elif most > 1 and rng.random() < config.union_probability:
             count = int(rng.integers(2, most + 1))
         chosen = rng.permutation(len(scene.objects))[:count]
         mask = scene.union(chosen.tolist())
@@ -124,7 +133,7 @@ class SceneChats:
 
     def identity(self) -> identity.Identity:
         """What the data are, see identity.py."""
-        return _identity(self.scenes)
+        return self.scenes.identity()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         config = self.config
@@ -139,18 +148,27 @@ class SceneChats:
                 phrase, yes = self._single(scene, rng)[0], True
             return self._record(scene, text.no_target_question(phrase), text.YES if yes else text.NO, [])
         many = None
-        if kind >= 1 - config.multi_fraction:
+        if config.box_fraction and rng.random() < config.box_fraction:
+            many = self._boxes(scene, rng)
+        elif kind >= 1 - config.multi_fraction:
             many = phrases.refer_many(scene.objects, rng)
         phrase, targets = many or self._single(scene, rng)
         adaptive = config.adaptive_only or adaptive_draw < config.adaptive_fraction
         question, answer = text.question(phrase, adaptive=adaptive), text.answer(adaptive=adaptive)
         return self._record(scene, question, answer, [scene.union(targets)])
 
-    @staticmethod
-    def _single(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[int, ...]]:
+    def _boxes(self, scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[int, ...]]:
+        """The boxes of some objects, and which."""
+        count = int(rng.integers(1, min(self.config.max_boxes, len(scene.objects)) + 1))
+        targets = tuple(rng.permutation(len(scene.objects))[:count].tolist())
+        found = [scene.objects[i].bbox for i in targets]
+        return boxes.format_boxes(found, scene.image.shape[:2], self.config.box_step), targets
+
+    def _single(self, scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[int, ...]]:
         """A phrase for one object; where none can be told apart, for all objects of one name."""
+        unnamed = self.config.unnamed_fraction > 0 and rng.random() < self.config.unnamed_fraction
         for i in rng.permutation(len(scene.objects)).tolist():
-            phrase = phrases.refer_single(scene.objects, i, rng)
+            phrase = phrases.refer_single(scene.objects, i, rng, unnamed=unnamed)
             if phrase is not None:
                 return phrase, (i,)
         name = scene.objects[0].name

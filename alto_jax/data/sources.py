@@ -13,17 +13,16 @@ from typing import Any, TypeVar
 
 from alto_jax.batch import ChatBatch, MaskBatch, PromptBatch
 from alto_jax.config import local_path
-from alto_jax.data import bad_data, benchmarks, caches, composition, pipeline, refcoco, scenes
+from alto_jax.data import bad_data, benchmarks, caches, composition, lessons, pipeline, refcoco, scenes
 from alto_jax.data.conversations import Conversations
-from alto_jax.data.glyphs import catalogue
 from alto_jax.data.mixture import Mixture
 from alto_jax.data.prepared import Prepared
 from alto_jax.data.prompts import NoPrompts, Prompts
 from alto_jax.data.reading import Reading
 from alto_jax.data.sa1b import Sa1bMasks
-from alto_jax.data.source import Batches, HasImages, HasTexts, Records
+from alto_jax.data.source import Batches, HasImages, Records
 from alto_jax.data.split import EmptySplit, ImageSplit
-from alto_jax.mllm.text import TextTokenizer, question
+from alto_jax.mllm.text import TextTokenizer
 from alto_jax.parallel import distributed
 from alto_jax.parallel.shares import WHOLE, BatchShare
 
@@ -51,13 +50,16 @@ def mask_source(config: Any, *, held_out: bool = False) -> Records:
 
 
 def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = False) -> Records:
-    """ChatRecords, see `mask_source`; `adaptive_only`: requests for one mask alone, see prompts.py."""
+    """ChatRecords, see `mask_source`; `adaptive_only`: requests for one mask alone, see prompts.py. In stage 0, those
+    without masks."""
     config, field, split = _place(config, held_out)
     data = config.data
+    if data.source == "scenes" and config.stage == "stage0":
+        return lessons.SceneLessons(_scenes(config, held_out), data.scene_lessons)
     if data.source == "scenes":
         chats = dataclasses.replace(data.scene_chats, adaptive_only=adaptive_only or data.scene_chats.adaptive_only)
         return scenes.SceneChats(_scenes(config, held_out), chats)
-    max_masks = None if adaptive_only else data.max_masks
+    max_masks = 0 if config.stage == "stage0" else None if adaptive_only else data.max_masks
     if data.source == "jsonl":
         lines = Conversations(data.meta, once=held_out, max_masks=max_masks, reading=_reading(data))
         found = _part(lines, split)
@@ -103,7 +105,8 @@ def count_shared_images(config: Any) -> tuple[int, int]:
     if config.stage in ("stage1", "stage1_5"):
         held_out, training = mask_source(config, held_out=True), mask_source(config)
     else:
-        held_out, training = chat_source(config, held_out=True, adaptive_only=True), chat_source(config)
+        prompts = config.stage != "stage0"
+        held_out, training = chat_source(config, held_out=True, adaptive_only=prompts), chat_source(config)
     if not (isinstance(held_out, HasImages) and isinstance(training, HasImages)):
         return 0, 0
     evaluated = {n for i in range(min(config.eval.num_samples, len(held_out))) for n in held_out.image_hashes(i)}
@@ -251,9 +254,7 @@ def chat_iterator(
             source,
             text,
             **_sizes(config),
-            max_length=config.data.max_length,
-            num_latent_tokens=config.model.tokenizer.num_latent_tokens,
-            max_masks=config.data.max_masks,
+            **_chat_sizes(config),
             length_buckets=config.data.length_buckets,
             pack_samples=config.data.pack_samples,
             **_options(config, share),
@@ -311,6 +312,30 @@ def held_out_prompts(config: Any, text: TextTokenizer) -> Iterator[PromptBatch]:
     )
 
 
+def held_out_chats(config: Any, text: TextTokenizer) -> dict[str, Iterator[ChatBatch]]:
+    """The first `config.eval.num_samples` held-out conversations in batches: "" all kinds, and of the built-in lessons
+    "/KIND" for each, a question a picture."""
+    found: dict[str, Records] = {"": chat_source(config, held_out=True)}
+    if config.data.source == "scenes" and not config.eval.source:
+        for kind in config.data.scene_lessons.kinds:
+            one = dataclasses.replace(config.data.scene_lessons, kinds=(kind,), turns=1)
+            found[f"/{kind}"] = lessons.SceneLessons(_scenes(config, True), one)
+    options = {"system": config.data.system, **_sizes(config), **_chat_sizes(config)}
+    first = {name: _First(source, config.eval.num_samples) for name, source in found.items()}
+    return {
+        name: iter(pipeline.chat_batches(source, text, **options, **_once(config, source)))
+        for name, source in first.items()
+    }
+
+
+def _chat_sizes(config: Any) -> dict:
+    return {
+        "max_length": config.data.max_length,
+        "num_latent_tokens": config.model.tokenizer.num_latent_tokens,
+        "max_masks": config.data.max_masks,
+    }
+
+
 class _First:
     """The first n records of a source."""
 
@@ -333,7 +358,7 @@ def _options(config: Any, share: BatchShare) -> dict:
         "max_bad_fraction": config.data.max_bad_fraction,
     }
     options |= readers(config.data.num_threads, config.data.num_workers)
-    return options | ({"system": config.data.system} if config.stage in ("stage2", "stage3") else {})
+    return options | ({"system": config.data.system} if config.stage in ("stage0", "stage2", "stage3") else {})
 
 
 def _once(config: Any, source: Records) -> dict[str, Any]:
@@ -373,48 +398,3 @@ def _sizes(config: Any) -> dict:
         "mask_size": model.tokenizer.mask_size,
         "num_image_tokens": model.num_image_tokens,
     }
-
-
-def text_tokenizer(config: Any, directory: os.PathLike | None = None) -> TextTokenizer:
-    """The tokenizer of the run in `directory`, else of the start checkpoint, else one trained on the texts of the data.
-
-    Raises:
-      ValueError: it has more tokens than the language model's vocabulary, or another number of codes than
-        the mask tokenizer.
-    """
-    num_codes = config.model.tokenizer.codebook_size
-    folders = [pathlib.Path(folder) for folder in (directory, config.init_from) if folder]
-    file = next((f / "tokenizer.json" for f in folders if (f / "tokenizer.json").exists()), None)
-    if file is not None:
-        text = TextTokenizer.load(file, num_codes=num_codes)
-    else:
-        text = TextTokenizer.train_builtin(list(_texts(config)), config.data.base_vocab_size, num_codes)
-    vocab_size = config.model.language_model.vocab_size
-    if text.vocab_size > vocab_size:
-        raise ValueError(
-            f"config.model.language_model.vocab_size: the tokenizer has {text.vocab_size} tokens, got {vocab_size}"
-        )
-    return text
-
-
-def _texts(config: Any) -> Iterator[str]:
-    """What people and model say in the data, for training a tokenizer."""
-    if config.data.source != "scenes":
-        source = chat_source(config)
-        if not isinstance(source, HasTexts):
-            raise ValueError(f"config.data.source: no texts for a tokenizer in {config.data.source!r}")
-        for record in source.texts():
-            yield from record
-        return
-
-    for glyph in catalogue().glyphs:
-        for place in ("", " on the left", " on the right", " at the top", " at the bottom", " in the centre"):
-            phrase = f"the {glyph.colour + ' ' if glyph.colour else ''}{glyph.name}{place}"
-            yield question(phrase, adaptive=True)
-            yield question(f"all {phrase[4:]}", adaptive=False)
-    yield from (
-        "The mask appears at .",
-        "Yes",
-        "No",
-        'Does the image contain ?\nAnswer "yes" or "no" directly.',
-    ) * 50

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from alto_jax.batch import PromptBatch, abstract_batch
 from alto_jax.config import ConfigError
-from alto_jax.data import sources
+from alto_jax.data import vocabulary
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.mllm.alto_llm import Segmentation, segment
 from alto_jax.mllm.generate import GenerateConfig
@@ -222,7 +222,7 @@ def _prompts(config: ExperimentConfig, batch: Any) -> PromptBatch:
 
 def _predict(config: ExperimentConfig, mesh: Any) -> Any:
     """The jitted answer to prompts with masks, as prediction and evaluation compute it."""
-    special = sources.text_tokenizer(config).ids
+    special = vocabulary.text_tokenizer(config).ids
     generate = GenerateConfig(max_new_tokens=config.eval.max_new_tokens)
 
     def predict(params: dict, batch: PromptBatch) -> Segmentation:

@@ -84,14 +84,15 @@ def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> floa
     model, tokens = config.model, config.data.max_length
     size = model.tokenizer
     patches = size.grid**2
+    has_tokenizer = config.stage not in ("stage0", "stage3")
     masks = rows * (config.data.max_masks if config.stage == "stage2" else 1)
     groups = config.grpo.num_generations if config.stage == "stage3" else 1
     total = 0.0
-    if size.sam is not None and config.stage != "stage3":
+    if size.sam is not None and has_tokenizer:
         sam = size.sam
         inner = (3 * sam.embed_dim + sam.mlp_ratio * sam.embed_dim) / tensor
         total += _stack(sam.depth, rows, sam.grid**2, sam.embed_dim, inner, sam.num_heads / tensor, sam, False)
-    if config.stage != "stage3":
+    if has_tokenizer:
         for vit in (size.encoder, size.decoder):
             length = 1 + patches + size.num_latent_tokens
             inner = (3 + vit.mlp_ratio) * vit.embed_dim / tensor
@@ -113,7 +114,7 @@ def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> floa
     if model.language_model is None or config.stage in ("stage1", "stage1_5"):
         return total
     vision, language = model.need_vision(), model.language_model
-    if config.stage == "stage2":
+    if config.stage in ("stage0", "stage2"):
         inner = (3 * vision.embed_dim + vision.mlp_dim) / tensor
         heads = vision.num_heads / tensor
         total += _stack(vision.num_layers, rows, 1 + vision.grid**2, vision.embed_dim, inner, heads, vision, True)
@@ -126,7 +127,7 @@ def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> floa
     inner = (2 * language.num_heads * language.head_width + 3 * language.mlp_dim) / tensor
     width, heads = language.embed_dim, language.num_heads / tensor
     # Note: a group's answers attend to their prompt and themselves, not to each other.
-    span = tokens if config.stage == "stage2" else config.data.max_length + config.grpo.generate.max_new_tokens
+    span = config.data.max_length + config.grpo.generate.max_new_tokens if config.stage == "stage3" else tokens
     total += _stack(language.num_layers, rows, span, width, inner * tokens / span, heads, language, True)
     return total + 3 * rows * supervised * language.vocab_size / tensor * 4
 

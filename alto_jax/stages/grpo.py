@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from alto_jax import rewards
 from alto_jax.batch import PromptBatch, Rollout
-from alto_jax.data import sources
+from alto_jax.data import sources, vocabulary
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.layers import apply_module
 from alto_jax.lora import adapters
@@ -31,7 +31,7 @@ from alto_jax.tokenizer.alto import ALTo
 
 def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLike | None = None) -> Stage:
     """The stage for `config.stage` "stage3"."""
-    text = sources.text_tokenizer(config, directory)
+    text = vocabulary.text_tokenizer(config, directory)
     names = ("tokenizer", "vision", "projector", "language_model")
 
     def finish_init(params: dict) -> dict:

@@ -1,4 +1,7 @@
-"""Stage 2: supervised fine-tuning of the MLLM on text and mask tokens, with the mask tokenizer frozen."""
+"""Stage 2: supervised fine-tuning of the MLLM on text and mask tokens, with the mask tokenizer frozen.
+
+Stage 0 is the same on text answers alone, of a model without a mask tokenizer.
+"""
 
 import functools
 import os
@@ -9,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alto_jax.batch import ChatBatch, PromptBatch
-from alto_jax.data import sources
+from alto_jax.data import sources, vocabulary
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.layers import apply_module
 from alto_jax.losses import tokens as token_losses
@@ -25,7 +28,7 @@ from alto_jax.tokenizer.alto import ALTo
 
 def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLike | None = None) -> Stage:
     """The stage for `config.stage` "stage2"."""
-    text = sources.text_tokenizer(config, directory)
+    text = vocabulary.text_tokenizer(config, directory)
     return Stage(
         init=lambda key: init_params(config.model, key),
         data=lambda share: sources.chat_iterator(config, text, share, directory),
@@ -37,6 +40,23 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
         evaluate=make_evaluate(config, text, mesh),
         previous="python -m alto_jax.main --config=configs/stage1_5.py --config.init_from=DIR --workdir=DIR",
         headline=("loss", "token_loss", "token_accuracy", "mask_dice", "length"),
+        check=check_supervised,
+        save_files=text.save,
+    )
+
+
+def make_text_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLike | None = None) -> Stage:
+    """The stage for `config.stage` "stage0"."""
+    text = vocabulary.text_tokenizer(config, directory)
+    return Stage(
+        init=lambda key: {k: v for k, v in init_params(config.model, key).items() if k != "tokenizer"},
+        data=lambda share: sources.chat_iterator(config, text, share, directory),
+        loss_fn=make_loss(config, text.ids),
+        draw=jax.random.split if config.model.need_vision().drop_path_rate > 0 else None,
+        totals=make_totals(config, text.ids),
+        inherits=("vision", "projector", "language_model"),
+        evaluate=make_text_evaluate(config, text, mesh),
+        headline=("loss", "token_accuracy"),
         check=check_supervised,
         save_files=text.save,
     )
@@ -117,6 +137,8 @@ def written_tokens(config: ExperimentConfig, special: Any, params: dict, batch: 
     """(ids, labels, segment_ids, length int32[B*M]) of a batch with its masks written as mask tokens."""
     size = config.model.tokenizer
     batch_size, num_masks = batch.mask_valid.shape
+    if "tokenizer" not in params:  # Note: stage 0, whose conversations hold no masks.
+        return batch.ids, batch.labels, batch.segment_ids, jnp.zeros(batch_size * num_masks, jnp.int32)
     if batch.codes is None:
         masks = batch.masks.reshape(-1, size.mask_size, size.mask_size)
         codes, length = jax.lax.stop_gradient(tokenizer_apply(ALTo(size), params)(masks, method="tokenize"))
@@ -166,6 +188,42 @@ def features_of_masks(features: jax.Array, batch: ChatBatch) -> jax.Array:
     features = features.reshape(batch_size, -1, *features.shape[1:])
     index = batch.mask_image.reshape(batch_size, num_masks, *(1,) * (features.ndim - 2))
     return jnp.take_along_axis(features, index, axis=1).reshape(-1, *features.shape[2:])
+
+
+def make_text_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) -> Any:
+    """How well held-out conversations without masks are answered.
+
+    The result holds token_accuracy, and exact: the share of answers that greedy decoding would give word for word after
+    the turns before them, for the built-in lessons also of each kind alone ("exact/where", a box to the last digit).
+    """
+    model, special = ALToLLM(config.model), text.ids
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    @functools.partial(sharding.on_mesh, mesh)
+    def right(params: dict, batch: ChatBatch) -> tuple[jax.Array, jax.Array]:
+        apply = functools.partial(apply_module, model, params)
+        inputs = apply(batch.ids, apply(batch.image, None, method="image_tokens"), special.img_context, method="embed")
+        positions = jnp.broadcast_to(jnp.arange(batch.ids.shape[1]), batch.ids.shape)
+        hidden, _ = apply(inputs, positions, None, method="hidden")
+        return jnp.argmax(apply(hidden[:, :-1], method="logits"), axis=-1) == batch.labels[:, 1:], batch.labels[:, 1:]
+
+    def evaluate(params: dict) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for name, batches in sources.held_out_chats(config, text).items():
+            answers: list[float] = []
+            tokens: list[np.ndarray] = []
+            for batch in batches:
+                for correct, labels in zip(*(np.asarray(a) for a in right(params, batch)), strict=True):
+                    told = labels != IGNORE
+                    starts = np.flatnonzero(told & ~np.concatenate([[False], told[:-1]]))
+                    tokens.append(correct[told])
+                    answers += [bool(correct[s:][: np.argmin(np.append(told[s:], False))].all()) for s in starts]
+            result[f"exact{name}"] = float(np.mean(answers))
+            if not name:
+                result["token_accuracy"] = float(np.concatenate(tokens).mean())
+        return result
+
+    return evaluate if config.eval.num_samples else None
 
 
 def make_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -15,6 +15,7 @@ from alto_jax.stages import grpo, sft, tokenizer
 from alto_jax.stages.stage import Stage
 
 STAGES: dict[str, Callable[..., Stage]] = {
+    "stage0": sft.make_text_stage,
     "stage1": tokenizer.make,
     "stage1_5": tokenizer.make,
     "stage2": sft.make,

@@ -33,10 +33,15 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
         image = jnp.zeros((1, size.image_size, size.image_size, 3), jnp.uint8)
         return {"tokenizer": model.init(key, mask, image)["params"]}
 
-    def draw(rng: jax.Array, batch_size: int) -> jax.Array:
-        return jax.random.randint(rng, (batch_size,), 1, size.num_latent_tokens + 1)
+    def draw(rng: jax.Array, batch_size: int) -> dict[str, jax.Array]:
+        drawn = {}
+        if cfg.keep_tokens == "random":
+            drawn["kept"] = jax.random.randint(rng, (batch_size,), 1, size.num_latent_tokens + 1)
+        if cfg.withhold_image > 0:
+            drawn["withheld"] = jax.random.bernoulli(jax.random.fold_in(rng, 1), cfg.withhold_image, (batch_size,))
+        return drawn
 
-    def loss_fn(params: dict, batch: MaskBatch, drawn: jax.Array | None, step: jax.Array) -> tuple[jax.Array, tuple]:
+    def loss_fn(params: dict, batch: MaskBatch, drawn: Any, step: jax.Array) -> tuple[jax.Array, tuple]:
         apply = tokenizer_apply(model, params)
         encoded = apply(batch.mask, method="encode")
         quantized = apply(encoded.z, method="quantize")
@@ -44,8 +49,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
         read = encoded if cfg.length_loss_reaches_encoder else jax.lax.stop_gradient(encoded)
         prediction = apply(read, method="predict_length")
         if cfg.keep_tokens == "random":
-            assert drawn is not None  # Note: see `draw` of the stage.
-            count = drawn
+            count = drawn["kept"]
             keep = leading_tokens(count, size.num_latent_tokens)
         elif cfg.keep_tokens == "adaptive":
             keep, count = prediction.keep, prediction.num_kept
@@ -55,6 +59,8 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
         is_quantized = step >= cfg.unquantized_steps
         embeddings = jnp.where(is_quantized, quantized.embeddings, quantized.z)
         features = image_features(apply, batch)
+        if cfg.withhold_image > 0 and features is not None:
+            features = jnp.where(drawn["withheld"][:, None, None, None], 0, features)
         logits = apply(embeddings * keep[..., None], features, method="decode")
         vq, vq_terms = reconstruction.vq_loss(quantized.z, quantized.entries, cfg.commitment_cost)
         length = reconstruction.length_loss(prediction.expectation, size.num_latent_tokens)
@@ -84,7 +90,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
         init=init,
         data=lambda share: sources.mask_iterator(config, share, directory),
         loss_fn=loss_fn,
-        draw=draw if cfg.keep_tokens == "random" else None,
+        draw=draw if cfg.keep_tokens == "random" or cfg.withhold_image > 0 else None,
         inherits=("tokenizer",),
         requires=() if is_first else ("tokenizer",),
         reset=None if is_first else "^tokenizer/length/",

@@ -103,7 +103,7 @@ def step_flops(config: ExperimentConfig, *, batch_size: int | None = None, lengt
     count = _Counter(sizes, config.trainable)
     length = config.data.max_length if length is None else length
     rows = config.train.batch_size if batch_size is None else batch_size
-    per_row = {"stage2": _sft, "stage3": _grpo}.get(config.stage, _tokenizer)(config, count, length)
+    per_row = {"stage0": _sft, "stage2": _sft, "stage3": _grpo}.get(config.stage, _tokenizer)(config, count, length)
     return StepFlops(*(rows * value for value in dataclasses.astuple(per_row)))
 
 
@@ -133,10 +133,10 @@ def _tokenizer(config: ExperimentConfig, count: _Counter, length: int) -> StepFl
 
 
 def _sft(config: ExperimentConfig, count: _Counter, length: int) -> StepFlops:
-    """Stage 2, one row."""
+    """Stages 0 and 2, one row."""
     model, masks, cfg = config.model, config.data.max_masks, config.model.tokenizer
     heads = min(config.sft.at_once, length - 1)
-    labels = _times(_encoder(cfg) + _length(cfg), masks)
+    labels = _times(_encoder(cfg) + _length(cfg), masks if config.stage == "stage2" else 0)
     chain = _vision(model) + [_language(model, length, length * length)]
     mask_loss = config.sft.mask_loss_weight > 0
     chain.append(_head(heads + masks * cfg.num_latent_tokens * mask_loss))

@@ -77,7 +77,7 @@ class Meter:
         device = find_device(jax.devices()[0].device_kind)
         self._peak = None if device is None else device.flops
         self._rows, length = config.train.batch_size, config.data.max_length
-        self._tokens = {"stage2": self._rows * length}.get(config.stage, 0)
+        self._tokens = {"stage0": self._rows * length, "stage2": self._rows * length}.get(config.stage, 0)
         if config.stage == "stage3":
             self._tokens = self._rows * (length + config.grpo.num_generations * config.grpo.generate.max_new_tokens)
         self._began, self._seconds, self._waited, self._steps = time.monotonic(), 0.0, 0.0, 0

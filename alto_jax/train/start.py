@@ -63,13 +63,21 @@ def initial_state(
             )
         if config.init_from:
             runs.find_run(config.init_from, made_by=stage.previous)
+            if config.tokenizer_from:
+                runs.find_run(config.tokenizer_from, made_by=stage.previous)
             wanted = {
                 p: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=_sharding(p, v, mesh))
                 for p, v in flat_shapes.items()
                 if p.split("/")[0] in stage.inherits and not (stage.reset and re.search(stage.reset, p))
             }
-            loaded = runs.load_params(config.init_from, traverse_util.unflatten_dict(wanted, sep="/"))
-            inherited = traverse_util.flatten_dict(loaded, sep="/")
+            places = [(config.init_from, wanted)]
+            if config.tokenizer_from:
+                tokenizer = {p: v for p, v in wanted.items() if p.startswith("tokenizer/")}
+                others = {p: v for p, v in wanted.items() if p not in tokenizer}
+                places = [(config.init_from, others), (config.tokenizer_from, tokenizer)]
+            for place, chosen in places:
+                loaded = runs.load_params(place, traverse_util.unflatten_dict(chosen, sep="/"))
+                inherited |= traverse_util.flatten_dict(loaded, sep="/")
             needed = stage.inherits if config.lora.rank else stage.requires
             missing = [p for p in wanted if p not in inherited and p.split("/")[0] in needed]
             if missing:

@@ -17,7 +17,7 @@ import pytest
 
 from alto_jax.checkpoint import loading, rows, runs
 from alto_jax.config import ConfigError
-from alto_jax.data import caches, prepare, sources
+from alto_jax.data import caches, prepare, sources, vocabulary
 from alto_jax.data.caches import CacheMaker
 from alto_jax.data.mixture import Mixture
 from alto_jax.data.prepared import Prepared
@@ -51,7 +51,7 @@ def with_data(debug_model, root, **data):
 
 
 def batches(config, count=4):
-    iterator = sources.chat_iterator(config, sources.text_tokenizer(config))
+    iterator = sources.chat_iterator(config, vocabulary.text_tokenizer(config))
     return [next(iterator) for _ in range(count)]
 
 
@@ -126,7 +126,7 @@ def test_prompts_carry_features(debug_model, chats):
     assert any(not record["masks"] for record in raw)  # left out in stage 3
     data = dataclasses.replace(config.data, max_bad_fraction=0.5)
     config = dataclasses.replace(config, stage="stage3", data=data)
-    batch = next(sources.prompt_iterator(config, sources.text_tokenizer(config)))
+    batch = next(sources.prompt_iterator(config, vocabulary.text_tokenizer(config)))
     assert batch.pixel_image is None and batch.features.shape == (4, 8, 8, 16)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from alto_jax import experiment, main
 from alto_jax.batch import ChatBatch
-from alto_jax.data import examples, packing, sources
+from alto_jax.data import examples, packing, sources, vocabulary
 from alto_jax.mllm.alto_llm import init_params
 from alto_jax.stages import sft
 from tests.conftest import ROOT
@@ -28,7 +28,7 @@ def setting():
         data=dataclasses.replace(config.data, max_masks=2),
         model=dataclasses.replace(config.model, tokenizer=tokenizer),
     )
-    tok = sources.text_tokenizer(config)
+    tok = vocabulary.text_tokenizer(config)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
     params = jax.tree_util.tree_map_with_path(
