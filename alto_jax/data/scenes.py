@@ -58,8 +58,8 @@ class ChatConfig:
       question_fraction: how many are yes/no questions, without a mask.
       yes_fraction: of the questions, how many are about a thing that is there.
       adaptive_only: stage 3: only requests for adaptive length, no questions.
-      box_fraction: of the mask requests, how many name their targets by boxes, 1 to max_boxes of them, a number that is
-        uniform where the scene has as many objects.
+      box_fraction: of the mask requests, how many name their targets by boxes, min_boxes to max_boxes of them, a number
+        that is uniform where the scene has as many objects.
       box_step: thousandths between the coordinates of boxes.
       unnamed_fraction: of the phrases for one object, how many say "thing" for its name.
     """
@@ -70,6 +70,7 @@ class ChatConfig:
     yes_fraction: float = 0.3
     adaptive_only: bool = False
     box_fraction: float = 0.0
+    min_boxes: int = 1
     max_boxes: int = 8
     box_step: int = 10
     unnamed_fraction: float = 0.0
@@ -78,9 +79,10 @@ class ChatConfig:
         for name in ("adaptive_fraction", "multi_fraction", "question_fraction", "yes_fraction", "box_fraction",
                      "unnamed_fraction"):  # fmt: skip
             _require_probability(name, getattr(self, name))
-        for name in ("max_boxes", "box_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)!r}")
+        if not 1 <= self.min_boxes <= self.max_boxes:
+            raise ValueError(f"min_boxes: expected 1..max_boxes, got {self.min_boxes!r} of {self.max_boxes!r}")
+        if self.box_step < 1:
+            raise ValueError(f"box_step: expected at least 1, got {self.box_step!r}")
         if self.multi_fraction + self.question_fraction > 1:
             raise ValueError(f"multi_fraction + question_fraction: expected at most 1, got {self!r}")
 
@@ -159,7 +161,8 @@ class SceneChats:
 
     def _boxes(self, scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[int, ...]]:
         """The boxes of some objects, and which."""
-        count = int(rng.integers(1, min(self.config.max_boxes, len(scene.objects)) + 1))
+        most = min(self.config.max_boxes, len(scene.objects))
+        count = int(rng.integers(min(self.config.min_boxes, most), most + 1))
         targets = tuple(rng.permutation(len(scene.objects))[:count].tolist())
         found = [scene.objects[i].bbox for i in targets]
         return boxes.format_boxes(found, scene.image.shape[:2], self.config.box_step), targets

@@ -1,0 +1,65 @@
+"""Answers about built-in scenes beside their baselines."""
+
+import json
+
+import numpy as np
+import pytest
+
+from alto_jax.data.scenes import ChatConfig, SceneChats, ScenesConfig
+from alto_jax.evaluate import scenes
+from tests.conftest import run_python
+
+
+@pytest.fixture(scope="module")
+def made(debug_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("scenes")
+    command = ["-m", "alto_jax.evaluate.scenes", "--checkpoint", debug_model.path, "--out", out]
+    done = run_python(*command, "--scenes", 6, "--batch-size", 4)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out, done.stdout
+
+
+def test_every_kind_has_its_baselines(made):
+    out, printed = made
+    rows = json.loads((out / "scenes.json").read_text())["rows"]
+    assert list(rows) == list(scenes.KINDS) and printed.strip() == (out / "scenes.md").read_text().strip()
+    for row in rows.values():
+        assert row["samples"] == 6 and 0 < row["no_codes"] < 1 and 0 < row["tokenizer"] < 1
+        # Chosen on other scenes, but it is a real mask: no worse than the worst that there is.
+        assert 0 <= row["best_constant"] <= 1 and 1 / 6 <= row["distinct"] <= 1
+    assert "right_object" in rows["names"] and "right_object" not in rows["boxes"]
+
+
+def test_right_object():
+    source = SceneChats(ScenesConfig(num_scenes=40, min_objects=2, max_objects=3), ChatConfig(**scenes._ONE))
+    seen = 0
+    for index in range(12):
+        scene, targets = scenes._with_targets(source, index)
+        if len(targets) != 1:
+            continue
+        seen += 1
+        for i in range(len(scene.objects)):
+            mask = scenes.transforms.soft_mask(scene.union([i]), 32) > 0.5
+            assert scenes._is_right(mask, scene, targets[0]) == (i == targets[0])
+        assert not scenes._is_right(np.zeros((32, 32), bool), scene, targets[0])
+    assert seen >= 8
+
+
+def test_summary():
+    one = dict(iou=0.5, length=3, valid=True, codes=(1, 2, 3), right=True, no_codes=0.1, constant=0.2, tokenizer=0.6,
+               tokenizer_full=0.7, tokenizer_length=4, num_targets=1, complexity=1.0)  # fmt: skip
+    samples = [scenes.Sample(**one), scenes.Sample(**one | {"valid": False, "iou": 0.0, "right": False, "length": 0})]
+    found = scenes.summarize(samples)
+    assert found["giou"] == 0.25 and found["distinct"] == 0.5 and found["well_formed"] == 0.5
+    assert found["mean_length"] == 3 and found["right_object"] == 0.5
+    several = scenes.summarize([scenes.Sample(**one | {"right": None})])
+    assert "right_object" not in several
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [(("--kinds", "x"), "--kinds: unknown 'x'"), (("--scenes", "0"), "--scenes: expected at least 1, got 0")],
+)
+def test_refused(debug_model, flags, message):
+    done = run_python("-m", "alto_jax.evaluate.scenes", "--checkpoint", debug_model.path, *flags)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
