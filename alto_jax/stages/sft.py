@@ -230,8 +230,8 @@ def make_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) 
     """Greedy answers to held-out adaptive prompts, as the model gives them (no grammar).
 
     The result holds giou (of the first mask; an answer without a well-formed one counts 0), format_rate (answers with
-    one), several_masks_rate (with more), giou_no_codes (the mask decoded from no codes, the baseline that an MLLM must
-    beat), mean_length, std_length and the lengths.
+    one), several_masks_rate (with more), distinct (share of different answers), giou_no_codes (the mask decoded from no
+    codes, the baseline that an MLLM must beat), mean_length, std_length and the lengths.
 
     Raises:
       ValueError: the evaluation data hold no request for one mask; now, not when the training is over.
@@ -250,17 +250,18 @@ def make_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) 
         empty = jnp.zeros((batch.mask.shape[0], size.num_latent_tokens, size.token_size))
         baseline = tokenizer_apply(ALTo(size), params)(empty, features, method="decode")
         iou = jnp.where(found.valid, mask_iou(found.mask_logits, batch.mask), 0.0)
-        return iou, found.valid, found.length, found.masks.num_masks, mask_iou(baseline, batch.mask)
+        return iou, found.valid, found.length, found.masks.num_masks, mask_iou(baseline, batch.mask), found.codes
 
     def evaluate(params: dict) -> dict[str, Any]:
         params = {k: v for k, v in params.items() if k != "reference"}
         parts = [jax.device_get(answer(params, batch)) for batch in sources.held_out_prompts(config, text)]
-        iou, valid, length, count, baseline = (np.concatenate(p) for p in zip(*parts))
+        iou, valid, length, count, baseline, codes = (np.concatenate(p) for p in zip(*parts))
         lengths = length[valid]
         return {
             "giou": float(iou.mean()),
             "format_rate": float(valid.mean()),
             "several_masks_rate": float((count > 1).mean()),
+            "distinct": len({tuple(c[:n]) for c, n in zip(codes, length)}) / len(codes),
             "giou_no_codes": float(baseline.mean()),
             "mean_length": float(lengths.mean()) if len(lengths) else 0.0,
             "std_length": float(lengths.std()) if len(lengths) else 0.0,

@@ -68,7 +68,10 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
             logits, batch.mask, cfg.loss, quantizer_loss=vq * is_quantized, length_loss=length
         )
         logged = {**terms, **vq_terms, "iou": jnp.mean(mask_iou(logits, batch.mask)), "kept": jnp.mean(count)}
-        if not is_first:
+        if is_first:
+            used = jnp.zeros(size.codebook_size).at[quantized.codes.reshape(-1)].set(1.0)
+            logged["codes_in_batch"] = jnp.sum(used) / min(size.codebook_size, quantized.codes.size)
+        else:
             logged["length_std"] = jnp.std(prediction.num_kept.astype(jnp.float32))
         return loss, (logged, (quantized.codes, quantized.z))
 

@@ -27,6 +27,7 @@ from alto_jax.parallel import distributed, sharding
 from alto_jax.params import merge_params
 from alto_jax.stages.stage import Stage
 from alto_jax.stages.table import make_stage
+from alto_jax.train import collapse
 from alto_jax.train.preemption import StopSignals
 from alto_jax.train.progress import Meter, MetricWriter, Profiler, read_metrics
 from alto_jax.train.rollouts import Rollouts
@@ -156,6 +157,8 @@ class _Logs:
         self.writer = MetricWriter(path, start) if jax.process_index() == 0 else None
         self.progress = Progress(config.stage, config.train.steps, start)
         self.latest: dict[str, float] = {}
+        self._watch = collapse.Watch(config.stage, config.train.steps)
+        self._name = f"[{config.stage}]"
 
     def write(self, step: int, metrics: dict[str, float], headline: tuple[str, ...] = ()) -> None:
         """Records metrics and prints a line with those of the headline (if it names any)."""
@@ -164,6 +167,8 @@ class _Logs:
             self.writer.write(step, metrics)
         if self.writer is not None and headline:
             self.progress.line(step, {name: metrics[name] for name in headline if name in metrics})
+        for warning in self._watch.warnings(step, metrics):
+            self.say(f"{self._name} warning: {warning}")
 
     def say(self, text: str) -> None:
         """Prints a line, once for all processes."""
