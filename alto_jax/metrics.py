@@ -394,3 +394,14 @@ def count_codes(codes: np.ndarray, num_codes: int, lengths: np.ndarray | None = 
 def code_usage(codes: np.ndarray, num_codes: int, lengths: np.ndarray | None = None) -> float:
     """Share of the codebook that occurs at least once, in 0..1; arguments as in `count_codes`."""
     return float(np.mean(count_codes(codes, num_codes, lengths) > 0))
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rank correlation of two sequences, ties at their mean rank; 0.0 where one of them is constant."""
+    ranks = []
+    for values in (np.asarray(x, float), np.asarray(y, float)):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])
+    a, b = (rank - rank.mean() for rank in ranks)
+    spread = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / spread) if spread > 0 else 0.0

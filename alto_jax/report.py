@@ -166,6 +166,48 @@ def length_histogram_figure(lengths: Mapping[str, Sequence[int]], max_length: in
     return figure
 
 
+def scatter_figure(panels: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> Any:
+    """Draws points in panels side by side that share their vertical axis.
+
+    Args:
+      panels: name of the horizontal axis → (x, y) of its points.
+      ylabel: name of the vertical axis.
+
+    Returns:
+      A `matplotlib.figure.Figure`.
+    """
+    figure = new_figure()[0]
+    figure.clear()
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for one, (name, (x, y)) in zip(axes, panels.items(), strict=True):
+        one.plot(x, y, marker="o", markersize=4, linestyle="", alpha=0.35, color=_SERIES_COLORS[0])
+        one.set_xlabel(name)
+        one.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel(ylabel)
+    return figure
+
+
+def strip_figure(strips: Sequence[Sequence[tuple[int, np.ndarray]]]) -> Any:
+    """Draws pictures in rows, each with its number of tokens above.
+
+    Args:
+      strips: of each row (number of tokens, uint8[H, W, 3]) from left to right.
+
+    Returns:
+      A `matplotlib.figure.Figure`.
+    """
+    figure, columns = new_figure()[0], max(map(len, strips))
+    figure.clear()
+    figure.set_size_inches(1.3 * columns, 1.5 * len(strips))
+    for row, cells in zip(figure.subplots(len(strips), columns, squeeze=False), strips, strict=True):
+        for one in row:
+            one.axis("off")
+        for one, (count, pixels) in zip(row, cells):
+            one.imshow(pixels)
+            one.set_title(f"{count} token{'s' * (count != 1)}", fontsize=8)
+    return figure
+
+
 def new_figure() -> tuple[Any, Any]:
     """Returns a figure and its axes in the report's style, without touching matplotlib's global state."""
     try:

@@ -30,13 +30,9 @@ SIGNS = (
     Sign(("stage2", "stage3"), "distinct", 0.1, "the answers collapse: nearly every request gets the same codes"),
     Sign(("stage2", "stage3"), "format_rate", 0.5, "most answers hold no well-formed mask"),
     Sign(("stage3",), "format", 0.5, "most sampled answers hold no well-formed mask"),
-    Sign(
-        ("stage3",), "informative_groups", 0.05, "nearly all groups have equal rewards: nothing to learn from"
-    ),
+    Sign(("stage3",), "informative_groups", 0.05, "nearly all groups have equal rewards: nothing to learn from"),
     Sign(("stage3",), "entropy", 0.01, "the policy gives one answer: no entropy is left to explore with"),
-    Sign(
-        ("stage3",), "kl", 1.0, "the policy is far from its reference: raise beta or lower the rate", above=True
-    ),
+    Sign(("stage3",), "kl", 1.0, "the policy is far from its reference: raise beta or lower the rate", above=True),
 )
 
 
