@@ -3,15 +3,15 @@
     python -m alto_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
     python -m alto_jax.main --config=configs/quickstart.py:train --workdir=runs/train
 
-Hardware: two CPU cores. `:train` trains stages 1, 1.5, 2 and 3 in sequence at `tiny` size on the built-in data (hours);
+Hardware: two CPU cores. `:train` trains stages 0, 1, 1.5, 2 and 3 at `tiny` size on the built-in data (hours);
 `:debug` does a few steps of them (a check of the installation, not a result).
 """
 
 import ml_collections
 
-from configs import common, stage1, stage1_5, stage2, stage3
+from configs import common, stage0, stage1, stage1_5, stage2, stage3
 
-STAGES = ("stage1", "stage1_5", "stage2", "stage3")
+STAGES = ("stage0", "stage1", "stage1_5", "stage2", "stage3")
 
 
 def get_config(size=None):
@@ -20,7 +20,7 @@ def get_config(size=None):
     if size == "tour":
         return tour()
     size = {"train": "tiny"}.get(size, size)
-    modules = {"stage1": stage1, "stage1_5": stage1_5, "stage2": stage2, "stage3": stage3}
+    modules = {"stage0": stage0, "stage1": stage1, "stage1_5": stage1_5, "stage2": stage2, "stage3": stage3}
     config = ml_collections.ConfigDict({name: modules[name].get_config(size) for name in STAGES})
     config.stages = STAGES
     config.num_predictions = 12

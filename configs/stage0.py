@@ -21,9 +21,9 @@ def get_config(size=None):
     config.data.max_length = 160 if size == "tiny" else 320
     config.sft.mask_loss_weight = 0.0
     if size == "tiny":
-        config.optim.update({"lr": 1.5e-3, "warmup_steps": 200})
+        config.optim.warmup_steps = 200
         # What has many words of answer for its question comes more often.
         kinds = ("map", "list", "list", "where", "where", "name", "place", "colour", "count", "exists")
         config.data.scene_lessons = {"kinds": kinds, "turns": 3, "map_fraction": 0.75}
-        config.train.update({"steps": 5000, "log_every": 100, "checkpoint_every": 500})
+        config.train.update({"steps": 2000, "log_every": 50, "checkpoint_every": 250})
     return config

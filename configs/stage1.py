@@ -34,7 +34,7 @@ def get_config(size=None):
     # Masks from one plain object to eight, a number that is uniform where the scene has as many.
     config.data.scenes.update({"num_scenes": 400_000, "max_objects": 10, "min_size": 0.12, "max_size": 0.6})
     config.data.scene_masks = {"max_union": 8, "union_probability": None}
-    config.train = {"steps": 12_000, "batch_size": 16, "log_every": 100, "checkpoint_every": 500}
+    config.train = {"steps": 9000, "batch_size": 16, "log_every": 100, "checkpoint_every": 500}
     config.eval = {"every": 0, "num_samples": 256, "batch_size": 64, "token_counts": [1, 2, 4, 8, 16, 32]}
     config.tokenizer = {
         "keep_tokens": "random",

@@ -23,7 +23,10 @@ def get_config(size=None):
         config.eval.every = 1000
     else:
         config.optim.update({"lr": 3e-4, "weight_decay": 0.0})
-        config.tokenizer.loss.length = 0.05
+        config.tokenizer.loss.length = 0.03
+        # The lengths are for a de-tokenizer that has the image.
+        config.tokenizer.withhold_image = 0.0
     if size == "tiny":
-        config.train.update({"steps": 300, "checkpoint_every": 150})
+        config.optim.lr = 1e-3
+        config.train.update({"steps": 600, "checkpoint_every": 300})
     return config

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from alto_jax.data import lessons
 from tests.conftest import run_python
 
 KEYS = {
@@ -14,13 +15,14 @@ KEYS = {
         "giou_full", "giou_by_tokens", "giou_adaptive", "giou_fixed_same_mean", "mean_length", "std_length",
         "codes_used",
     },
+    "stage0": {"token_accuracy", "exact"} | {f"exact/{kind}" for kind in lessons.KINDS},
     "stage2": {
-        "giou", "giou_no_codes", "format_rate", "mean_length", "std_length", "loss_first", "loss_last",
+        "giou", "giou_no_codes", "distinct", "format_rate", "mean_length", "std_length", "loss_first", "loss_last",
     },
     "stage3": {
-        "giou", "giou_no_codes", "format_rate", "mean_length", "std_length", "reward_first", "reward_last",
+        "giou", "giou_no_codes", "distinct", "format_rate", "mean_length", "std_length", "reward_first", "reward_last",
     },
-    "seconds": {"stage1", "stage1_5", "stage2", "stage3", "report", "this_command"},
+    "seconds": {"stage0", "stage1", "stage1_5", "stage2", "stage3", "report", "this_command"},
 }  # fmt: skip
 
 
@@ -47,11 +49,11 @@ def test_summary_holds_the_numbers_and_they_are_printed(quickstart, summary):
 
 
 def test_a_run_of_a_stage_leaves_its_record(quickstart):
-    for stage in ("stage1", "stage1_5", "stage2", "stage3"):
+    for stage in ("stage0", "stage1", "stage1_5", "stage2", "stage3"):
         run = quickstart.path / stage
         names = {p.name for p in run.iterdir()} - {"tokenizer.json"}
         assert names == {"checkpoints", "config.json", "metrics.jsonl", "parameters.txt", "result.json", "tensorboard"}
-        assert (run / "tokenizer.json").exists() == (stage in ("stage2", "stage3"))
+        assert (run / "tokenizer.json").exists() == (stage in ("stage0", "stage2", "stage3"))
         assert re.search(r"trainable: [\d,]+ parameters", (run / "parameters.txt").read_text())
         assert any((run / "tensorboard").iterdir())
         assert f"[{stage}] 4/4  loss " in quickstart.output and " ETA " in quickstart.output
@@ -87,7 +89,7 @@ def test_running_it_again_only_reports(quickstart, summary):
     flags = [f"--config.{stage}.{change}" for stage, changes in quickstart.overrides.items() for change in changes]
     done = run_python(*command, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("is already complete") == 4
+    assert done.stdout.count("is already complete") == 5
     again = json.loads((quickstart.path / "summary.json").read_text())
     for name in ("tokenizer", "stage2", "stage3"):
         assert again[name] == summary[name]

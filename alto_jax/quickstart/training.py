@@ -16,6 +16,14 @@ from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig, make_experiment
 from alto_jax.train.loop import train
 
+# What each stage begins with.
+_STARTS: dict[str, dict[str, str]] = {
+    "stage0": {},
+    "stage1": {},
+    "stage1_5": {"init_from": "stage1"},
+    "stage2": {"init_from": "stage0", "tokenizer_from": "stage1_5"},
+    "stage3": {"init_from": "stage2"},
+}
 _KINDS = {"eval": "held-out", "eval_train": "training"}
 
 
@@ -33,9 +41,9 @@ def run(values: dict, workdir: str) -> dict:
     root = local_path(workdir, "--workdir")
     configs, results = {}, {}
     # Note: all directories are claimed before the first training, so that a mismatch is not found an hour later.
-    for name, previous in zip(values["stages"], ["", *values["stages"]]):
-        start = str(root / previous) if previous else ""
-        configs[name] = make_experiment({**values[name], "init_from": start})
+    for name in values["stages"]:
+        starts = {field: str(root / previous) for field, previous in _STARTS[name].items()}
+        configs[name] = make_experiment({**values[name], **starts})
         experiment.claim_workdir(root / name, configs[name])
     for name, config in configs.items():
         results[name] = train(config, root / name)
@@ -46,7 +54,7 @@ def run(values: dict, workdir: str) -> dict:
         f"Mask tokenizer: {kinds['stage1_5']} masks, encoded and decoded": tokenizer_samples(
             configs["stage1_5"], root / "stage1_5", values["num_predictions"]
         ),
-        f"MLLM after stage 3: {kinds['stage3']} shapes, asked for by name": mllm_samples(
+        f"MLLM after stage 3: {kinds['stage3']} scenes": mllm_samples(
             configs["stage3"], root / "stage3", values["num_predictions"]
         ),
     }
@@ -76,8 +84,10 @@ def summarize(results: dict[str, dict]) -> dict:
         "codes_used",
     )
     summary: dict = {"tokenizer": {name: tokenizer[name] for name in names}}
+    lessons = evaluation(results["stage0"])
+    summary["stage0"] = {name: value for name, value in lessons.items() if isinstance(value, float)}
     first, last = (results["stage2"][f"metrics_{part}"] for part in ("first", "last"))
-    mllm = ("giou", "giou_no_codes", "format_rate", "mean_length", "std_length")
+    mllm = ("giou", "giou_no_codes", "format_rate", "distinct", "mean_length", "std_length")
     summary["stage2"] = {name: evaluation(results["stage2"])[name] for name in mllm}
     summary["stage2"] |= {"loss_first": first["loss"], "loss_last": last["loss"]}
     first, last = (results["stage3"][f"metrics_{part}"] for part in ("first", "last"))
@@ -161,9 +171,9 @@ def write(root: pathlib.Path, summary: dict, results: dict, configs: dict, sampl
         },
         samples=samples,
         notes=[
-            "Four stages trained from nothing on built-in scenes (OpenMoji shapes on photos), at the size 'tiny'. "
-            "The shapes of the samples and of every evaluation were held out from training.",
-            "The mask tokenizer learns to draw masks in minutes; the language model only begins to find things: read "
+            "All stages trained from nothing on built-in scenes (OpenMoji shapes on photos). The mask tokenizer is "
+            "evaluated on shapes that training never showed, the language model on new scenes of names that it knows.",
+            "The mask tokenizer learns to draw masks in minutes; the language model takes hours to find things: read "
             f"its gIoU ({summary['stage3']['giou']:.2f}; after stage 2 {summary['stage2']['giou']:.2f}) beside the "
             f"one of a mask decoded from no codes at all ({summary['stage3']['giou_no_codes']:.2f}).",
         ],
