@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from alto_jax import report
+from alto_jax import figures
 from alto_jax.checkpoint import loading
 from alto_jax.config import build
 from alto_jax.data import sources
@@ -80,7 +80,7 @@ def main() -> None:
 
 def write(out: Path, rows: list[dict], stage: str, count: int, programs: int) -> None:
     """The table and the figure."""
-    figure, axes = report.new_figure()
+    figure, axes = figures.new_figure()
     for name in dict.fromkeys(row["dial"] for row in rows):
         points = sorted((row["tokens"], row["giou"]) for row in rows if row["dial"] == name)
         axes.plot(*zip(*points), marker="o", label=name)

@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from alto_jax import report
+from alto_jax import figures
 from alto_jax.experiment import make_experiment
 from alto_jax.main import load_config
 from alto_jax.train.loop import train
@@ -75,7 +75,7 @@ def main() -> None:
 
 def write(out: Path, options: argparse.Namespace, start: dict, rows: list, monotone: bool, cheaper: list) -> None:
     """The table and the figure."""
-    figure, axes = report.new_figure()
+    figure, axes = figures.new_figure()
     axes.plot([r["tokens"] for r in rows], [r["giou"] for r in rows], marker="o")
     for row in rows:
         axes.annotate(f"λ = {row['lambda']:g}", (row["tokens"], row["giou"]), textcoords="offset points", xytext=(6, 6))

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from alto_jax import report
+from alto_jax import figures, report
 
 L = 8
 
@@ -36,11 +36,11 @@ def test_save_overlay(tmp_path):
 
 
 def test_figures_draw_the_values_given():
-    figure = report.iou_curve_figure({"fixed": {"16": 0.5, "1": 0.2, "4": 0.4}}, {"adaptive": (6.5, 0.45)})
+    figure = figures.iou_curve_figure({"fixed": {"16": 0.5, "1": 0.2, "4": 0.4}}, {"adaptive": (6.5, 0.45)})
     curve, point = figure.axes[0].lines
     assert curve.get_xydata().tolist() == [[1, 0.2], [4, 0.4], [16, 0.5]]
     assert point.get_xydata().tolist() == [[6.5, 0.45]]
-    figure = report.length_histogram_figure({"a": [1, 1, 3, 8], "b": [2]}, L)
+    figure = figures.length_histogram_figure({"a": [1, 1, 3, 8], "b": [2]}, L)
     heights = [bar.get_height() for bar in figure.axes[0].patches]
     assert heights == [0, 0.5, 0, 0.25, 0, 0, 0, 0, 0.25] + [0, 0, 1, 0, 0, 0, 0, 0, 0]
     assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["a (mean 3.2)", "b (mean 2.0)"]
@@ -49,7 +49,7 @@ def test_figures_draw_the_values_given():
 def test_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"alto_jax\[demo\]"):
-        report.iou_curve_figure({"a": {1: 0.5}})
+        figures.iou_curve_figure({"a": {1: 0.5}})
 
 
 def test_stage_rows_and_values():
@@ -101,7 +101,7 @@ def test_report_is_one_complete_page(tmp_path):
         tables={"Stages": [{"stage": "one", "giou": 0.5}, {"stage": "two", "steps": 7}]},
         figures={
             "IoU against tokens": (
-                report.iou_curve_figure({"fixed": {1: 0.2, 4: 0.5}}),
+                figures.iou_curve_figure({"fixed": {1: 0.2, 4: 0.5}}),
                 "Rises from 0.2 to 0.5",
             )
         },

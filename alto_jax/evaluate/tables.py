@@ -10,7 +10,7 @@ import io
 import pathlib
 from typing import Any
 
-from alto_jax import report
+from alto_jax import figures
 from alto_jax.config import write_whole
 from alto_jax.data.masks import AUTO
 
@@ -250,18 +250,18 @@ def plots(tasks: Mapping[str, Mapping[str, Any]], max_length: int, out: pathlib.
             histogram = task["lengths"]["histogram"]
             lengths[name] = [k for k, count in enumerate(histogram) for _ in range(count)]
     try:
-        figures = {}
+        drawn = {}
         if curves or points:
-            figures["iou_against_tokens.png"] = report.iou_curve_figure(curves, points)
+            drawn["iou_against_tokens.png"] = figures.iou_curve_figure(curves, points)
         if by_length:
-            figures["iou_by_length.png"] = report.iou_curve_figure(by_length)
+            drawn["iou_by_length.png"] = figures.iou_curve_figure(by_length)
         if lengths:
-            figures["lengths.png"] = report.length_histogram_figure(lengths, max_length)
+            drawn["lengths.png"] = figures.length_histogram_figure(lengths, max_length)
     except ImportError as error:
         print(f"no plots: {error}")
         return []
     written = []
-    for name, figure in figures.items():
+    for name, figure in drawn.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
         write_whole(out / name, buffer.getvalue())

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from alto_jax import experiment, metrics, predict, report
+from alto_jax import experiment, figures, metrics, predict, report
 from alto_jax.checkpoint import loading
 from alto_jax.config import local_path, write_whole
 from alto_jax.data.composition import ScenesConfig
@@ -143,7 +143,7 @@ def _write_report(
     strips: list[list[Any]],
 ) -> None:
     several = [s for s in found["boxes"] if s.valid]
-    scatter = report.scatter_figure(
+    scatter = figures.scatter_figure(
         {
             "number of targets": ([s.num_targets for s in several], [s.length for s in several]),
             "complexity of the mask": ([s.complexity for s in several], [s.length for s in several]),
@@ -151,7 +151,7 @@ def _write_report(
         "mask tokens",
     )
     told = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in summary["lengths"].items())
-    histogram = report.length_histogram_figure(
+    histogram = figures.length_histogram_figure(
         {kind: [s.length for s in part if s.valid] or [0] for kind, part in found.items()},
         samples[0].max_length,
     )
@@ -168,7 +168,7 @@ def _write_report(
         },
         figures={
             "Masks after their first tokens": (
-                report.strip_figure(strips),
+                figures.strip_figure(strips),
                 "Each row a picture, more tokens to the right",
             ),
             "Length against what is asked for": (

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from alto_jax import experiment, predict, report
+from alto_jax import experiment, figures, predict, report
 from alto_jax.config import local_path
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig, make_experiment
@@ -150,7 +150,7 @@ def write(root: pathlib.Path, summary: dict, results: dict, configs: dict, sampl
     (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     tokenizer = summary["tokenizer"]
     num_tokens = configs["stage1_5"].model.tokenizer.num_latent_tokens
-    curve = report.iou_curve_figure(
+    curve = figures.iou_curve_figure(
         {"fixed length": tokenizer["giou_by_tokens"]},
         {"adaptive": (tokenizer["mean_length"], tokenizer["giou_adaptive"])},
     )
@@ -159,7 +159,7 @@ def write(root: pathlib.Path, summary: dict, results: dict, configs: dict, sampl
         "MLLM after stage 2": evaluation(results["stage2"])["lengths"],
         "MLLM after stage 3": evaluation(results["stage3"])["lengths"],
     }
-    histogram = report.length_histogram_figure({k: v for k, v in lengths.items() if v}, num_tokens)
+    histogram = figures.length_histogram_figure({k: v for k, v in lengths.items() if v}, num_tokens)
     points = ", ".join(f"{v:.2f} with {k}" for k, v in tokenizer["giou_by_tokens"].items())
     report.write_report(
         root / "report.html",

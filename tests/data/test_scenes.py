@@ -13,6 +13,7 @@ import pytest
 
 from alto_jax.data import composition, glyphs, phrases
 from alto_jax.data.scenes import ChatConfig, MaskConfig, SceneChats, SceneMasks, Scenes, ScenesConfig
+from alto_jax.mllm import boxes
 
 SMALL = ScenesConfig(image_size=64, num_scenes=500, seed=7)
 
@@ -292,3 +293,45 @@ def test_import_leaves_jax_alone():
     modules = "alto_jax.data.scenes, alto_jax.data.pipeline, alto_jax.data.sa1b, alto_jax.data.conversations"
     code = f"import sys, {modules}; print('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_number_of_targets_is_uniform_where_asked():
+    config = ScenesConfig(image_size=64, num_scenes=300, min_objects=4, max_objects=4, min_size=0.2, max_size=0.35)
+    source = SceneMasks(config, MaskConfig(max_union=8, union_probability=None))
+    counts = np.zeros(5, int)
+    for index in range(len(source)):
+        scene, mask = source.scenes[index], source[index]["mask"] > 0
+        if len(scene.objects) == 4:
+            inside = [i for i, o in enumerate(scene.objects) if (o.mask & mask).any()]
+            assert (scene.union(inside) > 0).sum() == mask.sum()
+            counts[len(inside)] += 1
+    assert counts[0] == 0 and counts.sum() > 200
+    np.testing.assert_allclose(counts[1:] / counts.sum(), 0.25, atol=0.08)
+
+
+def test_requests_by_boxes_name_the_targets_of_the_mask():
+    config = ScenesConfig(image_size=64, num_scenes=60, min_objects=2, max_objects=5, min_size=0.2, max_size=0.4)
+    source = SceneChats(config, ChatConfig(adaptive_only=True, box_fraction=1.0, min_boxes=2, max_boxes=3))
+    numbers = set()
+    for index in range(len(source)):
+        record, scene = source[index], source.scenes[index]
+        found = np.array(boxes.parse_boxes(record["conversations"][0]["value"])) * 64
+        inside = [i for i, o in enumerate(scene.objects) if (o.mask & (record["masks"][0] > 0)).any()]
+        assert len(found) == len(inside)
+        numbers.add(len(found))
+        for x1, y1, x2, y2 in found:
+            close = [max(abs(np.array([x1, y1, x2 - x1, y2 - y1]) - scene.objects[i].bbox)) for i in inside]
+            assert min(close) <= 0.7
+    assert numbers >= {2, 3}
+
+
+def test_things_without_a_name_are_told_by_colour_and_place():
+    config = ScenesConfig(image_size=64, num_scenes=80, min_objects=2, max_objects=3)
+    source = SceneChats(config, ChatConfig(adaptive_only=True, multi_fraction=0.0, unnamed_fraction=1.0))
+    unnamed = 0
+    for index in range(len(source)):
+        question = source[index]["conversations"][0]["value"]
+        names = {o.name for o in source.scenes[index].objects}
+        unnamed += "thing" in question
+        assert "thing" not in question or not any(f" {name}<" in question for name in names)
+    assert unnamed > 60

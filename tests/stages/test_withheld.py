@@ -1,0 +1,49 @@
+"""Image features withheld from a share of the samples of stages 1 and 1.5."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alto_jax.data import sources
+from alto_jax.experiment import make_experiment
+from alto_jax.main import load_config
+from alto_jax.parallel import sharding
+from alto_jax.stages.table import make_stage
+from tests.conftest import ROOT
+
+
+def setup(share):
+    plain = load_config(f"{ROOT}/configs/stage1.py:debug").to_dict()
+    plain["tokenizer"] |= {"withhold_image": share, "unquantized_steps": 0}
+    plain["data"]["num_threads"] = 1
+    config = make_experiment(plain)
+    stage = make_stage(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    batch = next(iter(sources.held_out_masks(config)))
+    return stage, stage.init(jax.random.key(0)), batch
+
+
+def gradients(share):
+    stage, params, batch = setup(share)
+    drawn = stage.draw(jax.random.key(1), len(batch.mask))
+    grads = jax.grad(lambda p: stage.loss_fn(p, batch, drawn, jnp.int32(5))[0])(params)
+    largest = lambda tree: max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+    return largest(grads["tokenizer"]["sam_encoder"]), largest(grads["tokenizer"]["decoder"])
+
+
+def test_what_is_withheld_teaches_nothing():
+    assert gradients(1.0)[0] == 0 < gradients(1.0)[1]
+    assert min(gradients(0.0)) > 0
+
+
+def test_share_and_independence_of_the_number_of_tokens():
+    stage, _, _ = setup(0.3)
+    drawn = stage.draw(jax.random.key(2), 4000)
+    assert abs(float(jnp.mean(drawn["withheld"])) - 0.3) < 0.03
+    with_, without = (drawn["kept"][drawn["withheld"] == v] for v in (True, False))
+    assert abs(float(jnp.mean(with_)) - float(jnp.mean(without))) < 0.3
+
+
+def test_a_share_is_a_share():
+    with pytest.raises(ValueError, match="withhold_image: expected 0..1, got 1.5"):
+        setup(1.5)
