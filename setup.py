@@ -20,6 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["alto_jax", "alto_jax.*", "configs", "tools", "tools.*"]),
+    package_data={"alto_jax": ["assets/*/*"]},
     install_requires=[
         "absl-py>=2.1",
         "cloudpickle>=3",

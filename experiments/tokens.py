@@ -1,0 +1,198 @@
+"""How much does each token add, for which masks, and do the predicted lengths know it?
+
+    python -m experiments.tokens --checkpoint alto-tiny --out experiments/results/tokens
+
+In: a checkpoint with a mask tokenizer. Masks of shapes that training never showed, unions of one to eight targets, are
+encoded and decoded from their first 1, 2, … tokens: gIoU by number of tokens and group of masks, with the image features
+and with them withheld; adaptive length beside a fixed length of the same mean and beside the best length of each mask
+(which nobody can know before decoding); Spearman correlations of lengths. The same command gives the same table.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from alto_jax import cli, figures, metrics
+from alto_jax.checkpoint import loading
+from alto_jax.data import pipeline
+from alto_jax.data.composition import mask_complexity
+from alto_jax.data.scenes import MaskConfig, SceneMasks, ScenesConfig
+from alto_jax.layers import apply_module
+from alto_jax.parallel import sharding
+from alto_jax.stages.tokenizer import mask_iou
+from alto_jax.tokenizer.alto import ALTo
+
+SCENES = ScenesConfig(image_size=128, max_objects=10, min_size=0.12, max_size=0.6, split="validation")
+MASKS = MaskConfig(max_union=8, union_probability=None)
+PLAIN = 2.0  # complexity (a disc has 1) up to which a single target is a plain shape
+SHOWN = (1, 2, 4, 8, 16, 32)
+GROUPS = {
+    "all": lambda n, c: n >= 1,
+    "one plain shape": lambda n, c: (n == 1) & (c <= PLAIN),
+    "one intricate shape": lambda n, c: (n == 1) & (c > PLAIN),
+    "2 or 3 targets": lambda n, c: (n >= 2) & (n <= 3),
+    "4 to 8 targets": lambda n, c: n >= 4,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What was measured of N masks: IoU [N, L] of the first 1 … L tokens, with image features and without; predicted
+    lengths, numbers of targets and complexities [N]."""
+
+    iou: np.ndarray
+    iou_withheld: np.ndarray
+    length: np.ndarray
+    targets: np.ndarray
+    complexity: np.ndarray
+
+
+def measure(model: loading.LoadedModel, count: int, scenes: ScenesConfig = SCENES, batch_size: int = 64) -> Table:
+    """Encodes and decodes `count` masks at every number of tokens."""
+    size = model.cfg.tokenizer
+    tokenizer, params = ALTo(size), model.params["tokenizer"]
+    source = SceneMasks(dataclasses.replace(scenes, num_scenes=count), MASKS)
+
+    @jax.jit
+    def encode(params: dict, mask: Any, image: Any) -> tuple:
+        encoded = apply_module(tokenizer, params, mask, method="encode")
+        codes = apply_module(tokenizer, params, encoded.z, method="quantize").codes
+        length = apply_module(tokenizer, params, encoded, method="predict_length").num_kept
+        return codes, length, apply_module(tokenizer, params, image, method="image_features")
+
+    @jax.jit
+    def decode(params: dict, codes: Any, length: Any, features: Any, mask: Any) -> jax.Array:
+        return mask_iou(apply_module(tokenizer, params, codes, length, features, method="decode_codes"), mask)
+
+    options: dict[str, Any] = {"seed": 0, "num_epochs": 1, "shuffle": False, "drop_remainder": False, "num_threads": 1}
+    parts: list[tuple] = []
+    for batch in pipeline.mask_batches(
+        source, image_size=size.image_size, mask_size=size.mask_size, batch_size=batch_size, **options
+    ):
+        codes, length, features = encode(params, batch.mask, batch.image)
+        withheld = None if features is None else np.zeros_like(features)
+        each = [np.full(len(codes), k, np.int32) for k in range(1, size.num_latent_tokens + 1)]
+        curve = lambda given, codes=codes, each=each, mask=batch.mask: np.stack(
+            [np.asarray(decode(params, codes, k, given, mask)) for k in each], axis=1
+        )
+        complexity = [mask_complexity(mask > 0.5) for mask in np.asarray(batch.mask)]
+        parts.append((curve(features), curve(withheld), np.asarray(length), complexity))
+    targets = [_num_targets(source, index) for index in range(len(source))]
+    iou, iou_withheld, length, complexity = (np.concatenate(p) for p in zip(*parts, strict=True))
+    return Table(iou, iou_withheld, length, np.array(targets), complexity)
+
+
+def _num_targets(source: SceneMasks, index: int) -> int:
+    mask = source[index]["mask"] > 0
+    return sum(bool((o.mask & mask).any()) for o in source.scenes[index].objects)
+
+
+def at_length(iou: np.ndarray, length: np.ndarray | float) -> float:
+    """gIoU at a length of each mask, or at a fixed one (between whole numbers: interpolated)."""
+    if np.ndim(length):
+        return float(iou[np.arange(len(iou)), np.asarray(length) - 1].mean())
+    low = int(np.floor(length))
+    ends = [float(iou[:, min(max(k, 1), iou.shape[1]) - 1].mean()) for k in (low, low + 1)]
+    return ends[0] + (float(length) - low) * (ends[1] - ends[0])
+
+
+def best_lengths(iou: np.ndarray, cost: float) -> np.ndarray:
+    """The length of each mask that is best where a token costs so much IoU."""
+    return np.argmax(iou - cost * np.arange(1, iou.shape[1] + 1), axis=1) + 1
+
+
+def cost_of_mean(iou: np.ndarray, mean: float) -> float:
+    """The cost of a token at which the best lengths have this mean."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if best_lengths(iou, middle).mean() > mean else (low, middle)
+    return high
+
+
+def partial_spearman(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> float:
+    """Spearman correlation of x and y with that of `given` taken out."""
+    xy, xg, yg = metrics.spearman(x, y), metrics.spearman(x, given), metrics.spearman(y, given)
+    rest = (1 - xg**2) * (1 - yg**2)
+    return (xy - xg * yg) / rest**0.5 if rest > 0 else 0.0
+
+
+def summarize(table: Table) -> dict[str, Any]:
+    """The numbers of the report."""
+    rows = []
+    for name, holds in GROUPS.items():
+        chosen = holds(table.targets, table.complexity)
+        if not chosen.any():
+            continue
+        iou, length = table.iou[chosen], table.length[chosen]
+        kept = [k for k in SHOWN if k <= iou.shape[1]]
+        row = {"masks": name, "number": int(chosen.sum())} | {f"{k}": float(iou[:, k - 1].mean()) for k in kept}
+        row |= {f"{k} withheld": float(table.iou_withheld[chosen][:, k - 1].mean()) for k in (kept[0], kept[-1])}
+        rows.append(row | {"adaptive": at_length(iou, length), "length": float(length.mean())})
+    mean = float(table.length.mean())
+    best = best_lengths(table.iou, cost_of_mean(table.iou, mean))
+    found: dict[str, Any] = {
+        "rows": rows,
+        "adaptive": at_length(table.iou, table.length),
+        "fixed_same_mean": at_length(table.iou, mean),
+        "best_same_mean": at_length(table.iou, best),
+        "best_mean": float(best.mean()),
+        "mean_length": mean,
+        "std_length": float(table.length.std()),
+        "entropy_of_lengths": _entropy(table.length),
+    }
+    for whose, length in (("predicted", table.length), ("best", best)):
+        for what, value in (("targets", table.targets), ("complexity", table.complexity)):
+            found[f"spearman_{whose}_{what}"] = metrics.spearman(length, value)
+    found["partial_predicted_complexity_given_targets"] = partial_spearman(
+        table.length, table.complexity, table.targets.astype(float)
+    )
+    return found
+
+
+def _entropy(lengths: np.ndarray) -> float:
+    """Entropy of the distribution of lengths, in nats."""
+    shares = np.unique(lengths, return_counts=True)[1] / len(lengths)
+    return float(-(shares * np.log(shares)).sum())
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table and the numbers below it."""
+    names = list(found["rows"][0])
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in found["rows"]:
+        cells = [value if isinstance(value, str) else f"{value:.3f}" if isinstance(value, float) else str(value)
+                 for value in row.values()]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(f"- {name.replace('_', ' ')}: {value:.3f}" for name, value in found.items() if name != "rows")]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.tokens", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory, or alto-tiny")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--masks", type=int, default=512)
+    options = parser.parse_args()
+    cli.check_paths({"checkpoint": options.checkpoint, "out": options.out})
+    model = loading.load_model(options.checkpoint, sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1]))
+    table = measure(model, options.masks)
+    found, out = summarize(table), pathlib.Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tokens.json").write_text(json.dumps({"checkpoint": model.identity, **found}, indent=2) + "\n")
+    (out / "tokens.md").write_text(markdown(found) + "\n")
+    curves = {row["masks"]: {k: v for k, v in row.items() if k.isdigit()} for row in found["rows"]}
+    figure = figures.iou_curve_figure(curves, {"adaptive": (found["mean_length"], found["adaptive"])})
+    figure.savefig(out / "tokens.png", dpi=120)
+    print(markdown(found))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
