@@ -3,8 +3,8 @@
     python -m experiments.tokens --checkpoint alto-tiny --out experiments/results/tokens
 
 In: a checkpoint with a mask tokenizer. Masks of shapes that training never showed, unions of one to eight targets, are
-encoded and decoded from their first 1, 2, … tokens: gIoU by number of tokens and group of masks, with image features and
-with them withheld; adaptive length beside a fixed length of the same mean and beside the best length of each mask
+encoded and decoded from their first 1, 2, … tokens: gIoU by number of tokens and group of masks, with image features
+and with them withheld; adaptive length beside a fixed length of the same mean and beside the best length of each mask
 (which nobody can know before decoding); Spearman correlations of lengths. The same command gives the same table.
 """
 
