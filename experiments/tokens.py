@@ -31,6 +31,7 @@ SCENES = ScenesConfig(image_size=128, max_objects=10, min_size=0.12, max_size=0.
 MASKS = MaskConfig(max_union=8, union_probability=None)
 PLAIN = 2.0  # complexity (a disc has 1) up to which a single target is a plain shape
 SHOWN = (1, 2, 4, 8, 16, 32)
+_ONCE: dict[str, Any] = {"seed": 0, "num_epochs": 1, "shuffle": False, "drop_remainder": False, "num_threads": 1}
 GROUPS = {
     "all": lambda n, c: n >= 1,
     "one plain shape": lambda n, c: (n == 1) & (c <= PLAIN),
@@ -43,13 +44,14 @@ GROUPS = {
 @dataclasses.dataclass(frozen=True)
 class Table:
     """What was measured of N masks: IoU [N, L] of the first 1 … L tokens, with image features and without; predicted
-    lengths, numbers of targets and complexities [N]."""
+    lengths, numbers of targets, complexities and areas (shares of the picture) [N]."""
 
     iou: np.ndarray
     iou_withheld: np.ndarray
     length: np.ndarray
     targets: np.ndarray
     complexity: np.ndarray
+    area: np.ndarray
 
 
 def measure(model: loading.LoadedModel, count: int, scenes: ScenesConfig = SCENES, batch_size: int = 64) -> Table:
@@ -69,10 +71,9 @@ def measure(model: loading.LoadedModel, count: int, scenes: ScenesConfig = SCENE
     def decode(params: dict, codes: Any, length: Any, features: Any, mask: Any) -> jax.Array:
         return mask_iou(apply_module(tokenizer, params, codes, length, features, method="decode_codes"), mask)
 
-    options: dict[str, Any] = {"seed": 0, "num_epochs": 1, "shuffle": False, "drop_remainder": False, "num_threads": 1}
     parts: list[tuple] = []
     for batch in pipeline.mask_batches(
-        source, image_size=size.image_size, mask_size=size.mask_size, batch_size=batch_size, **options
+        source, image_size=size.image_size, mask_size=size.mask_size, batch_size=batch_size, **_ONCE
     ):
         codes, length, features = encode(params, batch.mask, batch.image)
         withheld = None if features is None else np.zeros_like(features)
@@ -80,11 +81,28 @@ def measure(model: loading.LoadedModel, count: int, scenes: ScenesConfig = SCENE
         curve = lambda given, codes=codes, each=each, mask=batch.mask: np.stack(
             [np.asarray(decode(params, codes, k, given, mask)) for k in each], axis=1
         )
-        complexity = [mask_complexity(mask > 0.5) for mask in np.asarray(batch.mask)]
-        parts.append((curve(features), curve(withheld), np.asarray(length), complexity))
+        masks = np.asarray(batch.mask) > 0.5
+        complexity = [mask_complexity(mask) for mask in masks]
+        parts.append((curve(features), curve(withheld), np.asarray(length), complexity, masks.mean((1, 2))))
     targets = [_num_targets(source, index) for index in range(len(source))]
-    iou, iou_withheld, length, complexity = (np.concatenate(p) for p in zip(*parts, strict=True))
-    return Table(iou, iou_withheld, length, np.array(targets), complexity)
+    iou, iou_withheld, length, complexity, area = (np.concatenate(p) for p in zip(*parts, strict=True))
+    return Table(iou, iou_withheld, length, np.array(targets), complexity, area)
+
+
+def lengths(model: loading.LoadedModel, count: int, scenes: ScenesConfig = SCENES) -> np.ndarray:
+    """The predicted lengths [N] of the masks that `measure` takes."""
+    size = model.cfg.tokenizer
+    source = SceneMasks(dataclasses.replace(scenes, num_scenes=count), MASKS)
+
+    @jax.jit
+    def predict(params: dict, mask: Any) -> jax.Array:
+        encoded = apply_module(ALTo(size), params, mask, method="encode")
+        return apply_module(ALTo(size), params, encoded, method="predict_length").num_kept
+
+    batches = pipeline.mask_batches(
+        source, image_size=size.image_size, mask_size=size.mask_size, batch_size=64, **_ONCE
+    )
+    return np.concatenate([np.asarray(predict(model.params["tokenizer"], batch.mask)) for batch in batches])
 
 
 def _num_targets(source: SceneMasks, index: int) -> int:
@@ -163,13 +181,20 @@ def _entropy(lengths: np.ndarray) -> float:
 
 def markdown(found: dict[str, Any]) -> str:
     """The table and the numbers below it."""
-    names = list(found["rows"][0])
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for row in found["rows"]:
-        cells = [value if isinstance(value, str) else f"{value:.3f}" if isinstance(value, float) else str(value)
-                 for value in row.values()]  # fmt: skip
+    lines = [
+        table_of(found["rows"]),
+        "",
+        *(f"- {name.replace('_', ' ')}: {value:.3f}" for name, value in found.items() if name != "rows"),
+    ]
+    return "\n".join(lines)
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table."""
+    lines = [f"| {' | '.join(name.replace('_', ' ') for name in rows[0])} |", "|---" * len(rows[0]) + "|"]
+    for row in rows:
+        cells = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *(f"- {name.replace('_', ' ')}: {value:.3f}" for name, value in found.items() if name != "rows")]
     return "\n".join(lines)
 
 

@@ -17,7 +17,9 @@ def test_lengths_beside_each_other():
     assert tokens.at_length(iou, 4.0) == pytest.approx(0.85)
     assert tokens.best_lengths(iou, 0.01).tolist() == [1, 1, 4, 4]
     assert tokens.best_lengths(iou, tokens.cost_of_mean(iou, 2.5)).mean() == 2.5
-    table = tokens.Table(iou, iou / 2, np.array([1, 1, 4, 4]), np.array([1, 1, 5, 6]), np.array([1.1, 3.0, 9.0, 9.5]))
+    table = tokens.Table(
+        iou, iou / 2, np.array([1, 1, 4, 4]), np.array([1, 1, 5, 6]), np.array([1.1, 3.0, 9.0, 9.5]), np.full(4, 0.1)
+    )
     found = tokens.summarize(table)
     assert [row["masks"] for row in found["rows"]] == [
         "all",
