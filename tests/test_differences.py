@@ -116,7 +116,8 @@ def test_fixed_length_loss_of_stage_1(leaks):
     image = np.zeros((2, size.image_size, size.image_size, 3), np.uint8)
     params = {"tokenizer": random_params(ALTo(size), mask, image)}
     batch = MaskBatch(image=image, mask=mask)
-    loss = lambda params: stage.loss_fn(params, batch, jnp.array([3, 5]), 0)[0]
+    drawn = {"kept": jnp.array([3, 5]), "withheld": jnp.zeros(2, bool)}
+    loss = lambda params: stage.loss_fn(params, batch, drawn, 0)[0]
     grads = jax.jit(jax.grad(loss))(params)["tokenizer"]
     largest = {name: max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[name])) for name in grads}
     assert (largest["encoder"] > 1e-6) == leaks and (largest["latent_tokens"] > 1e-6) == leaks

@@ -44,7 +44,7 @@ def test_tokenizer_stages(stage, trained_names):
     fixture = golden("alto_train")
     images = [np.asarray(Image.open(io.BytesIO(fixture[f"image{i}_webp"].tobytes()))) for i in range(4)]
     batch = MaskBatch(image=np.stack(images), mask=fixture["mask"])
-    kept = jnp.asarray(fixture["stage1_sampled_index"] + 1)
+    drawn = {"kept": jnp.asarray(fixture["stage1_sampled_index"] + 1)}
     config = ExperimentConfig(
         stage=stage,
         model=dataclasses.replace(ALTOLLM_CONFIG, vision=None, language_model=None),
@@ -55,7 +55,7 @@ def test_tokenizer_stages(stage, trained_names):
     trained = {name: params[name] for name in trained_names}
 
     def loss(trained):
-        return loss_fn({"tokenizer": {**params, **trained}}, batch, kept, 0)
+        return loss_fn({"tokenizer": {**params, **trained}}, batch, drawn, 0)
 
     (total, (terms, _)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained)
     assert_golden("alto_train", f"{stage}_total", total, fixture[f"{stage}_total"])
