@@ -109,7 +109,7 @@ def test_samples(run):
     records = [json.loads(line) for line in (path / "samples/000004.jsonl").read_text().splitlines()]
     assert [(r["prompt_index"], r["sample"]) for r in records] == [(b, g) for b in range(2) for g in range(GROUP)]
     for record in records:
-        assert "Segment <ref>" in record["prompt"] and record["step"] == 4
+        assert any(f"Segment {tag}" in record["prompt"] for tag in ("<ref>", "<box>")) and record["step"] == 4
         total = sum(record[name] for name in ("format", "iou", "length_reward", "boundary", "tokens"))
         assert abs(record["reward"] - total) < 1e-5 and len(record["codes"]) == record["length"]
     page = (path / "samples/000004.html").read_text()
