@@ -92,7 +92,7 @@ def test_packed_loss_and_gradients_equal_those_of_separate_rows(setting):
     batch = pack(tok, made)
     (loss, metrics), grads = run(stack(made))
     (packed_loss, packed_metrics), packed_grads = run_packed(batch)
-    assert metrics["num_supervised"] > 100 and metrics["mask_bce"] > 0.1
+    assert metrics["num_supervised"] > 64 and metrics["mask_bce"] > 0.1
     for name, value in metrics.items():
         np.testing.assert_allclose(packed_metrics[name], value, rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
