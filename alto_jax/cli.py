@@ -32,17 +32,23 @@ def run(main: Callable[[], int | None]) -> None:
         print(stopped, flush=True)
         sys.exit(EXIT_RESUMABLE)
     except distributed.ProcessLost as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         distributed.leave(EXIT_RESUMABLE)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("ALTO_TRACEBACK"):
             traceback.print_exc()
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message}", file=sys.stderr)
+        tell(f"error: {message}")
         distributed.leave(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        tell("interrupted; the same command goes on from the last checkpoint")
         sys.exit(130)
+
+
+def tell(line: str) -> None:
+    """One line on stderr. In one write: `print` writes the end of the line apart, and other threads log meanwhile."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def check_paths(given: Mapping[str, str | os.PathLike | None]) -> None:

@@ -307,13 +307,9 @@ def load(directory: str | os.PathLike, step: int | None = None) -> TokenizerMode
       FileNotFoundError: no complete checkpoint there.
       ValueError: the checkpoint lacks parameters of its own model.
     """
-    import jax  # late: keeps the start fast
+    from alto_jax.checkpoint import loading  # late: keeps the start fast
 
-    from alto_jax.checkpoint import loading
-    from alto_jax.parallel import sharding
-
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
-    loaded = loading.load_model(directory, mesh, step)
+    loaded = loading.load_model(directory, step=step)
     if loaded.text is None:
         return TokenizerModel(loaded.cfg, loaded.params, str(directory))
     return Segmenter(loaded.cfg, loaded.params, str(directory), loaded.text, loaded.meta["data"]["system"])

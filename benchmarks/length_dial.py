@@ -23,7 +23,6 @@ from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.mllm.alto_llm import segment
 from alto_jax.mllm.generate import GenerateConfig
-from alto_jax.parallel import sharding
 from alto_jax.stages.tokenizer import mask_iou
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +37,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--out", default=str(ROOT / "benchmarks/results/length_dial"))
     options = parser.parse_args()
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
-    loaded = loading.load_model(options.run, mesh)
+    loaded = loading.load_model(options.run)
     values = json.loads((Path(options.run) / "config.json").read_text())
     names = ("stage", "model", "data", "eval")
     config = build(ExperimentConfig, {name: values[name] for name in names})

@@ -13,14 +13,12 @@ import json
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 
 from alto_jax import cli, figures, metrics
 from alto_jax.checkpoint import loading
 from alto_jax.config import ConfigError
 from alto_jax.experiment import make_experiment
-from alto_jax.parallel import sharding
 from alto_jax.train.loop import train
 from configs import stage1_5
 from experiments import tokens
@@ -40,14 +38,10 @@ def row_of(name: str, table: tokens.Table, lengths: np.ndarray) -> dict[str, Any
     return row | {"spearman_area": metrics.spearman(lengths, area)}
 
 
-def _open(checkpoint: Any) -> loading.LoadedModel:
-    return loading.load_model(checkpoint, sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1]))
-
-
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Trains what is missing and gives a row a predictor: the untrained one first."""
     out = pathlib.Path(options.out)
-    model = _open(options.checkpoint)
+    model = loading.load_model(options.checkpoint)
     table, rows = tokens.measure(model, options.masks), []
     for seed in options.seeds:
         for penalty in (None, *options.penalties):
@@ -62,7 +56,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 config.optim.lr = 0.0
             name = f"{penalty:g}" if penalty else "untrained"
             train(make_experiment(config), out / "runs" / f"{name}_{seed}")
-            lengths = tokens.lengths(_open(out / "runs" / f"{name}_{seed}"), options.masks)
+            lengths = tokens.lengths(loading.load_model(out / "runs" / f"{name}_{seed}"), options.masks)
             rows.append({"seed": seed, **row_of(name, table, lengths)})
     return rows
 

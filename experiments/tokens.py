@@ -23,7 +23,6 @@ from alto_jax.data import pipeline
 from alto_jax.data.composition import mask_complexity
 from alto_jax.data.scenes import MaskConfig, SceneMasks, ScenesConfig
 from alto_jax.layers import apply_module
-from alto_jax.parallel import sharding
 from alto_jax.stages.tokenizer import mask_iou
 from alto_jax.tokenizer.alto import ALTo
 
@@ -84,7 +83,7 @@ def measure(model: loading.LoadedModel, count: int, scenes: ScenesConfig = SCENE
         masks = np.asarray(batch.mask) > 0.5
         complexity = [mask_complexity(mask) for mask in masks]
         parts.append((curve(features), curve(withheld), np.asarray(length), complexity, masks.mean((1, 2))))
-    targets = [_num_targets(source, index) for index in range(len(source))]
+    targets = [len(source.scenes[index].targets(source[index]["mask"])) for index in range(len(source))]
     iou, iou_withheld, length, complexity, area = (np.concatenate(p) for p in zip(*parts, strict=True))
     return Table(iou, iou_withheld, length, np.array(targets), complexity, area)
 
@@ -103,11 +102,6 @@ def lengths(model: loading.LoadedModel, count: int, scenes: ScenesConfig = SCENE
         source, image_size=size.image_size, mask_size=size.mask_size, batch_size=64, **_ONCE
     )
     return np.concatenate([np.asarray(predict(model.params["tokenizer"], batch.mask)) for batch in batches])
-
-
-def _num_targets(source: SceneMasks, index: int) -> int:
-    mask = source[index]["mask"] > 0
-    return sum(bool((o.mask & mask).any()) for o in source.scenes[index].objects)
 
 
 def at_length(iou: np.ndarray, length: np.ndarray | float) -> float:
@@ -206,7 +200,7 @@ def main() -> int:
     parser.add_argument("--masks", type=int, default=512)
     options = parser.parse_args()
     cli.check_paths({"checkpoint": options.checkpoint, "out": options.out})
-    model = loading.load_model(options.checkpoint, sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1]))
+    model = loading.load_model(options.checkpoint)
     table = measure(model, options.masks)
     found, out = summarize(table), pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -71,8 +71,13 @@ def quickstart(tmp_path_factory, worker_id) -> Quickstart:
     base = tmp_path_factory.getbasetemp()
     base = base if worker_id == "master" else base.parent  # one run serves all workers
     path, output = base / "quickstart", base / "quickstart.txt"
-    # The paper's reward gives an untrained model's answers nothing to learn from; this one differs with each.
-    overrides = {"stage3": ["grpo.reward.kind=reference", "grpo.advantage_normalization=paper"]}
+    # An untrained model's answers hold no mask: many and long ones, in which some begin one, make the rewards differ.
+    overrides = {
+        "stage3": [
+            "grpo.reward.kind=reference", "grpo.advantage_normalization=paper", "grpo.num_generations=8",
+            "grpo.generate.max_new_tokens=48", "grpo.generate.top_k=0", "grpo.generate.grammar=True",
+        ]
+    }  # fmt: skip
     flags = [f"--config.{stage}.{change}" for stage, changes in overrides.items() for change in changes]
     with filelock.FileLock(base / "quickstart.lock"):
         if not output.exists():

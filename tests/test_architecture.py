@@ -145,3 +145,9 @@ def test_readme_has_the_same_order():
     tree = re.search(r"^alto_jax/.*?(?=^\S)", text, re.MULTILINE | re.DOTALL).group(0)
     named = [pathlib.PurePath(name).stem for name in re.findall(r"^  (\w+(?:\.py|/))", tree, re.MULTILINE)]
     assert named == list(ROOMS)
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Pytest imports test files by their last name alone: of two alike it runs one, and fails on the other."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)

@@ -10,12 +10,12 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from alto_jax import cli
 from alto_jax.checkpoint import damage
 from alto_jax.config import ConfigError
 from alto_jax.parallel import distributed
@@ -132,10 +132,9 @@ def newest_readable(
         first = first or f"step {step}: {why}"
         older = [s for s in steps if s < step]
         if older and jax.process_index() == 0 and damage.is_news(folder):
-            print(
+            cli.tell(
                 f"warning: {directory}: the checkpoint of step {step} cannot be read ({why});"
-                f" going back to step {older[0]}",
-                file=sys.stderr,
+                f" going back to step {older[0]}"
             )
     raise ValueError(f"{directory}: no checkpoint can be read ({first or 'there is none'})")
 

@@ -31,11 +31,15 @@ class LoadedModel:
     identity: str
 
 
-def load_model(directory: str | os.PathLike, mesh: jax.sharding.Mesh, step: int | None = None) -> LoadedModel:
+def load_model(
+    directory: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, step: int | None = None
+) -> LoadedModel:
     """Opens a checkpoint of a run with its parameters placed on the mesh, adapters merged.
 
     Args:
-      directory: of the run. mesh: where the parameters go. step: which one; None: the newest that can be read.
+      directory: of the run.
+      mesh: where the parameters go; None: the first device.
+      step: which one; None: the newest that can be read.
 
     Raises:
       FileNotFoundError: no complete checkpoint there.
@@ -43,6 +47,8 @@ def load_model(directory: str | os.PathLike, mesh: jax.sharding.Mesh, step: int 
       ValueError: the checkpoint lacks parameters of its own model, or cannot be read.
     """
     root, _ = runs.find_run(directory, made_by=runs.MADE_BY)
+    if mesh is None:
+        mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
 
     def read(folder: pathlib.Path) -> runs.Found:
         cfg, lora, abstract = _wanted(runs.read_meta(folder), root, mesh)

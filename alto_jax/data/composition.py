@@ -161,6 +161,10 @@ class Scene:
             mask |= self.objects[i].mask
         return mask.view(np.uint8) * np.uint8(255)
 
+    def targets(self, mask: np.ndarray) -> list[int]:
+        """Which objects show in a mask [H, W] (not 0: inside) that `union` made."""
+        return [index for index, o in enumerate(self.objects) if (o.mask & (mask > 0)).any()]
+
 
 def mask_complexity(mask: np.ndarray) -> float:
     """Perimeter² / (4π · area) of mask: bool[H, W], the perimeter by Crofton's formula; 0.0 if empty."""

@@ -5,11 +5,11 @@ back is compared with the data set that is there.
 """
 
 import functools
-import sys
 from typing import Any
 
 import grain
 
+from alto_jax import cli
 from alto_jax.config import ConfigError
 from alto_jax.data import identity
 from alto_jax.data.closing import ClosingIterator
@@ -90,4 +90,4 @@ def _warn(text: str) -> None:
     import jax  # late: keeps the start fast
 
     if jax.process_index() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        cli.tell(f"warning: {text}")

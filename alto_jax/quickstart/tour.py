@@ -9,17 +9,14 @@ import pathlib
 import time
 from typing import Any
 
-import jax
-
 from alto_jax import experiment, figures, metrics, predict, report
 from alto_jax.checkpoint import loading
 from alto_jax.config import local_path, write_whole
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import ChatConfig, SceneChats
-from alto_jax.evaluate import scenes
+from alto_jax.evaluate import scene_answers
 from alto_jax.experiment import make_experiment
 from alto_jax.mllm import text
-from alto_jax.parallel import sharding
 from alto_jax.train.loop import train
 
 _NUM_PICTURES = 3
@@ -43,21 +40,21 @@ def run(values: dict, workdir: str) -> dict:
     for name, config in configs.items():
         experiment.claim_workdir(root / name, config)
     samples, strips = _pictures(values["checkpoint"], root / "pictures", began)
-    model = _load(values["checkpoint"])
+    model = loading.load_model(values["checkpoint"])
     summary: dict[str, Any] = {"scenes": {}, "lengths": {}, "stage3": {}, "seconds": {}}
     found, clock = {}, time.monotonic()
-    evaluation = scenes.SceneEvaluation(model)
-    for kind in scenes.KINDS:
+    evaluation = scene_answers.SceneEvaluation(model)
+    for kind in scene_answers.KINDS:
         found[kind] = evaluation.run(kind, values["num_scenes"])
-        summary["scenes"][kind] = scenes.summarize(found[kind])
+        summary["scenes"][kind] = scene_answers.summarize(found[kind])
     summary["lengths"] = length_correlations(found["boxes"])
     summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)
-    print(scenes.table(summary["scenes"]), flush=True)
+    print(scene_answers.table(summary["scenes"]), flush=True)
     before = {kind: summary["scenes"][kind] for kind in values["kinds"]}
     rows = [{"run": "checkpoint", "length penalty": None, **_short(before)}]
     for name, config in configs.items():
         result = train(config, root / name)
-        after = scenes.evaluate_scenes(_load(root / name), values["kinds"], values["num_scenes"])
+        after = scene_answers.evaluate_scenes(loading.load_model(root / name), values["kinds"], values["num_scenes"])
         summary["stage3"][name] = after
         summary["seconds"][name] = result["seconds"]
         rows.append({"run": name, "length penalty": config.grpo.reward.length_weight, **_short(after)})
@@ -69,15 +66,11 @@ def run(values: dict, workdir: str) -> dict:
     return summary
 
 
-def _load(checkpoint: Any) -> loading.LoadedModel:
-    return loading.load_model(checkpoint, sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1]))
-
-
 def _pictures(checkpoint: str, folder: pathlib.Path, began: float) -> tuple[list[report.ReportSample], list[list[Any]]]:
     """Answers about built-in pictures, as files; and each mask after its first tokens."""
     model = predict.load(checkpoint)
     assert isinstance(model, predict.Segmenter)  # Note: `SceneEvaluation` refuses anything else, too.
-    scene_options, chat_options = scenes.KINDS["names"]
+    scene_options, chat_options = scene_answers.KINDS["names"]
     source = SceneChats(ScenesConfig(**scene_options, split="validation", seed=1), ChatConfig(**chat_options))
     folder.mkdir(parents=True, exist_ok=True)
     samples, strips = [], []
@@ -108,7 +101,7 @@ def _pictures(checkpoint: str, folder: pathlib.Path, began: float) -> tuple[list
     return samples, strips
 
 
-def length_correlations(samples: list[scenes.Sample]) -> dict[str, float]:
+def length_correlations(samples: list[scene_answers.Sample]) -> dict[str, float]:
     """Spearman correlations of lengths with the number of targets and with the complexity of the mask: of the model's
     answers, and of the length predictor's."""
     found = {}
@@ -138,7 +131,7 @@ def _write_report(
     values: dict,
     summary: dict,
     rows: list[dict],
-    found: dict[str, list[scenes.Sample]],
+    found: dict[str, list[scene_answers.Sample]],
     samples: list[report.ReportSample],
     strips: list[list[Any]],
 ) -> None:

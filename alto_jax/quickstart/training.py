@@ -17,7 +17,7 @@ from alto_jax.experiment import ExperimentConfig, make_experiment
 from alto_jax.train.loop import train
 
 # What each stage begins with.
-_STARTS: dict[str, dict[str, str]] = {
+STARTS: dict[str, dict[str, str]] = {
     "stage0": {},
     "stage1": {},
     "stage1_5": {"init_from": "stage1"},
@@ -42,7 +42,7 @@ def run(values: dict, workdir: str) -> dict:
     configs, results = {}, {}
     # Note: all directories are claimed before the first training, so that a mismatch is not found an hour later.
     for name in values["stages"]:
-        starts = {field: str(root / previous) for field, previous in _STARTS[name].items()}
+        starts = {field: str(root / previous) for field, previous in STARTS[name].items()}
         configs[name] = make_experiment({**values[name], **starts})
         experiment.claim_workdir(root / name, configs[name])
     for name, config in configs.items():

@@ -9,16 +9,17 @@ import orbax.checkpoint as ocp
 import pytest
 
 from alto_jax.checkpoint import runs
+from alto_jax.quickstart.training import STARTS
 from alto_jax.train.progress import read_metrics
 from benchmarks import reliability
 from tests.conftest import run_python
 
-STAGES = ("stage1", "stage1_5", "stage2", "stage3")
 # The command, except that the process is killed with signal 9 when the checkpoint of step 2 is complete.
 KILLED = """
 import os, signal
 from alto_jax import cli, main
 from alto_jax.checkpoint import runs
+from alto_jax.quickstart.training import STARTS
 save = runs.Checkpointer.save
 def save_and_die(self, step, *arguments, **options):
     save(self, step, *arguments, **options)
@@ -47,14 +48,13 @@ def position(run: pathlib.Path, step: int) -> dict:
     return json.loads((run / "checkpoints" / str(step) / "data" / "process_0-of-1.json").read_text())
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STARTS)
 def test_killed_run_resumes_to_the_same_bits(stage, quickstart, tmp_path):
     uninterrupted = quickstart.path / stage
     run = tmp_path / stage
     command = [f"--config=configs/{stage}.py:debug", f"--workdir={run}", "--config.eval.num_samples=0"]
     command += [f"--config.{change}" for change in quickstart.overrides.get(stage, ())]
-    if stage != "stage1":
-        command.append(f"--config.init_from={quickstart.path / STAGES[STAGES.index(stage) - 1]}")
+    command += [f"--config.{field}={quickstart.path / before}" for field, before in STARTS[stage].items()]
 
     killed = run_python("-c", KILLED, *command)
     assert killed.returncode == -9, killed.stderr[-2000:]
@@ -99,8 +99,9 @@ def test_stages_inherit_and_freeze(quickstart):
         found = arrays(quickstart.path / stage, 4)
         return {n.split("]", 1)[1]: v for n, v in found.items() if n.startswith(("['params']", "['frozen']"))}
 
-    runs = {stage: weights(stage) for stage in STAGES}
-    for stage, previous in zip(STAGES[1:], STAGES):
+    order = ("stage1", "stage1_5", "stage2", "stage3")
+    runs = {stage: weights(stage) for stage in order}
+    for stage, previous in zip(order[1:], order):
         moved = {
             name.replace("['", "/").replace("']", "")
             for name, value in runs[previous].items()

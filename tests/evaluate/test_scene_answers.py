@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alto_jax.data.scenes import ChatConfig, SceneChats, ScenesConfig
-from alto_jax.evaluate import scenes
+from alto_jax.evaluate import scene_answers
 from tests.conftest import run_python
 
 
@@ -22,7 +22,7 @@ def made(debug_model, tmp_path_factory):
 def test_every_kind_has_its_baselines(made):
     out, printed = made
     rows = json.loads((out / "scenes.json").read_text())["rows"]
-    assert list(rows) == list(scenes.KINDS) and printed.strip() == (out / "scenes.md").read_text().strip()
+    assert list(rows) == list(scene_answers.KINDS) and printed.strip() == (out / "scenes.md").read_text().strip()
     for row in rows.values():
         assert row["samples"] == 6 and 0 < row["no_codes"] < 1 and 0 < row["tokenizer"] < 1
         # Chosen on other scenes, but it is a real mask: no worse than the worst that there is.
@@ -31,28 +31,32 @@ def test_every_kind_has_its_baselines(made):
 
 
 def test_right_object():
-    source = SceneChats(ScenesConfig(num_scenes=40, min_objects=2, max_objects=3), ChatConfig(**scenes._ONE))
+    source = SceneChats(ScenesConfig(num_scenes=40, min_objects=2, max_objects=3), ChatConfig(**scene_answers._ONE))
     seen = 0
     for index in range(12):
-        scene, targets = scenes._with_targets(source, index)
+        scene = source.scenes[index]
+        targets = scene.targets(source[index]["masks"][0])
         if len(targets) != 1:
             continue
         seen += 1
         for i in range(len(scene.objects)):
-            mask = scenes.transforms.soft_mask(scene.union([i]), 32) > 0.5
-            assert scenes._is_right(mask, scene, targets[0]) == (i == targets[0])
-        assert not scenes._is_right(np.zeros((32, 32), bool), scene, targets[0])
+            mask = scene_answers.transforms.soft_mask(scene.union([i]), 32) > 0.5
+            assert scene_answers._is_right(mask, scene, targets[0]) == (i == targets[0])
+        assert not scene_answers._is_right(np.zeros((32, 32), bool), scene, targets[0])
     assert seen >= 8
 
 
 def test_summary():
     one = dict(iou=0.5, length=3, valid=True, codes=(1, 2, 3), right=True, no_codes=0.1, constant=0.2, tokenizer=0.6,
                tokenizer_full=0.7, tokenizer_length=4, num_targets=1, complexity=1.0)  # fmt: skip
-    samples = [scenes.Sample(**one), scenes.Sample(**one | {"valid": False, "iou": 0.0, "right": False, "length": 0})]
-    found = scenes.summarize(samples)
+    samples = [
+        scene_answers.Sample(**one),
+        scene_answers.Sample(**one | {"valid": False, "iou": 0.0, "right": False, "length": 0}),
+    ]
+    found = scene_answers.summarize(samples)
     assert found["giou"] == 0.25 and found["distinct"] == 0.5 and found["well_formed"] == 0.5
     assert found["mean_length"] == 3 and found["right_object"] == 0.5
-    several = scenes.summarize([scenes.Sample(**one | {"right": None})])
+    several = scene_answers.summarize([scene_answers.Sample(**one | {"right": None})])
     assert "right_object" not in several
 
 
