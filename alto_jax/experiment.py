@@ -227,6 +227,7 @@ class GrpoStageConfig:
     num_generations: G, completions per prompt. updates_per_rollout: optimizer steps on each rollout. minibatches: parts
     of a rollout (by prompts); each update takes the next one. max_rollouts: DAPO's dynamic sampling: groups
     whose rewards are all equal are replaced by those of fresh prompts, in up to so many rollouts an update (1: never).
+    logits_at_once: tokens of each completion whose logits over the vocabulary exist at the same time (0: all).
     log_samples_every: updates between two tables of samples in the run's folder `samples` (0: never), of
     log_samples prompts.
     """
@@ -235,6 +236,7 @@ class GrpoStageConfig:
     updates_per_rollout: int = 1
     minibatches: int = 1
     max_rollouts: int = 1
+    logits_at_once: int = 16
     log_samples_every: int = 0
     log_samples: int = 2
     advantage_normalization: Literal["paper", "reference", "none"] = "paper"
@@ -247,6 +249,7 @@ class GrpoStageConfig:
         updates, parts = self.updates_per_rollout, self.minibatches
         require(updates >= 1, "updates_per_rollout", updates, "at least 1")
         require(parts >= 1 and updates % parts == 0, "minibatches", parts, f"a divisor of the {updates} updates")
+        require(self.logits_at_once >= 0, "logits_at_once", self.logits_at_once, "at least 0")
         require(self.max_rollouts >= 1, "max_rollouts", self.max_rollouts, "at least 1")
         require(self.log_samples_every >= 0, "log_samples_every", self.log_samples_every, "at least 0")
         require(self.log_samples >= 1, "log_samples", self.log_samples, "at least 1")

@@ -227,7 +227,9 @@ class ViTBlock(nn.Module):
 class Stack(nn.Module):
     """`num_layers` equal blocks with parameters stacked on a leading axis, applied by `lax.scan`.
 
-    Compile time does not grow with depth, and a slice of the stack can be applied alone.
+    Compile time does not grow with depth, and a slice of the stack can be applied alone. Parameters that `unstacked`
+    made are applied one after the other without a loop: for a program that applies the whole stack in a loop of its
+    own, where a slice of a stacked array would be copied in every iteration.
 
     Attributes:
       make_block: called as `make_block(parent=None)`; the block's `__call__(carry, *shared, *per_layer)`
@@ -252,10 +254,11 @@ class Stack(nn.Module):
         Args:
           carry: what goes through the blocks.
           *shared: arguments that every block receives.
-          per_layer: trees whose leaves have a leading axis of `stop - start`; block i receives row i.
+          per_layer: trees whose leaves have a leading axis of `stop - start`; block i receives row i. Each may be
+            a tuple of rows instead if the parameters are.
 
         Returns:
-          (carry, ys): ys stacks what the blocks returned beside the carry.
+          (carry, ys): ys stacks what the blocks returned beside the carry; a tuple if the parameters are one.
         """
         block = self.make_block(parent=None)
         stop = self.num_layers if stop is None else stop
@@ -275,7 +278,18 @@ class Stack(nn.Module):
 
         if stop <= start:
             return carry, None
+        if isinstance(params, tuple):
+            return self._loop(carry, params[start:stop], *shared, per_layer=per_layer)
         return self.scan(carry, jax.tree.map(lambda a: a[start:stop], params), *shared, per_layer=per_layer)
+
+    def _loop(self, carry: Any, params: tuple, *shared: Any, per_layer: tuple = ()) -> tuple[Any, tuple]:
+        """Applies the blocks of a tuple of parameters; the rest as in `__call__`."""
+        block, ys = self.make_block(parent=None), []
+        extras = [tree if isinstance(tree, tuple) else unstacked(tree, len(params)) for tree in per_layer]
+        for layer, *extra in zip(params, *extras, strict=True):
+            carry, y = block.apply({"params": layer}, carry, *shared, *extra)
+            ys.append(y)
+        return carry, tuple(ys)
 
     def scan(self, carry: Any, params: Any, *shared: Any, per_layer: tuple = ()) -> tuple[Any, Any]:
         """Applies as many blocks as `params` has rows; the rest as in `__call__`."""
@@ -294,6 +308,12 @@ class Stack(nn.Module):
             raise ValueError(f"remat: expected one of {REMAT_POLICIES}, got {self.remat!r}")
         num_layers = jax.tree.leaves(params)[0].shape[0]
         return jax.lax.scan(body, carry, (params, per_layer), unroll=min(self.unroll, num_layers))
+
+
+def unstacked(tree: Any, num_layers: int) -> tuple[Any, ...]:
+    """The rows of a tree whose leaves have a leading axis of `num_layers`, as trees of their own."""
+    row = lambda i: jax.tree.map(lambda a: a[i], tree)
+    return tuple(row(i) for i in range(num_layers))
 
 
 def alternate(x: Array, stacks: Sequence[Stack], counts: Sequence[int]) -> Array:

@@ -30,9 +30,9 @@ class Prediction:
     """What `Segmenter.segment` gives.
 
     mask: bool[H, W] at the image's size (all False if the answer holds no mask). probability: float32[H, W].
-    text: the answer, special tokens written out. token_ids: its ids. codes: the mask's codes. length: their
-    number, 0 if the answer holds no well-formed mask. num_masks: how many the answer holds; mask, codes and length are
-    those of the first. seconds: wall time. iou: with the target, if given.
+    text: the answer, a forced prefix too, special tokens written out. token_ids: its ids. codes: the mask's codes.
+    length: their number, 0 if the answer holds no well-formed mask. num_masks: how many the answer holds; mask, codes
+    and length are those of the first. seconds: wall time. iou: with the target, if given.
     """
 
     mask: np.ndarray
@@ -154,6 +154,7 @@ class Segmenter(TokenizerModel):
         min_length: int = 1,
         max_length: int | None = None,
         end_bias: float = 0.0,
+        forced_prefix: bool | None = None,
     ) -> Prediction:
         """Segments what `text` names.
 
@@ -166,6 +167,8 @@ class Segmenter(TokenizerModel):
           max_new_tokens: longest answer; None: enough for one mask and a sentence.
           min_length, max_length: limits of an adaptive number of mask tokens (None: all of them).
           end_bias: added to the logit of the mask's end; positive gives shorter, cheaper masks, negative longer ones.
+          forced_prefix: the answer begins with a mask ("The mask appears at") and ends with that mask's end, which
+            saves about ten tokens; but it cannot be "No", nor hold several masks. None: for `text`, not for `prompt`.
 
         Raises:
           ValueError: no object named, an image or target that does not fit, or a length out of range.
@@ -187,6 +190,7 @@ class Segmenter(TokenizerModel):
                 raise ValueError(f"{name}: expected a whole number in 1..{most}, got {value!r}")
         if not math.isfinite(end_bias):
             raise ValueError(f"end_bias: expected a finite number, got {end_bias!r}")
+        by_name = prompt is None
         if prompt is None:
             if not any(c.isalnum() for c in text):
                 raise ValueError(f"text: expected the name or description of an object, got {text!r}")
@@ -197,7 +201,9 @@ class Segmenter(TokenizerModel):
         if target is not None and np.shape(target) != image.shape[:2]:
             raise ValueError(f"target: expected the image's size {image.shape[:2]}, got {np.shape(target)}")
 
-        ids = words.render_prompt(self.text, prompt, self.cfg.num_image_tokens, system=self.system)
+        forced = by_name if forced_prefix is None else forced_prefix
+        begin = words.FORCED_ANSWER_PREFIX if forced else ""
+        ids = words.render_prompt(self.text, prompt, self.cfg.num_image_tokens, system=self.system, answer_prefix=begin)
         padding = bucket_length(len(ids)) - len(ids)  # Note: few lengths are ever compiled.
         size = self.cfg.tokenizer.mask_size
         batch = PromptBatch(
@@ -214,9 +220,11 @@ class Segmenter(TokenizerModel):
             max_length=num_tokens if max_length is None else int(max_length),
             forced_length=count,
             end_logit_bias=end_bias,
+            stop_at_mask_end=forced,
         )
         found = self._compiled(config.static())(self.params, batch, jax.random.key(0), config.controls())
         tokens = np.asarray(found.generated.ids)[0][np.asarray(found.generated.mask)[0]].tolist()
+        given = self.text.encode(begin)
         kept = int(found.length[0])
         probability = np.asarray(jax.nn.sigmoid(found.mask_logits))[0]
         probability = metrics.resize_probability(probability, *image.shape[:2])
@@ -229,8 +237,8 @@ class Segmenter(TokenizerModel):
         return Prediction(
             mask=mask,
             probability=probability,
-            text=words.answer_text(self.text, tokens),
-            token_ids=tokens,
+            text=words.answer_text(self.text, given + tokens),
+            token_ids=given + tokens,
             codes=np.asarray(found.codes)[0, :kept].tolist(),
             length=kept,
             num_masks=int(found.masks.num_masks[0]),
@@ -309,7 +317,7 @@ def load(directory: str | os.PathLike, step: int | None = None) -> TokenizerMode
     """
     from alto_jax.checkpoint import loading  # late: keeps the start fast
 
-    loaded = loading.load_model(directory, step=step)
+    loaded = loading.load_model(directory, step=step, for_inference=True)
     if loaded.text is None:
         return TokenizerModel(loaded.cfg, loaded.params, str(directory))
     return Segmenter(loaded.cfg, loaded.params, str(directory), loaded.text, loaded.meta["data"]["system"])
@@ -345,6 +353,11 @@ def main() -> int:
     parser.add_argument("--length", default="adaptive", help="adaptive, full, or a number of mask tokens")
     parser.add_argument("--max_length", type=int, metavar="N", help="at most so many mask tokens (adaptive)")
     parser.add_argument("--end_bias", type=float, default=0.0, metavar="X", help="> 0: fewer mask tokens; < 0: more")
+    parser.add_argument(
+        "--forced_prefix",
+        action=argparse.BooleanOptionalAction,
+        help="the answer is a mask and nothing else: faster, but never No (default: for --text, not for --prompt)",
+    )
     parser.add_argument("--prompt", metavar="RAW", help="the whole question, instead of --text")
     parser.add_argument("--target", metavar="FILE", help="the true mask, to report the IoU")
     parser.add_argument("--exif", choices=("upright", "stored"), default="upright",
@@ -372,7 +385,7 @@ def main() -> int:
     assert isinstance(model, Segmenter)
     result = model.segment(
         image, options.text, length=length, prompt=options.prompt, target=target, max_length=options.max_length,
-        end_bias=options.end_bias,
+        end_bias=options.end_bias, forced_prefix=options.forced_prefix,
     )  # fmt: skip
     if options.out:
         Image.fromarray(result.mask.astype(np.uint8) * 255).save(options.out)

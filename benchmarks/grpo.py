@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from alto_jax.batch import PromptBatch
 from alto_jax.config import build
 from alto_jax.experiment import ExperimentConfig
+from alto_jax.layers import unstacked
 from alto_jax.mllm.alto_llm import init_params
-from alto_jax.mllm.language_model import KVCache, LanguageModel
+from alto_jax.mllm.language_model import KVCache, LanguageModel, for_inference
 from alto_jax.mllm.text import SpecialIds
 from alto_jax.stages import grpo
 
@@ -105,7 +106,8 @@ def decode_flops(config: ExperimentConfig, params: dict, images: int) -> float:
 
     @jax.jit
     def step(params, token, cache, prefix):
-        apply = functools.partial(model.apply, {"params": params})
+        apply = functools.partial(model.apply, {"params": for_inference(model.cfg, params)})
+        cache, prefix = (unstacked(kept, model.cfg.num_layers) for kept in (cache, prefix))
         hidden, cache = apply(
             apply(token, method="embed"), jnp.full((rows, 1), prompt), cache=cache, cache_index=5, prefix=prefix
         )

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--out", default=str(ROOT / "benchmarks/results/length_dial"))
     options = parser.parse_args()
-    loaded = loading.load_model(options.run)
+    loaded = loading.load_model(options.run, for_inference=True)
     values = json.loads((Path(options.run) / "config.json").read_text())
     names = ("stage", "model", "data", "eval")
     config = build(ExperimentConfig, {name: values[name] for name in names})

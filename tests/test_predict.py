@@ -12,7 +12,7 @@ import pytest
 
 import alto_jax
 from alto_jax import predict, report, tokenize
-from alto_jax.checkpoint import runs
+from alto_jax.checkpoint import loading, runs
 from alto_jax.config import ConfigError
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import SceneMasks
@@ -50,7 +50,7 @@ def run(quickstart, scene, tmp_path_factory):
     once (a head without bias can: the hidden state has a component along the column of that token).
     """
     path = tmp_path_factory.mktemp("runs") / "stage3"
-    model = alto_jax.load(quickstart.path / "stage3")
+    model = loading.load_model(quickstart.path / "stage3")
     size, ids = model.cfg.tokenizer, model.text.ids
     image = np.zeros((1, size.image_size, size.image_size, 3), np.uint8)
     tokenizer = random_params(ALTo(size), np.zeros((1, size.mask_size, size.mask_size), np.float32), image)
@@ -60,7 +60,8 @@ def run(quickstart, scene, tmp_path_factory):
         turned[:, ids.mask_start], turned[:, ids.im_end] = (sign * s * 40 * kernel.std() for s in (1, -1))
         language_model = {**model.params["language_model"], "head": {"kernel": jnp.asarray(turned)}}
         params = {**model.params, "tokenizer": tokenizer, "language_model": language_model}
-        if Segmenter(model.cfg, params, "", model.text, model.system).segment(scene[1]["image"], "apple").length:
+        turned_model = Segmenter(model.cfg, params, "", model.text, model.meta["data"]["system"])
+        if turned_model.segment(scene[1]["image"], "apple", forced_prefix=False).length:
             break
     state = TrainState(step=jnp.int32(1), params=params, frozen={}, opt_state={}, stats={})
     checkpointer = runs.Checkpointer(path)
@@ -88,7 +89,9 @@ def test_predict_writes_what_the_python_call_gives(run, scene, tmp_path):
     assert mask.shape == (HEIGHT, WIDTH) and mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 255}
     assert set(result) == {"text", "token_ids", "codes", "length", "num_masks", "seconds", "iou"}
     assert result["length"] == len(result["codes"]) == 5 and all(0 <= code < CODES for code in result["codes"])
-    assert result["text"].startswith(f"<ALTo_Start><TOK_{result['codes'][0]}>")
+    # The start of the answer is given, and its mask's end is its end.
+    assert result["text"].startswith(f"The mask appears at <ALTo_Start><TOK_{result['codes'][0]}>")
+    assert result["text"].endswith("<ALTo_End>") and len(result["token_ids"]) > result["length"] + 2
     assert "mask tokens: 5" in printed and f"IoU {result['iou']:.3f}" in printed and result["text"] in printed
 
     model = alto_jax.load(run)
@@ -178,8 +181,15 @@ def test_length_and_prompt_of_the_call(run, scene):
     assert 1 <= model.segment(image, "apple").length <= L
     one = model.segment(image, "apple", length=1)
     assert one.length == 1
-    raw = model.segment(image, prompt="Where is it?", length=1)
-    assert raw.length == 1 and raw.text
+    # A question of one's own, or whoever says so, gets the answer that the model gives: here it begins a mask at once.
+    for free in (
+        model.segment(image, prompt="Where is it?", length=1),
+        model.segment(image, "x", length=1, forced_prefix=False),
+    ):
+        assert free.length == 1 and free.text.startswith("<ALTo_Start>")
+    assert model.segment(image, prompt="Where is it?", forced_prefix=True).text.startswith(
+        "The mask appears at <ALTo_Start>"
+    )
     with pytest.raises(ValueError, match=r"image: expected uint8\[H, W, 3\], got float64"):
         model.segment(image / 255.0, "apple")
     with pytest.raises(ValueError, match=r"target: expected the image's size \(50, 70\), got \(70, 50\)"):
@@ -188,7 +198,9 @@ def test_length_and_prompt_of_the_call(run, scene):
 
 def test_an_answer_without_a_mask_gives_an_empty_one(quickstart, scene):
     """The quickstart's own checkpoint has not learned to begin a mask in four steps."""
-    result = alto_jax.load(quickstart.path / "stage3").segment(scene[1]["image"], "apple", target=scene[1]["mask"])
+    result = alto_jax.load(quickstart.path / "stage3").segment(
+        scene[1]["image"], "apple", target=scene[1]["mask"], forced_prefix=False
+    )
     assert result.length == 0 and result.codes == [] and not result.mask.any() and result.iou == 0
 
 

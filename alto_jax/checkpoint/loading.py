@@ -1,6 +1,7 @@
 """A checkpoint opened for use (prediction, evaluation, merging of adapters)."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -12,6 +13,7 @@ from alto_jax.checkpoint import runs
 from alto_jax.config import build, to_dict
 from alto_jax.lora import adapters
 from alto_jax.lora.adapters import LoraConfig
+from alto_jax.mllm import language_model
 from alto_jax.mllm.alto_llm import ModelConfig, init_params
 from alto_jax.mllm.text import TextTokenizer
 from alto_jax.parallel import sharding
@@ -32,7 +34,11 @@ class LoadedModel:
 
 
 def load_model(
-    directory: str | os.PathLike, mesh: jax.sharding.Mesh | None = None, step: int | None = None
+    directory: str | os.PathLike,
+    mesh: jax.sharding.Mesh | None = None,
+    step: int | None = None,
+    *,
+    for_inference: bool = False,
 ) -> LoadedModel:
     """Opens a checkpoint of a run with its parameters placed on the mesh, adapters merged.
 
@@ -40,6 +46,8 @@ def load_model(
       directory: of the run.
       mesh: where the parameters go; None: the first device.
       step: which one; None: the newest that can be read.
+      for_inference: the language model's parameters in the type that it computes in and each layer's apart, as its loop
+        of tokens wants them (`language_model.for_inference`); False: as they are saved.
 
     Raises:
       FileNotFoundError: no complete checkpoint there.
@@ -62,6 +70,9 @@ def load_model(
         params = jax.jit(lambda b, a: adapters.merged(merge_params(b, a), lora))(base, params)
     else:
         runs.require_complete(params, abstract["model"], str(directory))
+    if for_inference and cfg.language_model is not None:
+        convert = jax.jit(functools.partial(language_model.for_inference, cfg.language_model))
+        params = {**params, "language_model": convert(params["language_model"])}
     saved = (root / runs.CHECKPOINTS / str(step) / "_CHECKPOINT_METADATA").read_bytes()
     name = f"{meta['stage']} step {step} {hashlib.sha256(saved).hexdigest()[:12]}"
     text = TextTokenizer.load(root) if cfg.language_model is not None else None

@@ -39,7 +39,7 @@ def main() -> int:
     for name in ("scenes", "batch_size"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
-    model = loading.load_model(options.checkpoint, step=options.step)
+    model = loading.load_model(options.checkpoint, step=options.step, for_inference=True)
     rows = evaluate_scenes(model, kinds, options.scenes, batch_size=options.batch_size,
                            adaptive=options.length == "adaptive", end_bias=options.end_bias)  # fmt: skip
     print(table(rows))

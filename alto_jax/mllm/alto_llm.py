@@ -140,6 +140,10 @@ class ALToLLM(nn.Module):
         """hidden float[..., D] → float32[..., V]."""
         return self.language_model.logits(hidden)
 
+    def code_logits(self, hidden: Array, special: SpecialIds) -> Array:
+        """hidden float[..., D] → float32[..., num_codes], the logits of the mask codes alone."""
+        return self.language_model.some_logits(hidden, special.code_0, special.num_codes)
+
     def __call__(self, mask: Array, pixel_image: Array, image: Array, ids: Array) -> tuple[Array, Array]:
         """Touches every parameter (for initialisation)."""
         masks = self.tokenizer(mask, pixel_image)

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from alto_jax.config import require
-from alto_jax.mllm.language_model import DTYPES, KVCache, LanguageModel
+from alto_jax.layers import unstacked
+from alto_jax.mllm.language_model import DTYPES, KVCache, LanguageModel, for_inference
 
 if TYPE_CHECKING:
     from alto_jax.mllm.text import SpecialIds
@@ -141,6 +142,16 @@ class Generated:
 
 
 @struct.dataclass
+class Questions:
+    """G ends of B prompts, left padded: embeds [B, G, Q, D]; mask bool[B, G, Q], True where not padding, as everywhere
+    at the last position; ids int32[B, G, Q]."""
+
+    embeds: Array
+    mask: Array
+    ids: Array
+
+
+@struct.dataclass
 class _State:
     """The loop's state; R = B * G rows. `cache` holds the new tokens only; inside, count: see mask_state."""
 
@@ -152,7 +163,7 @@ class _State:
     done: Array
     inside: Array
     count: Array
-    cache: KVCache
+    cache: tuple[KVCache, ...]
 
 
 def mask_state(ids: Array, special: SpecialIds) -> tuple[Array, Array]:
@@ -243,6 +254,7 @@ def generate(
     *,
     prompt_ids: Array | None = None,
     controls: Controls | None = None,
+    questions: Questions | None = None,
 ) -> Generated:
     """Generates answers to a batch of prompts.
 
@@ -259,20 +271,36 @@ def generate(
       prompt_ids: int32[B, P], the prompts' ids. Needed if a prompt ends inside a mask (forced answer
         prefix); None: none does.
       controls: overrides `cfg.controls()`, e.g. with one value per prompt.
+      questions: G different ends of each prompt, G = num_samples: the beginning, such as an image, is computed once.
 
     Returns:
       Generated.
     """
     require(num_samples is None or num_samples >= 1, "num_samples", num_samples, "at least 1, or None")
+    if questions is not None:
+        require(num_samples == questions.mask.shape[1], "num_samples", num_samples, "the number of questions")
+        require(cfg.share_prompt, "share_prompt", cfg.share_prompt, "True with questions")
     batch = inputs_embeds.shape[0]
     rng = jax.random.split(rng, batch) if rng.ndim == 0 else rng
-    if prompt_ids is None:
+    if questions is not None:
+        start = mask_state(questions.ids.reshape(-1, questions.ids.shape[-1]), special)
+    elif prompt_ids is None:
         start = jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32)
     else:
         start = mask_state(jnp.asarray(prompt_ids), special)
     controls = cfg.controls() if controls is None else controls
     out = _generate(
-        model, cfg.static(), special, num_samples or 1, params, inputs_embeds, prompt_mask, start, controls, rng
+        model,
+        cfg.static(),
+        special,
+        num_samples or 1,
+        params,
+        inputs_embeds,
+        prompt_mask,
+        start,
+        controls,
+        rng,
+        questions,
     )
     if num_samples is not None:
         group = lambda a: a.reshape(batch, num_samples, *a.shape[1:]) if a.ndim else a
@@ -292,20 +320,37 @@ def _generate(
     start: tuple[Array, Array],
     controls: Controls,
     keys: Array,
+    questions: Questions | None = None,
 ) -> Generated:
     """The compiled part of `generate`; results have R = B * G rows."""
     rows = inputs_embeds.shape[0] * num_samples
+    first = 0 if questions is None else questions.mask.shape[2]  # of the new tokens, in a row's cache
     repeat = lambda a: jnp.repeat(a, num_samples, axis=0)
     keys = jax.vmap(lambda key: jax.random.split(key, num_samples))(keys).reshape(rows)
-    inside, count = jax.tree.map(repeat, start)
+    inside, count = jax.tree.map(repeat, start) if questions is None else start
     controls = jax.tree.map(lambda a: repeat(a)[:, None] if jnp.ndim(a) else a, controls)
-    apply: Any = functools.partial(model.apply, {"params": params})
+    # Note: the loop's operands are whole arrays; slices of stacked ones would be copied for every token.
+    apply: Any = functools.partial(model.apply, {"params": for_inference(model.cfg, params)})
     if not cfg.share_prompt:
         inputs_embeds, prompt_mask = repeat(inputs_embeds), repeat(prompt_mask)
-    prefix, first_logits = _prefill(apply, model, cfg, inputs_embeds, prompt_mask)
+    prefix, first_logits = _prefill(apply, cfg, inputs_embeds, prompt_mask)
     lengths = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
     if cfg.share_prompt:
         first_logits, lengths = repeat(first_logits), repeat(lengths)
+    cache = unstacked(
+        KVCache.create(model.cfg, rows, first + cfg.max_new_tokens, cfg.cache_dtype), model.cfg.num_layers
+    )
+    own = None  # Note: what of a row's own keys may be attended to, if not all that come before.
+    if questions is not None:
+        asked = questions.mask.reshape(rows, first)
+        positions = lengths[:, None] + jnp.maximum(jnp.cumsum(asked, axis=1, dtype=jnp.int32) - 1, 0)
+        own = jnp.concatenate([asked, jnp.ones((rows, cfg.max_new_tokens), bool)], axis=1)[:, None]
+        seen = own & (jnp.arange(own.shape[-1]) <= jnp.arange(first)[:, None])
+        hidden, cache = apply(
+            questions.embeds.reshape(rows, first, -1), positions, seen, cache=cache, cache_index=0, prefix=prefix,
+            prefix_mask=prompt_mask,
+        )  # fmt: skip
+        first_logits, lengths = apply(hidden[:, -1], method="logits"), lengths + jnp.sum(asked, axis=1, dtype=jnp.int32)
 
     shape = (rows, cfg.max_new_tokens)
     zeros = jnp.zeros(shape, jnp.float32)
@@ -318,15 +363,16 @@ def _generate(
         done=jnp.zeros(rows, bool),
         inside=inside,
         count=count,
-        cache=KVCache.create(model.cfg, rows, cfg.max_new_tokens, cfg.cache_dtype),
+        cache=cache,
     )
 
     def body(state: _State) -> _State:
         previous = state.step - 1
         token = jax.lax.dynamic_index_in_dim(state.ids, previous, axis=1)
+        seen = None if own is None else own & (jnp.arange(own.shape[-1]) <= first + previous)
         hidden, cache = apply(
-            apply(token, method="embed"), (lengths + previous)[:, None], cache=state.cache, cache_index=previous,
-            prefix=prefix, prefix_mask=prompt_mask,
+            apply(token, method="embed"), (lengths + previous)[:, None], seen, cache=state.cache,
+            cache_index=first + previous, prefix=prefix, prefix_mask=prompt_mask,
         )  # fmt: skip
         logits = apply(hidden[:, 0], method="logits")
         return _append(dataclasses.replace(state, cache=cache), logits, cfg, special, controls, keys)
@@ -337,14 +383,13 @@ def _generate(
 
 
 def _prefill(
-    apply: Any, model: LanguageModel, cfg: GenerateConfig, inputs_embeds: Array, prompt_mask: Array
-) -> tuple[KVCache, Array]:
+    apply: Any, cfg: GenerateConfig, inputs_embeds: Array, prompt_mask: Array
+) -> tuple[tuple[KVCache, ...], Array]:
     """Runs the prompts; returns their keys and values and the logits float32[B, V] after the last position."""
-    batch, length = prompt_mask.shape
+    length = prompt_mask.shape[1]
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1, dtype=jnp.int32) - 1, 0)
     causal = jnp.tril(jnp.ones((length, length), bool))
-    cache = KVCache.create(model.cfg, batch, length, cfg.cache_dtype)
-    hidden, prefix = apply(inputs_embeds, positions, causal & prompt_mask[:, None], cache, 0)
+    hidden, prefix = apply(inputs_embeds, positions, causal & prompt_mask[:, None], keep=cfg.cache_dtype)
     return prefix, apply(hidden[:, -1], method="logits")
 
 

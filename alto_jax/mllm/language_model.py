@@ -83,10 +83,10 @@ class LanguageModelConfig:
 
 @struct.dataclass
 class KVCache:
-    """Keys (already rotated) and values of all layers: k, v [num_layers, B, S, K, Hd].
+    """Keys (already rotated) and values: k, v [B, S, K, Hd] of one layer, [num_layers, B, S, K, Hd] of all.
 
-    An int8 cache has a scale per position and head, float32[num_layers, B, S, K], for keys and for values: a vector
-    is stored as its integers in -127..127 times its scale. It takes (Hd + 4) / 2 Hd of the bytes of a bfloat16 cache.
+    An int8 cache has a scale per position and head, float32[..., S, K], for keys and for values: a vector is stored
+    as its integers in -127..127 times its scale. It takes (Hd + 4) / 2 Hd of the bytes of a bfloat16 cache.
     """
 
     k: Array
@@ -96,37 +96,36 @@ class KVCache:
 
     @classmethod
     def create(cls, cfg: LanguageModelConfig, batch: int, size: int, dtype: str = "model") -> "KVCache":
-        """Returns an empty cache for `batch` rows of `size` positions, in `dtype` ("model": cfg.dtype)."""
+        """Returns an empty cache of all layers, `batch` rows of `size` positions, in `dtype` ("model": cfg.dtype)."""
         shape = (cfg.num_layers, batch, size, cfg.num_kv_heads, cfg.head_width)
-        logical = (None, "batch", None, "heads", None)
-        zeros = lambda: constrain(jnp.zeros(shape, cfg.dtype if dtype == "model" else dtype), *logical)
-        scale = lambda: constrain(jnp.zeros(shape[:-1], jnp.float32), *logical[:-1]) if dtype == "int8" else None
-        return cls(k=zeros(), v=zeros(), k_scale=scale(), v_scale=scale())
+        zeros = constrain(jnp.zeros(shape, cfg.dtype), None, "batch", None, "heads", None)
+        return cls.of(zeros, zeros, dtype)
 
-    def write(self, layer: Array, index: Array, k: Array, v: Array) -> "KVCache":
-        """Returns the cache with keys and values [B, T, K, Hd] of a layer at positions index .. index + T - 1."""
+    @classmethod
+    def of(cls, k: Array, v: Array, dtype: str = "model") -> "KVCache":
+        """Returns keys and values [..., K, Hd] as a cache holds them, in `dtype` ("model": as they are)."""
+        if dtype == "int8":
+            (k, k_scale), (v, v_scale) = _to_int8(k), _to_int8(v)
+            return cls(k, v, k_scale, v_scale)
+        return cls(k, v) if dtype == "model" else cls(k.astype(dtype), v.astype(dtype))
 
-        def update(buffer: Array, scales: Array | None, new: Array) -> tuple[Array, Array | None]:
-            start = (layer, 0, index, 0, 0)
-            if scales is None:
-                return jax.lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start), None
-            new = new.astype(jnp.float32)
-            scale = jnp.max(jnp.abs(new), axis=-1) / 127
-            integers = jnp.rint(new / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8)
-            buffer = jax.lax.dynamic_update_slice(buffer, integers[None], start)
-            return buffer, jax.lax.dynamic_update_slice(scales, scale[None], start[:-1])
-
-        (k, k_scale), (v, v_scale) = update(self.k, self.k_scale, k), update(self.v, self.v_scale, v)
-        return KVCache(k, v, k_scale, v_scale)
-
-    def layer(self, layer: Array) -> "KVCache":
-        """Returns one layer's cache, without the leading axis."""
-        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), self)
+    def write(self, index: Array, k: Array, v: Array) -> "KVCache":
+        """Returns one layer's cache with keys and values [B, T, K, Hd] at positions index .. index + T - 1."""
+        new = KVCache.of(k, v, "int8" if self.k_scale is not None else str(self.k.dtype))
+        update = lambda buffer, part: jax.lax.dynamic_update_slice(buffer, part, (0, index, 0, 0)[: buffer.ndim])
+        return jax.tree.map(update, self, new)
 
     def values(self, dtype: Any) -> tuple[Array, Array]:
         """Returns keys and values in `dtype`."""
         scaled = lambda a, scale: a.astype(dtype) if scale is None else (a * scale[..., None]).astype(dtype)
         return scaled(self.k, self.k_scale), scaled(self.v, self.v_scale)
+
+
+def _to_int8(x: Array) -> tuple[Array, Array]:
+    """Vectors [..., Hd] as int8 and their scales float32[...]."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / 127
+    return jnp.rint(x / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8), scale
 
 
 def ntk_inv_freq(cfg: LanguageModelConfig, current_length: int | Array) -> Array:
@@ -198,14 +197,14 @@ class DecoderAttention(nn.Module):
     def __call__(
         self,
         x: Array,
-        cache: KVCache | None,
         positions: Array,
         inv_freq: Array,
         mask: Array,
         cache_index: Array | None,
         prefix_mask: Array | None,
-        layer: Array,
+        keep: str | None,
         prefix: KVCache | None,
+        cache: KVCache | None,
     ) -> tuple[Array, KVCache | None]:
         """Arguments as for `DecoderBlock`; returns (the attention's output [B, T, D], cache)."""
         cfg = self.cfg
@@ -217,8 +216,10 @@ class DecoderAttention(nn.Module):
         k, v = layers.apply_rope(kv[..., 0, :, :], positions, inv_freq), kv[..., 1, :, :]
         if cache is not None:
             assert cache_index is not None  # Note: `LanguageModel` gives one with every cache.
-            cache = cache.write(layer, cache_index, k, v)
-            k, v = cache.layer(layer).values(q.dtype)
+            cache = cache.write(cache_index, k, v)
+            k, v = cache.values(q.dtype)
+        elif keep is not None:
+            cache = KVCache.of(k, v, keep)
         if prefix is None:
             out = layers.attention(q, k, v, mask=mask)
         else:
@@ -234,25 +235,53 @@ class DecoderBlock(nn.Module):
 
     @layers.exact_in_float32
     @nn.compact
-    def __call__(self, carry: tuple[Array, KVCache | None], *args: Any) -> tuple[Any, None]:
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        inv_freq: Array,
+        mask: Array,
+        cache_index: Array | None,
+        prefix_mask: Array | None,
+        keep: str | None,
+        prefix: KVCache | None,
+        cache: KVCache | None,
+    ) -> tuple[Array, KVCache | None]:
         """Applies the block, in the form that `layers.Stack` wants.
 
         Args:
-          carry: (x [B, T, D], cache of all layers or None).
-          *args: positions int32[B, T]; inv_freq float32[Hd / 2]; mask bool[B or 1, 1, T, S]; cache_index
-            int32 scalar or None; prefix_mask bool[B / G, P] or None; layer int32 scalar, this block's row
-            in the cache; prefix: KVCache of this layer, [B / G, P, K, Hd], or None.
+          x: [B, T, D].
+          positions: int32[B, T].
+          inv_freq: float32[Hd / 2].
+          mask: bool[B or 1, 1, T, S].
+          cache_index: int32 scalar or None.
+          prefix_mask: bool[B / G, P] or None.
+          keep: type in which the new keys and values are returned where there is no cache; None: they are not.
+          prefix: KVCache of this layer, [B / G, P, K, Hd], or None.
+          cache: KVCache of this layer, [B, S, K, Hd], or None.
 
         Returns:
-          ((x, cache), None).
+          (x, cache): the cache with the new keys and values, or what `keep` asks for.
         """
-        x, cache = carry
         cfg = self.cfg
         norm = functools.partial(layers.RMSNorm, cfg.norm_eps, cfg.dtype, cfg.param_dtype)
-        branch, cache = DecoderAttention(cfg, name="attn")(norm(name="attn_norm")(x), cache, *args)
+        shared = (positions, inv_freq, mask, cache_index, prefix_mask, keep)
+        branch, cache = DecoderAttention(cfg, name="attn")(norm(name="attn_norm")(x), *shared, prefix, cache)
         x = constrain(x + branch, "batch", ...)
         mlp = layers.GatedMlp(cfg.mlp_dim, cfg.dtype, cfg.param_dtype, kernel_init=INIT, name="mlp")
-        return (constrain(x + mlp(norm(name="mlp_norm")(x)), "batch", ...), cache), None
+        return constrain(x + mlp(norm(name="mlp_norm")(x)), "batch", ...), cache
+
+
+def for_inference(cfg: LanguageModelConfig, params: dict) -> dict:
+    """The parameters as a loop of tokens wants them: in the type that is computed in, each layer's as whole arrays.
+
+    Changes no number: every use casts to that type. Applied to what it returned it does nothing.
+    """
+    params = jax.tree.map(lambda a: a.astype(cfg.dtype), params)
+    stacked = params["blocks"]["layers"]
+    if isinstance(stacked, tuple):
+        return params
+    return {**params, "blocks": {"layers": layers.unstacked(stacked, cfg.num_layers)}}
 
 
 class LanguageModel(nn.Module):
@@ -293,12 +322,13 @@ class LanguageModel(nn.Module):
         inputs_embeds: Array,
         positions: Array,
         attn_mask: Array | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | tuple[KVCache, ...] | None = None,
         cache_index: int | Array | None = None,
         inv_freq: Array | None = None,
-        prefix: KVCache | None = None,
+        prefix: KVCache | tuple[KVCache, ...] | None = None,
         prefix_mask: Array | None = None,
-    ) -> tuple[Array, KVCache | None]:
+        keep: str | None = None,
+    ) -> tuple[Array, Any]:
         """Runs the blocks and the final norm.
 
         Args:
@@ -306,45 +336,57 @@ class LanguageModel(nn.Module):
           positions: int32[B, T], rotary positions of the inputs (prefix positions come before them).
           attn_mask: bool[B or 1, T, S], True = may attend; S = T without a cache, else the cache's size.
             None: causal; with a cache, key j is seen by input i where j <= cache_index + i.
-          cache: keys and values of earlier inputs; the new ones are written at cache_index.. and the
-            updated cache is returned.
+          cache: keys and values of earlier inputs, of all layers or a tuple of each layer's; the new ones are written
+            at cache_index.. and the updated cache is returned.
           cache_index: int32 scalar, position in the cache of the first input (0 if None), the same for all rows.
           inv_freq: float32[Hd / 2], rotary frequencies; None computes them from the config and the
             number of keys (`ntk_inv_freq`).
           prefix: keys and values that every input sees beside its own, with B / G rows: input rows
             b*G .. b*G + G - 1 share prefix row b. Not updated.
           prefix_mask: bool[B / G, P], True where the prefix is not padding; None: all of it.
+          keep: the type in which the inputs' own keys and values are returned ("model": as they are); not with a cache.
 
         Returns:
-          (hidden [B, T, D], cache): hidden is after the final norm; cache is None if none was given.
+          (hidden [B, T, D], cache): hidden is after the final norm; cache is the updated one, or what `keep` asks for,
+          else None. It is a tuple of each layer's where the parameters are those of `for_inference`.
         """
         cfg = self.cfg
         length = inputs_embeds.shape[1]
         offset: int | Array = 0
+        some = lambda kv: kv[0] if isinstance(kv, tuple) else kv
         if cache is not None:
+            assert keep is None, "a cache has its own type"
             offset = cache_index = jnp.asarray(0 if cache_index is None else cache_index, jnp.int32)
-        prefix_length = 0 if prefix is None else prefix.k.shape[2]
+        prefix_length = 0 if prefix is None else some(prefix).k.shape[-3]
         if inv_freq is None:
             inv_freq = ntk_inv_freq(cfg, prefix_length + offset + length)
         if attn_mask is None:
-            num_keys = length if cache is None else cache.k.shape[2]
+            num_keys = length if cache is None else some(cache).k.shape[-3]
             attn_mask = (jnp.arange(num_keys) <= offset + jnp.arange(length)[:, None])[None]
         if prefix is not None and prefix_mask is None:
-            prefix_mask = jnp.ones((prefix.k.shape[1], prefix_length), bool)
-        shared = (positions, inv_freq, attn_mask[:, None], cache_index, prefix_mask)
-        per_layer = (jnp.arange(cfg.num_layers), prefix)
-        (x, cache), _ = self.blocks((inputs_embeds.astype(cfg.dtype), cache), *shared, per_layer=per_layer)
-        return self.norm(x), cache
+            prefix_mask = jnp.ones((some(prefix).k.shape[-4], prefix_length), bool)
+        shared = (positions, inv_freq, attn_mask[:, None], cache_index, prefix_mask, keep)
+        x, cache = self.blocks(inputs_embeds.astype(cfg.dtype), *shared, per_layer=(prefix, cache))
+        return self.norm(x), None if cache is None or some(cache) is None else cache
 
     @layers.exact_in_float32
     def logits(self, hidden: Array) -> Array:
         """hidden [..., D] -> float32[..., V]."""
         if self.cfg.tie_embeddings:
-            table = self.embedder.embedding.astype(self.cfg.dtype)
-            logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        else:
-            logits = self.head(hidden).astype(jnp.float32)
-        return constrain(logits, "batch", ..., "vocab")
+            return constrain(self._of_rows(hidden, self.embedder.embedding), "batch", ..., "vocab")
+        return constrain(self.head(hidden).astype(jnp.float32), "batch", ..., "vocab")
+
+    @layers.exact_in_float32
+    def some_logits(self, hidden: Array, start: int, count: int) -> Array:
+        """hidden [..., D] -> float32[..., count], those of the tokens start .. start + count - 1 alone."""
+        if self.cfg.tie_embeddings:
+            return self._of_rows(hidden, self.embedder.embedding[start : start + count])
+        kernel = self.head.variables["params"]["kernel"][:, start : start + count]
+        return self._of_rows(hidden, kernel.T)
+
+    def _of_rows(self, hidden: Array, rows: Array) -> Array:
+        """Products of hidden [..., D] and rows [v, D] of the vocabulary, float32[..., v]."""
+        return jnp.einsum("...d,vd->...v", hidden, rows.astype(self.cfg.dtype), preferred_element_type=jnp.float32)
 
     def forward(self, ids: Array, positions: Array | None = None, attn_mask: Array | None = None) -> Array:
         """Text only, without a cache: ids int32[B, T] -> logits float32[B, T, V]."""

@@ -179,8 +179,8 @@ def _constant(instruction: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def collectives(text: str, num_devices: int) -> list[Collective]:
-    """Reads the collectives of an optimised HLO module (`compiled.as_text()`), the largest first."""
+def computations_of(text: str) -> tuple[dict[str, list[str]], str | None]:
+    """The lines of every computation of an optimised HLO module by its name, and the name of the entry."""
     computations: dict[str, list[str]] = {}
     entry, name = None, None
     for line in text.splitlines():
@@ -193,6 +193,12 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
             name = None
         elif name is not None:
             computations[name].append(line)
+    return computations, entry
+
+
+def collectives(text: str, num_devices: int) -> list[Collective]:
+    """Reads the collectives of an optimised HLO module (`compiled.as_text()`), the largest first."""
+    computations, entry = computations_of(text)
     found: dict[tuple[str, int], list] = {}
 
     def visit(name: str, times: int, unknown: bool, seen: set[str], depth: int = 0) -> None:

@@ -118,18 +118,19 @@ def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> floa
         inner = (3 * vision.embed_dim + vision.mlp_dim) / tensor
         heads = vision.num_heads / tensor
         total += _stack(vision.num_layers, rows, 1 + vision.grid**2, vision.embed_dim, inner, heads, vision, True)
-        supervised = min(config.sft.at_once, tokens - 1)
+        scored = min(config.sft.at_once, tokens - 1) * language.vocab_size
         if config.sft.mask_loss_weight > 0:
-            supervised += config.data.max_masks * size.num_latent_tokens
+            scored += config.data.max_masks * size.num_latent_tokens * size.codebook_size
     else:
         new = config.grpo.generate.max_new_tokens
-        supervised, tokens = groups * new, tokens + groups * new
+        scored = groups * min(config.grpo.logits_at_once or new, new) * language.vocab_size
+        tokens += groups * new
     inner = (2 * language.num_heads * language.head_width + 3 * language.mlp_dim) / tensor
     width, heads = language.embed_dim, language.num_heads / tensor
     # Note: a group's answers attend to their prompt and themselves, not to each other.
     span = config.data.max_length + config.grpo.generate.max_new_tokens if config.stage == "stage3" else tokens
     total += _stack(language.num_layers, rows, span, width, inner * tokens / span, heads, language, True)
-    return total + 3 * rows * supervised * language.vocab_size / tensor * 4
+    return total + 3 * rows * scored / tensor * 4
 
 
 def training_work(config: ExperimentConfig, params: Any, frozen: Any, opt_state: Any, sizes: MeshConfig) -> Work:

@@ -40,7 +40,7 @@ def run(values: dict, workdir: str) -> dict:
     for name, config in configs.items():
         experiment.claim_workdir(root / name, config)
     samples, strips = _pictures(values["checkpoint"], root / "pictures", began)
-    model = loading.load_model(values["checkpoint"])
+    model = loading.load_model(values["checkpoint"], for_inference=True)
     summary: dict[str, Any] = {"scenes": {}, "lengths": {}, "stage3": {}, "seconds": {}}
     found, clock = {}, time.monotonic()
     evaluation = scene_answers.SceneEvaluation(model)
@@ -54,7 +54,8 @@ def run(values: dict, workdir: str) -> dict:
     rows = [{"run": "checkpoint", "length penalty": None, **_short(before)}]
     for name, config in configs.items():
         result = train(config, root / name)
-        after = scene_answers.evaluate_scenes(loading.load_model(root / name), values["kinds"], values["num_scenes"])
+        trained = loading.load_model(root / name, for_inference=True)
+        after = scene_answers.evaluate_scenes(trained, values["kinds"], values["num_scenes"])
         summary["stage3"][name] = after
         summary["seconds"][name] = result["seconds"]
         rows.append({"run": name, "length penalty": config.grpo.reward.length_weight, **_short(after)})

@@ -21,7 +21,6 @@ from alto_jax.lora import adapters
 from alto_jax.losses import grpo as grpo_losses
 from alto_jax.losses import tokens as token_losses
 from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, init_params, segment
-from alto_jax.mllm.language_model import KVCache
 from alto_jax.stages import rollout_log
 from alto_jax.stages.sft import make_evaluate
 from alto_jax.stages.stage import Stage
@@ -86,7 +85,7 @@ def rollout(config: ExperimentConfig, special: Any, params: dict, batch: PromptB
             reference["language_model"] = params["reference"]
         reference_logps, _ = completion_logps(
             config.model, reference, special, batch, found.image_tokens, generated.ids,
-            share_prompt=cfg.generate.share_prompt,
+            share_prompt=cfg.generate.share_prompt, at_once=cfg.logits_at_once,
         )  # fmt: skip
     return Rollout(
         prompt=batch,
@@ -122,6 +121,7 @@ def completion_logps(
     completion_ids: jax.Array,
     *,
     share_prompt: bool = True,
+    at_once: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of G completions per prompt, with one pass over each prompt.
 
@@ -130,6 +130,7 @@ def completion_logps(
       batch: B prompts, left padded; image_tokens float[B, I, D].
       completion_ids: int32[B, G, T].
       share_prompt: False repeats the prompt for every completion (the same numbers at a multiple of the cost).
+      at_once: how many tokens of each completion have logits at the same time; 0: all.
 
     Returns:
       (logps, entropy), float32[B, G, T]: of the untempered full-vocabulary distribution, at padding too;
@@ -142,7 +143,7 @@ def completion_logps(
             lambda a: jnp.repeat(a, completion_ids.shape[1], axis=0), (batch, image_tokens)
         )
         rows = completion_ids.reshape(-1, 1, completion_ids.shape[-1])
-        outputs = completion_logps(cfg, params, special, batch, image_tokens, rows)
+        outputs = completion_logps(cfg, params, special, batch, image_tokens, rows, at_once=at_once)
         return jax.tree.map(lambda a: a.reshape(completion_ids.shape), outputs)
     batch_size, group, length = completion_ids.shape
     prompt_mask, prompt_length = batch.prompt_mask, batch.prompt_mask.shape[1]
@@ -150,8 +151,7 @@ def completion_logps(
     inputs = apply(batch.prompt_ids, image_tokens, special.img_context, method="embed")
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
     causal = jnp.tril(jnp.ones((prompt_length, prompt_length), bool))
-    cache = KVCache.create(cfg.need_language_model(), batch_size, prompt_length)
-    hidden, prefix = apply(inputs, positions, causal & prompt_mask[:, None], cache=cache, method="hidden")
+    hidden, prefix = apply(inputs, positions, causal & prompt_mask[:, None], keep="model", method="hidden")
     first = jnp.broadcast_to(hidden[:, None, -1:], (batch_size, group, 1, hidden.shape[-1]))
 
     ids = completion_ids.reshape(batch_size * group, length)
@@ -160,10 +160,22 @@ def completion_logps(
     positions = offset[:, None] + jnp.arange(length - 1)
     hidden, _ = apply(inputs, positions, None, prefix=prefix, prefix_mask=prompt_mask, method="hidden")
     hidden = jnp.concatenate([first, hidden.reshape(batch_size, group, length - 1, -1)], axis=2)
-    logits = apply(hidden, method="logits")
-    logps = token_losses.token_log_probs(logits, completion_ids)
-    entropy = jax.lax.stop_gradient(token_losses.token_entropy(logits))
-    return logps, entropy
+
+    def score(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits = apply(part[0], method="logits")
+        return token_losses.token_log_probs(logits, part[1]), jax.lax.stop_gradient(token_losses.token_entropy(logits))
+
+    if at_once == 0 or at_once >= length:
+        return score((hidden, completion_ids))
+    # Note: the logits of a part are computed again in the backward pass, so that those of one part exist at a time.
+    split = lambda a: jnp.moveaxis(_padded(a, -length % at_once).reshape(*a.shape[:2], -1, at_once, *a.shape[3:]), 2, 0)
+    parts = jax.lax.map(jax.checkpoint(score), (split(hidden), split(completion_ids)))
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2).reshape(batch_size, group, -1)[..., :length], parts)
+
+
+def _padded(x: jax.Array, count: int) -> jax.Array:
+    """[B, G, T, ...] with `count` zeros behind T."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, count), *((0, 0),) * (x.ndim - 3)))
 
 
 def make_loss(config: ExperimentConfig, special: Any) -> Any:
@@ -174,7 +186,7 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
         del rng, step
         logps, entropy = completion_logps(
             config.model, params, special, batch.prompt, batch.image_tokens, batch.completion_ids,
-            share_prompt=cfg.generate.share_prompt,
+            share_prompt=cfg.generate.share_prompt, at_once=cfg.logits_at_once,
         )  # fmt: skip
         reference = batch.ref_per_token_logps if cfg.loss.beta > 0 else None
         informative = rewards.informative_groups(batch.rewards)

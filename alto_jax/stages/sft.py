@@ -113,8 +113,7 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
         if cfg.mask_loss_weight > 0:
             found = mask_tokens.find_supervised_masks(ids, labels, special, size.num_latent_tokens, num_masks)
             at = found.positions.reshape(batch_size, -1, 1)
-            code_logits = logits_fn(jnp.take_along_axis(hidden, at, axis=1))
-            code_logits = code_logits[..., special.code_0 : special.code_0 + special.num_codes]
+            code_logits = apply(jnp.take_along_axis(hidden, at, axis=1), special, method="code_logits")
             code_logits = code_logits.reshape(batch_size * num_masks, size.num_latent_tokens, -1)
             probs = token_losses.mask_token_probabilities(code_logits, found.length.reshape(-1))
             images = join(batch.image), join(batch.pixel_image), join(batch.features)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alto_jax.layers import unstacked
 from alto_jax.mllm import generate as generation
 from alto_jax.mllm.generate import GenerateConfig, bucket_length, generate
 from alto_jax.mllm.language_model import KVCache, LanguageModel, LanguageModelConfig
@@ -36,13 +37,13 @@ def test_int8_keeps_what_is_written():
     rng = np.random.default_rng(1)
     k, v = (rng.normal(size=(2, 3, 2, 32)).astype(np.float32) * scale for scale in (5.0, 0.01))
     v[0, 1] = 0
-    cache = KVCache.create(cfg, 2, 8, "int8").write(jnp.int32(1), jnp.int32(4), k, v)
-    got_k, got_v = cache.layer(jnp.int32(1)).values(jnp.float32)
+    empty = unstacked(KVCache.create(cfg, 2, 8, "int8"), cfg.num_layers)[1]
+    cache = empty.write(jnp.int32(4), k, v)
+    got_k, got_v = cache.values(jnp.float32)
     for got, want in ((got_k, k), (got_v, v)):
         step = np.abs(want).max(axis=-1, keepdims=True) / 127
         assert np.all(np.abs(got[:, 4:7] - want) <= 0.5 * step + 1e-9)
         assert not np.any(got[:, :4]) and not np.any(got[:, 7:])
-    assert not np.any(cache.layer(jnp.int32(0)).k)
     # Hd bytes and a scale against 2 Hd bytes; at the heads of real models (Hd 128) 0.52.
     sizes = {dtype: nbytes(KVCache.create(cfg, 2, 8, dtype)) for dtype in ("model", "bfloat16", "int8")}
     assert sizes["model"] == 2 * sizes["bfloat16"]

@@ -9,7 +9,7 @@ import pytest
 
 from alto_jax.config import ConfigError
 from alto_jax.mllm import generate as generation
-from alto_jax.mllm.generate import Controls, GenerateConfig, allowed_tokens, choose, generate, mask_state
+from alto_jax.mllm.generate import Controls, GenerateConfig, Questions, allowed_tokens, choose, generate, mask_state
 from alto_jax.mllm.language_model import LanguageModel, LanguageModelConfig
 from alto_jax.mllm.text import SpecialIds
 
@@ -290,3 +290,31 @@ def test_sampling_frequencies(options):
 def test_bad_config_names_the_field(field, options):
     with pytest.raises(ConfigError, match=f"^{field}: "):
         GenerateConfig(**options)
+
+
+@pytest.mark.parametrize("grammar", [False, True])
+def test_questions_about_one_beginning_equal_whole_prompts(grammar):
+    params, *_ = setting()
+    rng = np.random.default_rng(7)
+    begin, ask, groups = np.array([5, 3]), np.array([[1, 4, 2], [3, 3, 1]]), 3
+    ids = [rng.integers(32, VOCAB, n) for n in begin]
+    asked = [[rng.integers(32, VOCAB, n) for n in row] for row in ask]
+    asked[0][1][-1] = SPECIAL.mask_start  # A forced answer prefix: this one goes on inside a mask.
+    pad = lambda row, size: np.pad(row, (size - len(row), 0), constant_values=SPECIAL.pad)
+    mask_of = lambda lengths, size: np.arange(size) >= size - np.asarray(lengths)[..., None]
+    embed = lambda ids: params["embed"]["embedding"][ids]
+    cfg = GenerateConfig(max_new_tokens=8, grammar=grammar)
+
+    question_ids = np.array([[pad(q, 4) for q in row] for row in asked])
+    questions = Questions(embed(question_ids), mask_of(ask, 4), question_ids)
+    prompts = np.array([pad(row, 5) for row in ids])
+    got = generate(MODEL, params, embed(prompts), mask_of(begin, 5), cfg, SPECIAL, jax.random.key(0), groups,
+                   questions=questions)  # fmt: skip
+    whole = np.array([pad(np.concatenate([b, q]), 9) for b, row in zip(ids, asked) for q in row])
+    lengths = (begin[:, None] + ask).reshape(-1)
+    wanted = generate(
+        MODEL, params, embed(whole), mask_of(lengths, 9), cfg, SPECIAL, jax.random.key(0), prompt_ids=whole
+    )
+    np.testing.assert_array_equal(got.ids.reshape(wanted.ids.shape), wanted.ids)
+    np.testing.assert_allclose(got.per_token_logps.reshape(wanted.ids.shape), wanted.per_token_logps, rtol=0, atol=2e-5)
+    assert len(np.unique(wanted.ids)) > 8

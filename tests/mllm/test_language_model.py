@@ -50,7 +50,7 @@ def applier(cfg):
     """Compiled `LanguageModel(cfg).apply`, called with (params, *args, method=...)."""
     model = LanguageModel(cfg)
     return jax.jit(lambda params, *args, method="__call__", **kwargs: model.apply(
-        {"params": params}, *args, method=method, **kwargs), static_argnames="method")  # fmt: skip
+        {"params": params}, *args, method=method, **kwargs), static_argnames=("method", "keep"))  # fmt: skip
 
 
 @functools.cache
@@ -101,8 +101,8 @@ def test_hidden_states_equal_the_reference(name):
     check(name, "hidden0", embedded)
     first = jax.tree.map(lambda a: a[0], params["blocks"]["layers"])
     mask = np.tril(np.ones((ids.shape[1],) * 2, bool))[None, None]
-    args = (positions, layers.rope_frequencies(cfg.head_width, cfg.rope_theta), mask, None, None, 0, None)
-    (x, _), _ = jax.jit(DecoderBlock(cfg).apply)({"params": first}, (embedded, None), *args)
+    args = (positions, layers.rope_frequencies(cfg.head_width, cfg.rope_theta), mask, None, None, None, None, None)
+    x, _ = jax.jit(DecoderBlock(cfg).apply)({"params": first}, embedded, *args)
     check(name, "hidden1", x)
     check(name, "hidden2", apply(embedded, positions)[0])
 
@@ -182,10 +182,7 @@ def test_shared_prefix_equals_repeated_rows(with_cache):
 
     embedded = apply(ids, method="embed")
     first = slice(None, None, group)
-    empty = KVCache.create(model.cfg, batch, prompt)
-    _, prefix = apply(
-        embedded[first, :prompt], positions[first, :prompt], padding_mask(prompt_mask), empty, 0
-    )  # fmt: skip
+    _, prefix = apply(embedded[first, :prompt], positions[first, :prompt], padding_mask(prompt_mask), keep="model")
     kwargs = dict(prefix=prefix, prefix_mask=prompt_mask)
     if not with_cache:
         hidden, _ = apply(embedded[:, prompt:], positions[:, prompt:], **kwargs)
@@ -301,3 +298,15 @@ def test_parameter_counts_at_full_size(sizes, total):
 def test_bad_config_names_the_field(field, value):
     with pytest.raises(config.ConfigError, match=f"{field}.*{value}"):
         config.build(LanguageModelConfig, {field: value})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_some_logits_are_those_of_all(tied):
+    cfg = dataclasses.replace(SMALL, tie_embeddings=tied)
+    model = LanguageModel(cfg)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method="forward")["params"]
+    hidden = jax.random.normal(jax.random.key(1), (2, 3, cfg.embed_dim))
+    whole = model.apply({"params": params}, hidden, method="logits")
+    some = model.apply({"params": params}, hidden, 7, 5, method="some_logits")
+    np.testing.assert_allclose(some, whole[..., 7:12], rtol=0, atol=1e-6)
+    assert np.abs(some).max() > 1e-3

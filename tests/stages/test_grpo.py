@@ -179,3 +179,34 @@ def test_packed_equals_naive_on_a_mesh(monkeypatch):
     assert found["logps"] < 1e-5
     assert set(found["gradients"]) == {"paper", "reference", "dr_grpo", "dapo", "gspo"}
     assert max(found["gradients"].values()) < 1e-4
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 5])
+def test_logits_of_a_part_at_a_time_are_the_same(group, at_once):
+    params, *rest, mask = group
+
+    def loss(language_model, at_once):
+        changed = {**params, "language_model": language_model}
+        logps, entropy = completion_logps(CONFIG, changed, SPECIAL, *rest, at_once=at_once)
+        return jnp.sum(jnp.where(mask, logps, 0)), (logps, entropy)
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (_, whole), gradient = run(params["language_model"], 0)
+    (_, parts), of_parts = run(params["language_model"], at_once)
+    for got, wanted in zip(jax.tree.leaves((parts, of_parts)), jax.tree.leaves((whole, gradient)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_a_part_take_the_memory_of_a_part(group):
+    """With a large vocabulary, the update's memory is that of the logits."""
+    config = dataclasses.replace(CONFIG, language_model=dataclasses.replace(CONFIG.language_model, vocab_size=20_000))
+    params = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    _, batch, image_tokens, ids, _ = group
+    ids = np.tile(ids, (1, 1, 8))
+
+    def temporary(at_once):
+        loss = lambda p: jnp.sum(completion_logps(config, p, SPECIAL, batch, image_tokens, ids, at_once=at_once)[0])
+        return jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    logits = ids.size * 20_000 * 4
+    assert temporary(0) > 2 * logits and temporary(4) < 0.6 * logits

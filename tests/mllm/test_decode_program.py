@@ -1,0 +1,99 @@
+"""The compiled loop of tokens reads each weight where it lies: nothing as large as one is cut out or copied in it."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alto_jax import layers
+from alto_jax.mllm import generate as generation
+from alto_jax.mllm.generate import GenerateConfig, generate
+from alto_jax.mllm.language_model import for_inference
+from alto_jax.plan.hlo import computations_of
+from tests.mllm.test_cache import BATCH, MODEL, SPECIAL, setting
+
+_RESULT = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(")
+_MOVES = {"copy", "dynamic-slice", "slice", "transpose", "convert", "gather"}
+
+
+def moved_in_loops(text: str, at_least: int) -> list[str]:
+    """Instructions in loops, and in what these call, that only move arrays of at least so many elements."""
+    computations, _ = computations_of(text)
+    called = lambda lines: {
+        name for line in lines for name in re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", line)
+    }
+    waiting = [name for lines in computations.values() for name in re.findall(r"\bbody=%?([\w.\-]+)", "\n".join(lines))]
+    assert waiting, "a program without a loop"
+    inside: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in inside:
+            inside.add(name)
+            waiting += called(computations[name])
+    found = []
+    for name in inside:
+        for line in computations[name]:
+            result = _RESULT.match(line)
+            if result and result[3] in _MOVES and np.prod([int(d) for d in result[2].split(",") if d]) >= at_least:
+                found.append(line.strip())
+    return found
+
+
+def compiled_text(model, params) -> str:
+    _, ids, mask = setting()
+    cfg = GenerateConfig(max_new_tokens=10, grammar=True)
+    start = jnp.zeros(BATCH, bool), jnp.zeros(BATCH, jnp.int32)
+    keys = jax.random.split(jax.random.key(0), BATCH)
+    embedded = np.zeros((*ids.shape, model.cfg.embed_dim), np.float32)
+    args = params, embedded, mask, start, cfg.controls(), keys
+    return generation._generate.lower(model, cfg.static(), SPECIAL, 1, *args).compile().as_text()
+
+
+@pytest.mark.parametrize("form", ["stacked", "for_inference"])
+def test_no_weight_is_moved_in_the_loop(form):
+    params = setting()[0]
+    params = for_inference(MODEL.cfg, params) if form == "for_inference" else params
+    smallest = min(a.size for a in jax.tree.leaves(for_inference(MODEL.cfg, params)["blocks"]) if a.ndim > 1)
+    text = compiled_text(MODEL, params)
+    assert moved_in_loops(text, smallest) == []
+    # What the test can see: the slices of a stack that a scan over it makes.
+    scanned = jax.jit(lambda x, w: jax.lax.scan(lambda x, row: (jnp.sin(x @ row), None), x, w)[0])
+    lowered = scanned.lower(jnp.ones((2, 128)), jnp.ones((3, 128, 128)))
+    assert moved_in_loops(lowered.compile().as_text(), 128 * 128)
+
+
+def test_for_inference_changes_no_number():
+    params, ids, mask = setting()
+    embedded = params["embed"]["embedding"][ids]
+    prepared = for_inference(MODEL.cfg, params)
+    assert len(prepared["blocks"]["layers"]) == MODEL.cfg.num_layers
+    assert jax.tree.structure(for_inference(MODEL.cfg, prepared)) == jax.tree.structure(prepared)
+    cfg = GenerateConfig(max_new_tokens=10)
+    runs = [
+        jax.device_get(generate(MODEL, p, embedded, mask, cfg, SPECIAL, jax.random.key(0))) for p in (params, prepared)
+    ]
+    np.testing.assert_array_equal(runs[0].ids, runs[1].ids)
+    np.testing.assert_array_equal(runs[0].per_token_logps, runs[1].per_token_logps)
+
+
+def test_a_stack_may_be_applied_row_by_row():
+    class Block(layers.nn.Module):
+        @layers.nn.compact
+        def __call__(self, x, shift, scale):
+            return x + layers.Mlp(8, name="mlp")(x) * scale + shift, x.mean()
+
+    stack = layers.Stack(Block, 3)
+    x, scales = jax.random.normal(jax.random.key(0), (2, 4)), jnp.array([1.0, 2.0, 3.0])
+    params = stack.init(jax.random.key(1), x, 0.5, per_layer=(scales,))["params"]
+    carry, ys = stack.apply({"params": params}, x, 0.5, per_layer=(scales,))
+    rows = {"layers": layers.unstacked(params["layers"], 3)}
+    for per_layer in ((scales,), (tuple(scales),)):
+        got, parts = stack.apply({"params": rows}, x, 0.5, per_layer=per_layer)
+        np.testing.assert_allclose(got, carry, rtol=1e-6)
+        np.testing.assert_allclose(jnp.stack(parts), ys, rtol=1e-6)
+    part, _ = stack.apply({"params": rows}, x, 0.5, per_layer=(scales[1:],), start=1)
+    np.testing.assert_allclose(
+        part, stack.apply({"params": params}, x, 0.5, per_layer=(scales[1:],), start=1)[0], rtol=1e-6
+    )
