@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alto_jax.predict import TokenizerModel
+    from alto_jax.inference.tokenizer import TokenizerModel
 
 __version__ = "0.1.0"
 
@@ -16,7 +16,7 @@ __all__ = ["__version__", "load"]
 
 
 def load(directory: str | os.PathLike, **kwargs: Any) -> "TokenizerModel":
-    """Opens a checkpoint for prediction; see `alto_jax.predict.load`."""
-    from alto_jax import predict  # late: keeps the start fast
+    """Opens a checkpoint for prediction; see `alto_jax.inference.segmenter.load`."""
+    from alto_jax.inference import segmenter  # late: keeps the start fast
 
-    return predict.load(directory, **kwargs)
+    return segmenter.load(directory, **kwargs)

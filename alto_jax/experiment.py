@@ -249,13 +249,10 @@ class GrpoStageConfig:
         updates, parts = self.updates_per_rollout, self.minibatches
         require(updates >= 1, "updates_per_rollout", updates, "at least 1")
         require(parts >= 1 and updates % parts == 0, "minibatches", parts, f"a divisor of the {updates} updates")
-        require(self.logits_at_once >= 0, "logits_at_once", self.logits_at_once, "at least 0")
-        require(self.max_rollouts >= 1, "max_rollouts", self.max_rollouts, "at least 1")
-        require(self.log_samples_every >= 0, "log_samples_every", self.log_samples_every, "at least 0")
-        require(self.log_samples >= 1, "log_samples", self.log_samples, "at least 1")
-        require(
-            self.generate.temperature > 0, "generate.temperature", self.generate.temperature, "more than 0 to sample"
-        )
+        for name, least in (("log_samples_every", 0), ("log_samples", 1), ("logits_at_once", 0), ("max_rollouts", 1)):
+            require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
+        temperature = self.generate.temperature
+        require(temperature > 0, "generate.temperature", temperature, "more than 0 to sample")
 
 
 @dataclasses.dataclass(frozen=True)

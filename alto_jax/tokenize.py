@@ -12,6 +12,7 @@ import pathlib
 
 import numpy as np
 
+import alto_jax
 from alto_jax import cli, predict
 
 
@@ -50,7 +51,7 @@ def _encode(options: argparse.Namespace) -> None:
     length = predict.parse_length(options.length)
     predict.describe(options.checkpoint, options.step, length)
     mask = masks.open_mask(options.mask, options.mask_rule)
-    codes = predict.load(options.checkpoint, options.step).encode(mask, length)
+    codes = alto_jax.load(options.checkpoint, step=options.step).encode(mask, length)
     result = {"codes": codes, "length": len(codes), "size": list(mask.shape)}
     pathlib.Path(options.out).write_text(json.dumps(result) + "\n")
     print(f"{len(codes)} codes: {' '.join(map(str, codes))}")
@@ -69,7 +70,7 @@ def _decode(options: argparse.Namespace) -> None:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{options.codes}: expected the JSON that encode writes (codes, size): {error!r}") from error
     image = images.open_image(options.image, upright=options.exif == "upright") if options.image else None
-    mask = predict.load(options.checkpoint, options.step).decode(codes, (height, width), image)
+    mask = alto_jax.load(options.checkpoint, step=options.step).decode(codes, (height, width), image)
     Image.fromarray(mask.astype(np.uint8) * 255).save(options.out)
     print(f"{int(mask.sum())} pixels of {width}x{height} in {options.out}")
 

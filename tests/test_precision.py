@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alto_jax import layers, predict
+from alto_jax import layers
 from alto_jax.batch import MaskBatch
 from alto_jax.config import ConfigError
 from alto_jax.evaluate import device
 from alto_jax.evaluate.reconstruction import Reconstruction
 from alto_jax.experiment import make_experiment
+from alto_jax.inference.tokenizer import TokenizerModel
 from alto_jax.main import load_config
 from alto_jax.mllm.alto_llm import ModelConfig
 from alto_jax.parallel import sharding
@@ -89,7 +90,7 @@ def test_prediction_and_evaluation_do_as_told(precision, monkeypatch):
     mask = jax.ShapeDtypeStruct((2, size.mask_size, size.mask_size), jnp.float32)
     image = jax.ShapeDtypeStruct((2, size.image_size, size.image_size, 3), jnp.uint8)
     params = jax.eval_shape(model.init, jax.random.key(0), mask, image)["params"]
-    encode = predict.TokenizerModel(cfg, {}, "")._method("tokenize").trace(params, mask)
+    encode = TokenizerModel(cfg, {}, "").method("tokenize").trace(params, mask)
 
     class Built(Exception):
         """The program is there; it need not run."""

@@ -19,10 +19,11 @@ from alto_jax.data.scenes import SceneMasks
 from alto_jax.evaluate import tasks
 from alto_jax.evaluate.device import Programs
 from alto_jax.evaluate.options import EvaluateOptions
+from alto_jax.inference import segmenter
+from alto_jax.inference.segmenter import Segmenter
 from alto_jax.mllm import alto_llm
 from alto_jax.mllm.generate import Generated
 from alto_jax.parallel import sharding
-from alto_jax.predict import Segmenter
 from alto_jax.tokenizer.alto import ALTo
 from alto_jax.train.state import TrainState
 from tests.conftest import run_python
@@ -60,7 +61,7 @@ def run(quickstart, scene, tmp_path_factory):
         turned[:, ids.mask_start], turned[:, ids.im_end] = (sign * s * 40 * kernel.std() for s in (1, -1))
         language_model = {**model.params["language_model"], "head": {"kernel": jnp.asarray(turned)}}
         params = {**model.params, "tokenizer": tokenizer, "language_model": language_model}
-        turned_model = Segmenter(model.cfg, params, "", model.text, model.meta["data"]["system"])
+        turned_model = Segmenter(model.cfg, params, "", model.text, model.meta["data"])
         if turned_model.segment(scene[1]["image"], "apple", forced_prefix=False).length:
             break
     state = TrainState(step=jnp.int32(1), params=params, frozen={}, opt_state={}, stats={})
@@ -87,7 +88,8 @@ def test_predict_writes_what_the_python_call_gives(run, scene, tmp_path):
     )  # fmt: skip
     mask, result = np.asarray(Image.open(out)), json.loads(file.read_text())
     assert mask.shape == (HEIGHT, WIDTH) and mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 255}
-    assert set(result) == {"text", "token_ids", "codes", "length", "num_masks", "seconds", "iou"}
+    assert set(result) == {"text", "token_ids", "codes", "length", "num_masks", "seconds", "iou", "score",
+                           "token_probability", "confidence"}  # fmt: skip
     assert result["length"] == len(result["codes"]) == 5 and all(0 <= code < CODES for code in result["codes"])
     # The start of the answer is given, and its mask's end is its end.
     assert result["text"].startswith(f"The mask appears at <ALTo_Start><TOK_{result['codes'][0]}>")
@@ -212,11 +214,16 @@ def test_an_answer_with_two_masks_gives_the_first_and_says_so(debug_model, scene
     answer = [ids.mask_start, code(5), code(7), ids.mask_end, ids.mask_start, code(9), ids.mask_end, ids.im_end]
 
     def generate(language_model, params, inputs, prompt_mask, cfg, special, rng, num_samples=None, **kwargs):
-        row = jnp.tile(jnp.array(answer, jnp.int32), (len(inputs), 1))
+        rows = (
+            (len(inputs),)
+            if "questions" not in kwargs or kwargs["questions"] is None
+            else kwargs["questions"].mask.shape[:2]
+        )
+        row = jnp.broadcast_to(jnp.array(answer, jnp.int32), (*rows, len(answer)))
         return Generated(row, row >= 0, jnp.zeros(row.shape), jnp.zeros(row.shape), jnp.int32(len(answer)))
 
     monkeypatch.setattr(alto_llm, "generate", generate)
-    found = model.segment(image, "apple")
+    found = model.segment(image, "apple", forced_prefix=False)
     assert found.num_masks == 2 and found.codes == [5, 7] and found.length == 2
     assert found.to_json()["num_masks"] == 2
     # The probability of the first mask alone, not that of no codes.
@@ -292,7 +299,7 @@ def test_commands_check_before_they_load(run, scene, quickstart, tmp_path, monke
     image, mask = str(folder / "image.png"), str(folder / "mask.png")
     codes = tmp_path / "codes.json"
     codes.write_text('{"codes": [1], "size": [5, 7]}')
-    monkeypatch.setattr(predict, "load", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr(segmenter, "load", lambda *arguments: pytest.fail("loaded"))
     ask = ["--checkpoint", str(run), "--image", image, "--text", "apple"]
     encode = ["encode", "--checkpoint", str(run), "--mask", mask, "--out", str(tmp_path / "a.json")]
     lengths = [("²", "expected adaptive, full or a whole number of at least 1"), ("0", "expected adaptive"),

@@ -58,7 +58,8 @@ def pack(run: str | os.PathLike, out: str | os.PathLike, step: int | None = None
     target.mkdir(parents=True, exist_ok=True)
     save_file(arrays, target / WEIGHTS)
     about = {name: meta[name] for name in _KEPT if name in meta}
-    about["data"] = {"system": about.get("data", {}).get("system")}
+    data = about.get("data", {})
+    about["data"] = {"system": data.get("system")} | ({"box_step": data["box_step"]} if "box_step" in data else {})
     (target / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     root, _ = runs.find_run(run)
     if (root / TEXT).exists():

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from alto_jax.batch import PromptBatch
 from alto_jax.config import ConfigError, require
 from alto_jax.layers import apply_module, told_precision
-from alto_jax.mllm.generate import Controls, GenerateConfig, Generated, generate, mask_state
+from alto_jax.mllm.generate import Controls, GenerateConfig, Generated, Questions, generate, mask_state
 from alto_jax.mllm.intern_vit import InternViT, InternViTConfig, Projector, imagenet_normalise, pixel_shuffle
 from alto_jax.mllm.language_model import LanguageModel, LanguageModelConfig
 from alto_jax.mllm.mask_tokens import AnswerMasks, ParsedMask, parse_completion, parse_masks
@@ -205,6 +205,9 @@ def segment(
     rng: Array,
     num_samples: int | None = None,
     controls: Controls | None = None,
+    *,
+    image_tokens: Array | None = None,
+    questions: tuple[Array, Array] | None = None,
 ) -> Segmentation:
     """Answers prompts about images and decodes the masks in the answers; jittable.
 
@@ -215,9 +218,13 @@ def segment(
       cfg: the model; params: its parameters.
       batch: images and prompts (its target mask is not used).
       generate_cfg, special, rng, num_samples, controls: see `generate.generate`.
+      image_tokens: float[B, I, D] of the images, computed before; None: computed here.
+      questions: (ids int32[B, G, Q], mask bool[B, G, Q]), left padded: G ends of each prompt, which then is only their
+        common beginning, with the image; the answers are [B, G].
     """
     with told_precision(cfg.matmul_precision):
-        return _segment(cfg, params, batch, generate_cfg, special, rng, num_samples, controls)
+        given = num_samples, controls, image_tokens, questions
+        return _segment(cfg, params, batch, generate_cfg, special, rng, *given)
 
 
 def _segment(
@@ -229,19 +236,28 @@ def _segment(
     rng: Array,
     num_samples: int | None,
     controls: Controls | None,
+    image_tokens: Array | None,
+    questions: tuple[Array, Array] | None,
 ) -> Segmentation:
     """`segment`, with the precision told."""
     apply = functools.partial(apply_module, ALToLLM(cfg), params)
-    image_tokens = apply(batch.image, method="image_tokens")
+    if image_tokens is None:
+        image_tokens = apply(batch.image, method="image_tokens")
     inputs = apply(batch.prompt_ids, image_tokens, special.img_context, method="embed")
     language_model = LanguageModel(cfg.need_language_model()), params["language_model"]
+    asked, last_ids = None, batch.prompt_ids
+    if questions is not None:
+        last_ids, num_samples = questions[0], questions[0].shape[1]
+        flat = apply(last_ids.reshape(-1, last_ids.shape[-1]), method="embed_text")
+        asked = Questions(flat.reshape(*last_ids.shape, -1), questions[1], last_ids)
     generated = generate(
         *language_model, inputs, batch.prompt_mask, generate_cfg, special, rng, num_samples,
-        prompt_ids=batch.prompt_ids, controls=controls,
+        prompt_ids=batch.prompt_ids, controls=controls, questions=asked,
     )  # fmt: skip
     # A prompt may end with <ALTo_Start> (a forced answer prefix); the mask's format counts from there.
-    inside, _ = mask_state(batch.prompt_ids, special)
-    inside = jnp.broadcast_to(inside.reshape(-1, *(1,) * (generated.ids.ndim - 1)), (*generated.ids.shape[:-1], 1))
+    inside, _ = mask_state(last_ids, special)
+    inside = inside.reshape(*inside.shape, *(1,) * (generated.ids.ndim - inside.ndim))
+    inside = jnp.broadcast_to(inside, (*generated.ids.shape[:-1], 1))
     ids = jnp.concatenate([jnp.where(inside, special.mask_start, special.pad), generated.ids], axis=-1)
     mask = jnp.concatenate([inside, generated.mask], axis=-1)
     masks = parse_masks(ids, mask, special, cfg.tokenizer.num_latent_tokens)

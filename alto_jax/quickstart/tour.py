@@ -9,13 +9,14 @@ import pathlib
 import time
 from typing import Any
 
-from alto_jax import experiment, figures, metrics, predict, report
+from alto_jax import experiment, figures, metrics, report
 from alto_jax.checkpoint import loading
 from alto_jax.config import local_path, write_whole
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import ChatConfig, SceneChats
 from alto_jax.evaluate import scene_answers
 from alto_jax.experiment import make_experiment
+from alto_jax.inference import segmenter
 from alto_jax.mllm import text
 from alto_jax.train.loop import train
 
@@ -69,8 +70,8 @@ def run(values: dict, workdir: str) -> dict:
 
 def _pictures(checkpoint: str, folder: pathlib.Path, began: float) -> tuple[list[report.ReportSample], list[list[Any]]]:
     """Answers about built-in pictures, as files; and each mask after its first tokens."""
-    model = predict.load(checkpoint)
-    assert isinstance(model, predict.Segmenter)  # Note: `SceneEvaluation` refuses anything else, too.
+    model = segmenter.load(checkpoint)
+    assert isinstance(model, segmenter.Segmenter)  # Note: `SceneEvaluation` refuses anything else, too.
     scene_options, chat_options = scene_answers.KINDS["names"]
     source = SceneChats(ScenesConfig(**scene_options, split="validation", seed=1), ChatConfig(**chat_options))
     folder.mkdir(parents=True, exist_ok=True)

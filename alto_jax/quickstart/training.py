@@ -10,10 +10,12 @@ import time
 
 import numpy as np
 
-from alto_jax import experiment, figures, predict, report
+from alto_jax import experiment, figures, report
 from alto_jax.config import local_path
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig, make_experiment
+from alto_jax.inference import segmenter
+from alto_jax.inference.tokenizer import TokenizerModel
 from alto_jax.train.loop import train
 
 # What each stage begins with.
@@ -99,7 +101,7 @@ def summarize(results: dict[str, dict]) -> dict:
 
 def tokenizer_samples(config: ExperimentConfig, workdir: pathlib.Path, count: int) -> list[report.ReportSample]:
     """Held-out masks through encoder and decoder, by adaptive length."""
-    model, source = predict.load(workdir), sources.mask_source(config, held_out=True)
+    model, source = segmenter.load(workdir), sources.mask_source(config, held_out=True)
     samples = []
     for index in range(min(count, len(source))):
         record = source[index]
@@ -112,8 +114,8 @@ def tokenizer_samples(config: ExperimentConfig, workdir: pathlib.Path, count: in
 
 def mllm_samples(config: ExperimentConfig, workdir: pathlib.Path, count: int) -> list[report.ReportSample]:
     """Requests for held-out objects, answered by the last checkpoint."""
-    model, source = predict.load(workdir), sources.chat_source(config, held_out=True, adaptive_only=True)
-    assert isinstance(model, predict.Segmenter)  # Note: what stages 2 and 3 leave behind.
+    model, source = segmenter.load(workdir), sources.chat_source(config, held_out=True, adaptive_only=True)
+    assert isinstance(model, segmenter.Segmenter)  # Note: what stages 2 and 3 leave behind.
     samples = []
     for index in range(min(count, len(source))):
         record = source[index]
@@ -130,7 +132,7 @@ def _sample(
     prediction: np.ndarray,
     text: str,
     codes: list[int],
-    model: predict.TokenizerModel,
+    model: TokenizerModel,
 ) -> report.ReportSample:
     union = np.sum(target | prediction)
     return report.ReportSample(

@@ -269,7 +269,9 @@ class _Saver:
 
     def __init__(self, config: ExperimentConfig, checkpointer: runs.Checkpointer, iterator: prefetch.Ahead):
         self._config, self._checkpointer, self._iterator = config, checkpointer, iterator
-        data = {"system": config.data.system}
+        data: dict[str, Any] = {"system": config.data.system}
+        if config.data.source == "scenes":
+            data["box_step"] = config.data.scene_chats.box_step
         self._meta = {"stage": config.stage, "model": to_dict(config.model), "data": data}
         self._meta |= loading.adapter_meta(config)
 

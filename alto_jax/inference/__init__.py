@@ -1,0 +1,1 @@
+"""Checkpoints in use: what `alto_jax.load` gives, its calls, and their results."""

@@ -1,0 +1,100 @@
+"""The mask tokenizer of a checkpoint: mask → codes → mask."""
+
+import numbers
+from typing import Any
+
+import jax
+import numpy as np
+
+from alto_jax import layers, metrics
+from alto_jax.data import images, transforms
+from alto_jax.tokenizer.alto import ALTo
+
+_MAX_SIDE = 1 << 14  # of a mask that codes are decoded to
+
+
+class TokenizerModel:
+    """A mask tokenizer from a checkpoint: `encode` and `decode`."""
+
+    def __init__(self, cfg: Any, params: dict, directory: str):
+        self.cfg, self.params, self.directory = cfg, params, directory
+        self._functions: dict = {}
+
+    def method(self, name: str) -> Any:
+        """A method of the tokenizer as a function of (parameters, *arguments), compiled once per shape."""
+        if name not in self._functions:
+            model, precision = ALTo(self.cfg.tokenizer), self.cfg.matmul_precision
+
+            @jax.jit
+            def run(params: dict, *args: Any) -> Any:
+                with layers.told_precision(precision):
+                    return model.apply({"params": params}, *args, method=name)
+
+            self._functions[name] = run
+        return self._functions[name]
+
+    def encode(self, mask: np.ndarray, length: str | int = "adaptive") -> list[int]:
+        """Codes of a mask.
+
+        Args:
+          mask: bool or uint8[H, W], not zero in the mask; any size.
+          length: "adaptive" (the predictor's), "full", or a number of leading codes.
+
+        Raises:
+          ValueError: an empty mask, or a length out of range.
+        """
+        tokenizer = self.cfg.tokenizer
+        mask = np.asarray(mask)
+        if mask.ndim != 2:
+            raise ValueError(f"mask: expected an array [H, W], got shape {mask.shape}")
+        if not mask.any():
+            raise ValueError("mask: it is empty, there is nothing to encode")
+        count = token_count(length, tokenizer.num_latent_tokens)
+        small = transforms.soft_mask((mask > 0).astype(np.uint8) * 255, tokenizer.mask_size)
+        codes, predicted = self.method("tokenize")(self.params["tokenizer"], small[None])
+        return np.asarray(codes)[0, : int(predicted[0]) if count is None else count].tolist()
+
+    def decode(self, codes: list[int], size: tuple[int, int], image: Any = None) -> np.ndarray:
+        """The mask bool[H, W] of `size` that codes stand for.
+
+        Args:
+          codes: 1..L codes.
+          size: (height, width) of the result.
+          image: uint8[H, W, 3], a file or a Pillow image (these two are turned upright); its features sharpen the
+            mask; None: none.
+
+        Raises:
+          ValueError: too many or too few codes, or one out of range.
+        """
+        tokenizer = self.cfg.tokenizer
+        if not 1 <= len(codes) <= tokenizer.num_latent_tokens:
+            raise ValueError(f"codes: expected 1..{tokenizer.num_latent_tokens} codes, got {len(codes)}")
+        bad = [c for c in codes if not is_whole(c, 0, tokenizer.codebook_size - 1)]
+        if bad:
+            raise ValueError(f"codes: expected values in 0..{tokenizer.codebook_size - 1}, got {bad[0]!r}")
+        if len(size) != 2 or not all(is_whole(side, 1, _MAX_SIDE) for side in size):
+            raise ValueError(f"size: expected height and width in 1..{_MAX_SIDE}, got {size!r}")
+        params = self.params["tokenizer"]
+        features = None
+        if image is not None and tokenizer.sam is not None:
+            pixels = transforms.squash(images.as_array(image), tokenizer.image_size)[None]
+            features = self.method("image_features")(params, pixels)
+        padded = np.zeros((1, tokenizer.num_latent_tokens), np.int32)
+        padded[0, : len(codes)] = codes
+        logits = self.method("decode_codes")(params, padded, np.array([len(codes)], np.int32), features)[0]
+        probability = metrics.resize_probability(np.asarray(jax.nn.sigmoid(logits)), *size)
+        return probability > 0.5
+
+
+def is_whole(value: Any, low: int, high: int) -> bool:
+    """Whether a value is an integer of any type (NumPy's too, but no bool) in low..high."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= int(value) <= high
+
+
+def token_count(length: Any, num_tokens: int) -> int | None:
+    """Number of mask tokens of "full" or an integer of any type; None for "adaptive"."""
+    if isinstance(length, str) and length in ("adaptive", "full"):
+        return None if length == "adaptive" else num_tokens
+    if is_whole(length, 1, num_tokens):
+        return int(length)
+    raise ValueError(f"length: expected 'adaptive', 'full' or a whole number in 1..{num_tokens}, got {length!r}")
