@@ -29,7 +29,7 @@ from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM, segment
 from alto_jax.mllm.generate import GenerateConfig, bucket_length
 
-_AT_ONCE = (1, 2, 4, 8, 12, 16, 24, 32)  # requests about an image; few numbers are ever compiled
+_AT_ONCE = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32)  # requests about an image; few numbers are ever compiled
 
 
 @dataclasses.dataclass(frozen=True)

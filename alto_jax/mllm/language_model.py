@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from alto_jax import layers
 from alto_jax.config import require
-from alto_jax.parallel.sharding import constrain
+from alto_jax.parallel.sharding import constrain, gather_params
 
 Array = jax.Array
 INIT = nn.initializers.normal(0.02)
@@ -273,15 +273,25 @@ class DecoderBlock(nn.Module):
 
 
 def for_inference(cfg: LanguageModelConfig, params: dict) -> dict:
-    """The parameters as a loop of tokens wants them: in the type that is computed in, each layer's as whole arrays.
+    """The parameters as a loop of tokens wants them: in the type that is computed in, each layer's as whole arrays, and
+    gathered over fsdp once instead of for every token.
 
     Changes no number: every use casts to that type. Applied to what it returned it does nothing.
     """
     params = jax.tree.map(lambda a: a.astype(cfg.dtype), params)
-    stacked = params["blocks"]["layers"]
-    if isinstance(stacked, tuple):
-        return params
-    return {**params, "blocks": {"layers": layers.unstacked(stacked, cfg.num_layers)}}
+    # Note: a row of the embedding is moved more cheaply than the table, unless that is the head, too.
+    apart = () if cfg.tie_embeddings else ("embed",)
+    gathered = gather_params({n: v for n, v in params.items() if n not in apart}, "language_model")
+    stacked = gathered["blocks"]["layers"]
+    if not isinstance(stacked, tuple):
+        stacked = layers.unstacked(stacked, cfg.num_layers)
+    return {**params, **gathered, "blocks": {"layers": stacked}}
+
+
+def with_whole_head(cfg: LanguageModelConfig, params: dict) -> dict:
+    """The parameters, with those of `LanguageModel.logits` gathered over fsdp: for a loop that calls it many times."""
+    name = "embed" if cfg.tie_embeddings else "head"
+    return {**params, **gather_params({name: params[name]}, "language_model")}
 
 
 class LanguageModel(nn.Module):

@@ -307,6 +307,25 @@ def constrain(x: jax.Array, *names: str | None | EllipsisType) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, cast(tuple[str | None, ...], names), mesh))
 
 
+def gather_params(tree: Any, path: str) -> Any:
+    """Parameters gathered over fsdp, so that what is left is the split over tensor. Does nothing outside of `on_mesh`.
+
+    Args:
+      tree: of arrays; those of one layer, taken out of a stack, are known by the same rules.
+      path: of the tree among all parameters, by which the rules know them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree
+
+    def gather(key: Any, leaf: jax.Array) -> jax.Array:
+        spec = param_spec(f"{path}/{param_path(key)}", leaf.shape, mesh)
+        kept = [tuple(axis for axis in _axes(entry) if axis == "tensor") or None for entry in spec]
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*kept))
+
+    return jax.tree_util.tree_map_with_path(gather, tree)
+
+
 def batch_share(mesh: Any, process: int | None = None) -> BatchShare:
     """The part of every batch that lies on the devices of a process (None: this one), by `batch_spec`."""
     process = jax.process_index() if process is None else process

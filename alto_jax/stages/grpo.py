@@ -21,6 +21,7 @@ from alto_jax.lora import adapters
 from alto_jax.losses import grpo as grpo_losses
 from alto_jax.losses import tokens as token_losses
 from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, init_params, segment
+from alto_jax.mllm.language_model import with_whole_head
 from alto_jax.stages import rollout_log
 from alto_jax.stages.sft import make_evaluate
 from alto_jax.stages.stage import Stage
@@ -161,8 +162,11 @@ def completion_logps(
     hidden, _ = apply(inputs, positions, None, prefix=prefix, prefix_mask=prompt_mask, method="hidden")
     hidden = jnp.concatenate([first, hidden.reshape(batch_size, group, length - 1, -1)], axis=2)
 
+    language = with_whole_head(cfg.need_language_model(), params["language_model"])
+    whole = {**params, "language_model": language}
+
     def score(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits = apply(part[0], method="logits")
+        logits = apply_module(model, whole, part[0], method="logits")
         return token_losses.token_log_probs(logits, part[1]), jax.lax.stop_gradient(token_losses.token_entropy(logits))
 
     if at_once == 0 or at_once >= length:
