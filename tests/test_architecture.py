@@ -10,8 +10,8 @@ from tests.conftest import ROOT
 
 # From the top; the README's tree has the same order. A room is a folder or a file of alto_jax/.
 ROOMS = (
-    "__init__", "plan", "main", "quickstart", "tokenize", "predict", "inference", "evaluate", "train", "stages",
-    "experiment", "data", "checkpoint", "lora", "report", "figures", "losses", "rewards", "metrics", "mllm",
+    "__init__", "plan", "main", "quickstart", "demo", "tokenize", "predict", "inference", "evaluate", "train",
+    "stages", "experiment", "data", "checkpoint", "lora", "report", "figures", "losses", "rewards", "metrics", "mllm",
     "tokenizer", "layers", "batch", "params", "cli", "parallel", "config",
 )  # fmt: skip
 # A room's command stands above the rooms: it may ask any of them.

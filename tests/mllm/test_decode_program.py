@@ -14,16 +14,14 @@ from alto_jax.mllm.language_model import for_inference
 from alto_jax.plan.hlo import computations_of
 from tests.mllm.test_cache import BATCH, MODEL, SPECIAL, setting
 
-_RESULT = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(")
-_MOVES = {"copy", "dynamic-slice", "slice", "transpose", "convert", "gather"}
+_RESULT = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(")
+_MOVES = frozenset({"copy", "dynamic-slice", "slice", "transpose", "convert", "gather"})
 
 
-def moved_in_loops(text: str, at_least: int) -> list[str]:
-    """Instructions in loops, and in what these call, that only move arrays of at least so many elements."""
+def lines_in_loops(text: str) -> list[str]:
+    """The instructions of loops, and of what these call."""
     computations, _ = computations_of(text)
-    called = lambda lines: {
-        name for line in lines for name in re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", line)
-    }
+    called = lambda lines: re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", "\n".join(lines))
     waiting = [name for lines in computations.values() for name in re.findall(r"\bbody=%?([\w.\-]+)", "\n".join(lines))]
     assert waiting, "a program without a loop"
     inside: set[str] = set()
@@ -32,12 +30,16 @@ def moved_in_loops(text: str, at_least: int) -> list[str]:
         if name not in inside:
             inside.add(name)
             waiting += called(computations[name])
+    return [line.strip() for name in inside for line in computations[name]]
+
+
+def moved_in_loops(text: str, at_least: int, kinds: frozenset = _MOVES) -> list[str]:
+    """Instructions of some kinds in loops, by default those that only move, whose result has so many elements."""
     found = []
-    for name in inside:
-        for line in computations[name]:
-            result = _RESULT.match(line)
-            if result and result[3] in _MOVES and np.prod([int(d) for d in result[2].split(",") if d]) >= at_least:
-                found.append(line.strip())
+    for line in lines_in_loops(text):
+        result = _RESULT.match(line)
+        if result and result[3] in kinds and np.prod([int(d) for d in result[2].split(",") if d]) >= at_least:
+            found.append(line)
     return found
 
 

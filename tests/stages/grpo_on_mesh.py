@@ -14,8 +14,12 @@ import numpy as np
 
 from alto_jax.batch import PromptBatch
 from alto_jax.losses.grpo import GrpoLossConfig, grpo_loss
+from alto_jax.mllm import generate as generation
 from alto_jax.mllm.alto_llm import ALToLLM, init_params
+from alto_jax.mllm.generate import GenerateConfig
+from alto_jax.mllm.language_model import LanguageModel
 from alto_jax.parallel import sharding
+from tests.mllm.test_decode_program import moved_in_loops
 from tests.stages import test_grpo as case
 
 BATCH, GROUP, PROMPT, LENGTH = 8, 3, 7, 6
@@ -30,6 +34,19 @@ def slope(logps, old, reference, advantages, mask, cfg):
 def main() -> None:
     mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
     print(json.dumps(sharding.on_mesh(mesh, compare)(mesh)))
+
+
+def gathered_in_loop(params: dict, batch: PromptBatch) -> list[str]:
+    """Collectives of a weight's size in the loop of tokens; the weights are split over fsdp and tensor."""
+    model, cfg = LanguageModel(case.CONFIG.need_language_model()), GenerateConfig(max_new_tokens=5, temperature=1.0)
+    rows = len(batch.prompt_ids)
+    embedded = jnp.zeros((*batch.prompt_ids.shape, model.cfg.embed_dim))
+    start, keys = (jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32)), jax.random.split(jax.random.key(0), rows)
+    args = params, embedded, batch.prompt_mask, start, cfg.controls(), keys
+    lowered = generation._generate.lower(model, cfg.static(), case.SPECIAL, GROUP, *args)
+    kinds = frozenset({"all-gather", "all-gather-start", "all-to-all", "collective-permute"})
+    # Of the smallest kernel, as the mesh's tensor axis leaves it; rows of the batch and of the embedding are smaller.
+    return moved_in_loops(lowered.compile().as_text(), 32 * 2 * 1 * 8, kinds)
 
 
 def compare(mesh: jax.sharding.Mesh) -> dict:
@@ -75,6 +92,7 @@ def compare(mesh: jax.sharding.Mesh) -> dict:
         gradients[objective] = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
     split = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(params["language_model"]))
     return {
+        "gathered_in_loop": gathered_in_loop(params["language_model"], batch),
         "devices": jax.device_count(),
         "images_per_device": batch.image.addressable_shards[0].data.shape[0],
         "split_parameters": split,

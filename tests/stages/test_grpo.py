@@ -176,7 +176,7 @@ def test_packed_equals_naive_on_a_mesh(monkeypatch):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["devices"] == 8 and found["images_per_device"] == 2 and found["split_parameters"] > 5
-    assert found["logps"] < 1e-5
+    assert found["logps"] < 1e-5 and found["gathered_in_loop"] == []
     assert set(found["gradients"]) == {"paper", "reference", "dr_grpo", "dapo", "gspo"}
     assert max(found["gradients"].values()) < 1e-4
 

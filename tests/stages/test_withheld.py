@@ -20,19 +20,20 @@ def setup(share):
     config = make_experiment(plain)
     stage = make_stage(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     batch = next(iter(sources.held_out_masks(config)))
-    return stage, stage.init(jax.random.key(0)), batch
+    return stage, jax.jit(stage.init)(jax.random.key(0)), batch
 
 
 def gradients(share):
     stage, params, batch = setup(share)
     drawn = stage.draw(jax.random.key(1), len(batch.mask))
-    grads = jax.grad(lambda p: stage.loss_fn(p, batch, drawn, jnp.int32(5))[0])(params)
+    grads = jax.jit(jax.grad(lambda p: stage.loss_fn(p, batch, drawn, jnp.int32(5))[0]))(params)
     largest = lambda tree: max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
     return largest(grads["tokenizer"]["sam_encoder"]), largest(grads["tokenizer"]["decoder"])
 
 
 def test_what_is_withheld_teaches_nothing():
-    assert gradients(1.0)[0] == 0 < gradients(1.0)[1]
+    sam, decoder = gradients(1.0)
+    assert sam == 0 < decoder
     assert min(gradients(0.0)) > 0
 
 

@@ -1,0 +1,132 @@
+"""What the page shows, without the page: answers as frames, boxes from clicks, files to take away."""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import json
+import pathlib
+import re
+
+import numpy as np
+from PIL import Image
+
+from alto_jax import report
+from alto_jax.data.composition import ScenesConfig
+from alto_jax.data.scenes import ChatConfig, SceneChats
+from alto_jax.evaluate.scene_answers import KINDS
+from alto_jax.inference.prediction import Prediction
+from alto_jax.inference.segmenter import Segmenter
+from alto_jax.mllm import text
+
+MAX_SIDE = 4096
+_BOX_COLOR = (255, 196, 0)
+_BOX = re.compile(r"\(?\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*\)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """One moment of an answer: picture uint8[H, W, 3] with the mask so far, words, and at the end the answer."""
+
+    picture: np.ndarray
+    words: str
+    answer: Prediction | None = None
+
+
+def examples(count: int = 6) -> list[tuple[np.ndarray, str]]:
+    """Built-in pictures that training never showed, uint8[H, W, 3] each, with a phrase that names something in them."""
+    scene_options, chat_options = KINDS["names"]
+    source = SceneChats(ScenesConfig(**scene_options, split="validation", seed=3), ChatConfig(**chat_options))
+    found = []
+    for index in range(count):
+        record = source[index]
+        phrase = text.find_reference(record["conversations"][0]["value"])
+        assert phrase is not None  # Note: every one of these records asks for a mask.
+        found.append((record["image"], phrase.removeprefix(text.REF).removesuffix(text.REF_END)))
+    return found
+
+
+def parse_boxes(written: str) -> list[tuple[float, float, float, float]]:
+    """Boxes "x1,y1,x2,y2; …" in pixels.
+
+    Raises:
+      ValueError: something else is written.
+    """
+    found = []
+    for part in filter(str.strip, written.split(";")):
+        match = _BOX.fullmatch(part.strip())
+        if match is None:
+            raise ValueError(f"boxes: expected x1,y1,x2,y2 in pixels, several with ; between, got {part.strip()!r}")
+        found.append(tuple(float(number) for number in match.groups()))
+    return found  # type: ignore[return-value]
+
+
+def add_corner(written: str, corner: tuple[int, int] | None, at: tuple[int, int]) -> tuple[str, tuple[int, int] | None]:
+    """A click at (x, y): the first of a box is kept as its corner, the second writes the box behind the others."""
+    if corner is None:
+        return written, at
+    (x1, x2), (y1, y2) = sorted((corner[0], at[0])), sorted((corner[1], at[1]))
+    if x1 == x2 or y1 == y2:
+        return written, at
+    return "; ".join([*filter(None, [written.strip().rstrip(";")]), f"{x1},{y1},{x2},{y2}"]), None
+
+
+def draw_boxes(image: np.ndarray, boxes: Sequence[Sequence[float]]) -> np.ndarray:
+    """The image uint8[H, W, 3] with the outlines of boxes (x1, y1, x2, y2)."""
+    drawn, (height, width) = image.copy(), image.shape[:2]
+    thick = max(1, round(max(height, width) / 200))
+    for x1, y1, x2, y2 in boxes:
+        left, right = int(np.clip(x1, 0, width - 1)), int(np.clip(x2, 1, width))
+        top, bottom = int(np.clip(y1, 0, height - 1)), int(np.clip(y2, 1, height))
+        box = drawn[top:bottom, left:right]
+        for side in (box[:thick], box[-thick:], box[:, :thick], box[:, -thick:]):
+            side[:] = _BOX_COLOR
+    return drawn
+
+
+def answer(
+    model: Segmenter, image: np.ndarray | None, phrase: str, written: str, *, length: str | int, end_bias: float
+) -> Iterator[Frame]:
+    """The mask as it grows, a frame a token; the last frame holds the answer.
+
+    Args:
+      model: answers.
+      image: uint8[H, W, 3], or None: none was given.
+      phrase: what to segment; not used if boxes are `written`.
+      written: as `parse_boxes` takes it.
+      length, end_bias: as of `Segmenter.segment`.
+
+    Raises:
+      ValueError: what is missing or wrong, in words for who asks.
+    """
+    if image is None:
+        raise ValueError("Choose a picture first.")
+    if max(image.shape[:2]) > MAX_SIDE:
+        raise ValueError(
+            f"The picture is {image.shape[1]} x {image.shape[0]} pixels; {MAX_SIDE} are the most on a side."
+        )
+    boxes = parse_boxes(written)
+    if not boxes and not any(c.isalnum() for c in phrase):
+        raise ValueError("Say what to segment, or draw a box: click two of its corners.")
+    encoded = model.encode_image(image)
+    asked = {"boxes": boxes} if boxes else {"text": phrase}
+    found = model.segment(encoded, **asked, length=length, end_bias=end_bias)
+    shown, before = draw_boxes(image, boxes), np.zeros(image.shape[:2], bool)
+    masks = model.growth(encoded, found)
+    for count, mask in enumerate(masks, 1):
+        changed = float((mask != before).mean())
+        words = f"token {count} of {found.length} (code {found.codes[count - 1]}): {changed:.1%} of the pixels changed"
+        yield Frame(report.overlay(shown, mask), words)
+        before = mask
+    codes = " ".join(map(str, found.codes))
+    words = f"{found.length} tokens, score {found.score:.2f}, {found.seconds:.2f} s: codes {codes}"
+    if not found.mask.any():
+        words = f"The answer holds no mask: {found.text}" if not found.length else f"{words}. The mask is empty."
+    yield Frame(report.overlay(shown, found.mask), words, found)
+
+
+def save(folder: pathlib.Path, image: np.ndarray, found: Prediction) -> list[str]:
+    """Writes mask.png, overlay.png and answer.json (with the RLE) into the folder; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(found.mask.astype(np.uint8) * 255).save(folder / "mask.png")
+    Image.fromarray(found.overlay(image)).save(folder / "overlay.png")
+    (folder / "answer.json").write_text(json.dumps(found.to_json() | {"rle": found.rle}, indent=1) + "\n")
+    return [str(folder / name) for name in ("mask.png", "overlay.png", "answer.json")]
