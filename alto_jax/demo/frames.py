@@ -18,6 +18,7 @@ from alto_jax.inference.segmenter import Segmenter
 from alto_jax.mllm import text
 
 MAX_SIDE = 4096
+_LARGER = 3  # than the built-in pictures are: those of the page
 _BOX_COLOR = (255, 196, 0)
 _BOX = re.compile(r"\(?\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*\)?")
 
@@ -31,16 +32,25 @@ class Frame:
     answer: Prediction | None = None
 
 
-def examples(count: int = 6) -> list[tuple[np.ndarray, str]]:
-    """Built-in pictures that training never showed, uint8[H, W, 3] each, with a phrase that names something in them."""
+def examples(count: int = 6) -> list[tuple[np.ndarray, str, str]]:
+    """Built-in pictures that training never showed, uint8[H, W, 3] each, enlarged, with a request: in turn a box, as
+    `parse_boxes` takes it, and a phrase."""
     scene_options, chat_options = KINDS["names"]
     source = SceneChats(ScenesConfig(**scene_options, split="validation", seed=3), ChatConfig(**chat_options))
     found = []
     for index in range(count):
         record = source[index]
+        height, width = record["image"].shape[:2]
+        large = Image.fromarray(record["image"]).resize((_LARGER * width, _LARGER * height), Image.Resampling.BICUBIC)
+        image = np.asarray(large)
+        if index % 2 == 0:
+            across, down = (np.flatnonzero((record["masks"][0] > 0).any(axis)) for axis in (0, 1))
+            ends = np.array([across[0], down[0], across[-1] + 1, down[-1] + 1]) * _LARGER
+            found.append((image, "", ",".join(map(str, ends))))
+            continue
         phrase = text.find_reference(record["conversations"][0]["value"])
         assert phrase is not None  # Note: every one of these records asks for a mask.
-        found.append((record["image"], phrase.removeprefix(text.REF).removesuffix(text.REF_END)))
+        found.append((image, phrase.removeprefix(text.REF).removesuffix(text.REF_END), ""))
     return found
 
 

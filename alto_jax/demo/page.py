@@ -15,7 +15,7 @@ from alto_jax.inference.segmenter import Segmenter
 
 # Note: of the machine, so that a page without a network looks the same. Gradio reads this before it is imported.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+_HEIGHT = 360  # of a picture on the page, in pixels
 _INTRO = """# Masks of as many tokens as they need
 `{checkpoint}` · Choose or drop a picture, say what to segment or click two corners of a box, and watch the mask grow.
 """
@@ -66,30 +66,36 @@ def build(model: Segmenter, checkpoint: str) -> Any:
             "" if corner is None else f"First corner at {corner[0]}, {corner[1]}; click the other one.",
         )
 
-    theme = gr.themes.Default(**_FONTS)
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     with gr.Blocks(title="alto_jax", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(_INTRO.format(checkpoint=checkpoint))
         corner = gr.State(None)
         with gr.Row():
             with gr.Column():
                 image = gr.Image(label="Picture", type="numpy", image_mode="RGB", sources=["upload", "clipboard"],
-                                 elem_id="picture")  # fmt: skip
+                                 height=_HEIGHT, elem_id="picture")  # fmt: skip
                 phrase = gr.Textbox(label="Phrase", placeholder="the red apple", elem_id="phrase")
                 boxes = gr.Textbox(label="Boxes instead (pixels; or click two corners on the picture)",
                                    placeholder="12,30,55,80; 60,10,90,40", elem_id="boxes")  # fmt: skip
                 with gr.Row():
                     kind = gr.Radio(["adaptive", "exact"], value="adaptive", label="Length", elem_id="kind")
                     exact = gr.Slider(1, most, value=min(8, most), step=1, label="Exact tokens", elem_id="exact")
-                    bias = gr.Slider(-8, 8, value=0, step=0.5, label="END bias (> 0: shorter)", elem_id="bias")
+                    bias = gr.Slider(-8, 8, value=0, step=0.5, label="END bias", elem_id="bias")
                 with gr.Row():
                     go = gr.Button("Segment", variant="primary", elem_id="go")
                     clear = gr.Button("Clear boxes")
             with gr.Column():
-                shown = gr.Image(label="Mask, token by token", interactive=False, format="png", elem_id="shown")
+                shown = gr.Image(
+                    label="Mask, token by token", interactive=False, format="png", height=_HEIGHT, elem_id="shown"
+                )
                 words = gr.Textbox(label="Answer", lines=3, interactive=False, elem_id="words")
-                beside = gr.Image(label=f"All {most} tokens", interactive=False, format="png", elem_id="beside")
+                beside = gr.Image(
+                    label=f"All {most} tokens", interactive=False, format="png", height=_HEIGHT, elem_id="beside"
+                )
                 taken = gr.File(label="Mask, overlay, codes and RLE", file_count="multiple", elem_id="taken")
-        gr.Examples([list(example) for example in frames.examples()], inputs=[image, phrase], cache_examples=False)
+        gr.Examples(
+            [list(example) for example in frames.examples()], inputs=[image, phrase, boxes], cache_examples=False
+        )
         image.select(click, [image, boxes, corner], [boxes, corner, words])
         clear.click(lambda: ("", None), None, [boxes, corner])
         given = [image, phrase, boxes, kind, exact, bias]

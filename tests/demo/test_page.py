@@ -22,7 +22,8 @@ def model(debug_model):
 
 
 def test_frames_grow_to_the_answer(model, tmp_path):
-    image, phrase = frames.examples(2)[1]
+    (_, _, box), (image, phrase, _) = frames.examples(2)
+    assert phrase and len(frames.parse_boxes(box)) == 1
     *growing, last = frames.answer(model, image, phrase, "", length=4, end_bias=0.0)
     assert [re.match(r"token (\d) of 4 \(code \d+\): ", frame.words)[1] for frame in growing] == ["1", "2", "3", "4"]
     assert all(frame.answer is None for frame in growing) and last.answer.length == 4
@@ -98,9 +99,10 @@ def test_in_a_browser(model, tmp_path):
             expect(tab.get_by_text("Choose a picture first.")).to_be_visible()
             tab.locator("table tbody tr, .gallery button").first.click()
             expect(tab.locator("#picture img")).to_be_visible()
-            phrase = tab.locator("#phrase textarea")
-            expect(phrase).not_to_have_value("")
-            phrase.fill("the red apple")
+            expect(tab.locator("#boxes textarea")).to_have_value(re.compile(r"^\d+,\d+,\d+,\d+$"))
+            tab.get_by_role("button", name="Clear boxes").click()
+            expect(tab.locator("#boxes textarea")).to_have_value("")
+            tab.locator("#phrase textarea").fill("the red apple")
             tab.locator("#go").click()
             expect(words).to_have_value(
                 re.compile(r"^\d+ tokens, score .*IoU with the mask of all 8 tokens: ", re.DOTALL)
@@ -117,7 +119,7 @@ def test_in_a_browser(model, tmp_path):
                 expect(words).to_have_value(re.compile(rf"^{count} tokens, score "))
 
             shown = tab.locator("#picture img").bounding_box()
-            for across, down in ((0.3, 0.3), (0.7, 0.8)):
+            for across, down in ((0.4, 0.3), (0.6, 0.8)):
                 tab.locator("#picture img").click(position={"x": shown["width"] * across, "y": shown["height"] * down})
                 tab.wait_for_timeout(500)
             expect(tab.locator("#boxes textarea")).to_have_value(re.compile(r"^\d+,\d+,\d+,\d+$"))

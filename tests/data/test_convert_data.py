@@ -1,0 +1,187 @@
+"""What annotation tools write becomes records with the same masks; what is wrong is named and leaves nothing behind."""
+
+import json
+import re
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from alto_jax.config import ConfigError
+from alto_jax.data import convert, rle
+from alto_jax.data.conversations import Conversations
+from tests.conftest import run_python
+
+HEIGHT, WIDTH = 40, 60
+CAT, DOG = (slice(5, 20), slice(10, 30)), (slice(25, 35), slice(40, 55))  # rows, columns
+
+
+def mask(*boxes):
+    drawn = np.zeros((HEIGHT, WIDTH), bool)
+    for rows, columns in boxes:
+        drawn[rows, columns] = True
+    return drawn
+
+
+def corners(box):
+    (rows, columns) = box
+    return [columns.start, rows.start, columns.stop, rows.start, columns.stop, rows.stop, columns.start, rows.stop]
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)).save(
+            folder / f"{name}.png"
+        )
+    return folder
+
+
+def write_coco(folder):
+    """Image a: a cat and a dog; image b: two cats, one as run lengths, and a crowd that does not count."""
+    entries = [
+        {"image_id": 1, "category_id": 7, "segmentation": [corners(CAT)], "iscrowd": 0},
+        {"image_id": 1, "category_id": 9, "segmentation": [corners(DOG)], "iscrowd": 0},
+        {"image_id": 2, "category_id": 7, "segmentation": [corners(CAT)], "iscrowd": 0},
+        {"image_id": 2, "category_id": 7, "segmentation": rle.encode(mask(DOG)), "iscrowd": 0},
+        {"image_id": 2, "category_id": 7, "segmentation": rle.encode(mask((slice(0, 40), slice(0, 60)))), "iscrowd": 1},
+    ]
+    content = {
+        "images": [
+            {"id": i, "file_name": f"{n}.png", "height": HEIGHT, "width": WIDTH} for i, n in ((1, "a"), (2, "b"))
+        ],
+        "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}],
+        "annotations": entries,
+    }
+    (folder / "instances.json").write_text(json.dumps(content))
+    return ["coco", "--annotations", folder / "instances.json", "--images", folder / "images"]
+
+
+def write_labelme(folder):
+    shapes = {
+        "a": [{"label": "cat", "points": [[10, 5], [30, 20]], "shape_type": "rectangle"},
+              {"label": "dog", "points": np.reshape(corners(DOG), (-1, 2)).tolist(), "shape_type": "polygon"}],
+        "b": [{"label": "cat", "points": np.reshape(corners(box), (-1, 2)).tolist()} for box in (CAT, DOG)],
+    }  # fmt: skip
+    for name, found in shapes.items():
+        about = {"shapes": found, "imagePath": f"{name}.png", "imageHeight": HEIGHT, "imageWidth": WIDTH}
+        (folder / "images" / f"{name}.json").write_text(json.dumps(about))
+    return ["labelme", "--annotations", folder / "images"]
+
+
+def write_yolo(folder):
+    line = lambda kind, box: " ".join(
+        [str(kind), *map(str, (np.reshape(corners(box), (-1, 2)) / (WIDTH, HEIGHT)).reshape(-1))]
+    )
+    (folder / "labels").mkdir()
+    (folder / "labels" / "a.txt").write_text(f"{line(0, CAT)}\n{line(1, DOG)}\n")
+    (folder / "labels" / "b.txt").write_text(f"{line(0, CAT)}\n{line(0, DOG)}\n")
+    (folder / "data.yaml").write_text("names:\n  0: cat\n  1: dog\n")
+    return ["yolo", "--annotations", folder / "labels", "--images", folder / "images", "--names", folder / "data.yaml"]
+
+
+def write_cvat(folder):
+    points = lambda box: ";".join(f"{x},{y}" for x, y in np.reshape(corners(box), (-1, 2)))
+    part = np.zeros((10, 20), bool)
+    part[:, 5:] = True
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], part.reshape(-1), [not part.reshape(-1)[-1]]])))
+    runs = ",".join(map(str, np.diff(np.concatenate([[0], edges]))))
+    xml = f"""<annotations><image name="a.png" width="{WIDTH}" height="{HEIGHT}">
+      <box label="cat" xtl="10" ytl="5" xbr="30" ybr="20"/><polygon label="dog" points="{points(DOG)}"/></image>
+      <image name="b.png" width="{WIDTH}" height="{HEIGHT}"><polygon label="cat" points="{points(CAT)}"/>
+      <mask label="cat" rle="{runs}" left="35" top="25" width="20" height="10"/></image></annotations>"""
+    (folder / "annotations.xml").write_text(xml)
+    return ["cvat", "--annotations", folder / "annotations.xml", "--images", folder / "images"]
+
+
+@pytest.mark.parametrize("write", [write_coco, write_labelme, write_yolo, write_cvat])
+def test_masks_are_those_of_the_tool(write, images, tmp_path):
+    out = tmp_path / "out"
+    done = run_python("-m", "alto_jax.data.convert", *write(tmp_path), "--out", out)
+    assert done.returncode == 0 and "3 records" in done.stdout, done.stderr
+    source = Conversations(out / "meta.json")
+    assert len(source) == 3
+    found = {}
+    for index in range(3):
+        record = source[index]
+        phrase = record["conversations"][0]["value"].split("<ref>")[1].split("</ref>")[0]
+        found[record["image_name"].split(".")[0][-1], phrase] = record["masks"][0] > 127
+        assert record["image"].shape == (HEIGHT, WIDTH, 3)
+    assert found.keys() == {("a", "the cat"), ("a", "the dog"), ("b", "all cats")}
+    wanted = {("a", "the cat"): mask(CAT), ("a", "the dog"): mask(DOG), ("b", "all cats"): mask(CAT, DOG)}
+    for key, drawn in found.items():
+        # Polygons are filled by COCO's rule, LabelMe's corners are pixel centres: an edge of one pixel may differ.
+        assert (drawn & wanted[key]).sum() / (drawn | wanted[key]).sum() > 0.9, key
+
+
+def test_pairs_and_the_share_of_adaptive_requests(tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for i in range(60):
+        Image.fromarray(np.full((HEIGHT, WIDTH, 3), i, np.uint8)).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray(mask(CAT).astype(np.uint8) * 255).save(tmp_path / "masks" / f"{i}.png")
+    found = convert.read_pairs(tmp_path / "images", tmp_path / "masks", "the crack", "auto")
+    records, bad = convert.write(found, tmp_path / "out", adaptive=0.5, max_bad_fraction=0)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "data.jsonl").read_text().splitlines()]
+    adaptive = ["adaptive length" in line["conversations"][0]["value"] or "<TOK_1>" in line["conversations"][1]["value"]
+                for line in lines]  # fmt: skip
+    assert records == 60 and bad == [] and 15 < sum(adaptive) < 45
+    assert "<ref>the crack</ref>" in lines[0]["conversations"][0]["value"]
+    np.testing.assert_array_equal(Conversations(tmp_path / "out" / "meta.json")[0]["masks"][0] > 127, mask(CAT))
+
+
+def spoiled(folder, change):
+    arguments = write_coco(folder)
+    content = json.loads((folder / "instances.json").read_text())
+    change(content)
+    (folder / "instances.json").write_text(json.dumps(content))
+    return arguments
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c["images"][0].update(width=61), "a.png.*annotations are for 61x40 pixels"),
+        (lambda c: c["annotations"][0].update(category_id=8), "category 8: not among the categories"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3]]), "category 7: .*polygon"),
+        (lambda c: c["annotations"][0].pop("segmentation"), "category 7"),
+        (lambda c: c["images"][0].pop("file_name"), "expected an entry with file_name"),
+        (lambda c: c["images"][0].update(file_name="gone.png"), "gone.png"),
+        (lambda c: c.pop("annotations"), "expected COCO's lists"),
+    ],
+)
+def test_a_bad_entry_is_named(change, message, images, tmp_path):
+    arguments = [str(a) for a in spoiled(tmp_path, change)]
+    found = lambda: convert.read_coco(tmp_path / "instances.json", images)
+    with pytest.raises(ValueError, match=message):
+        convert.write(found(), tmp_path / "out", adaptive=0.5, max_bad_fraction=0.0)
+    assert not list((tmp_path / "out").rglob("*.*")), arguments
+    if "lists" not in message:
+        count, bad = convert.write(found(), tmp_path / "out", adaptive=0.5, max_bad_fraction=0.9)
+        assert count in (1, 2) and bad
+
+
+def test_wrong_requests_are_one_line(images, tmp_path):
+    both = ["--images", images, "--annotations", images]
+    refused = [
+        (["coco", "--images", images], "--annotations is required for coco"),
+        (["coco", *both], "no such file"),
+        (
+            ["yolo", "--images", images, "--annotations", images, "--names", tmp_path / "x.txt"],
+            "--names=.*expected class",
+        ),
+        (
+            ["pairs", "--images", images, "--masks", images, "--label", "x", "--adaptive", "2"],
+            "--adaptive=2.0: expected 0..1",
+        ),
+        (["labelme", "--annotations", images], "no entries were found"),
+    ]
+    for arguments, message in refused:
+        done = run_python("-m", "alto_jax.data.convert", *arguments, "--out", tmp_path / "out")
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert re.search(message, done.stderr), done.stderr
+    with pytest.raises(ConfigError, match="holds no names"):
+        (tmp_path / "empty.txt").write_text("\n")
+        convert._names(str(tmp_path / "empty.txt"))
