@@ -7,6 +7,7 @@ import threading
 import warnings
 
 import numpy as np
+import PIL
 from PIL import Image, features
 import pytest
 
@@ -48,6 +49,8 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
         return
     path = tmp_path / kinds.get(mode, "a.png")
     stored.convert("LA" if mode == "PA" else mode).save(path)
+    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow before 13 does not read the YCbCr TIFF that it writes")
     image = images.open_image(path)
     assert image.shape == (20, 30, 3) and image.dtype == np.uint8
     np.testing.assert_array_equal(image, np.asarray(stored.convert("LA").convert("RGB")) if mode == "PA" else expected)

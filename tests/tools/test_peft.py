@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import alto_jax
-from alto_jax.checkpoint import rows
+from alto_jax.checkpoint import loading, rows
 from alto_jax.config import to_dict
 from tests.tools.torch_checkpoints import exported_headers, language, synthetic, tiny_mllm, tiny_state, write_source
 from tests.tools.user_checkpoints import ADDED, NEW, hf_config, hf_state, peft_adapter, qwen2_tokenizer
@@ -203,7 +202,9 @@ def test_adapter_becomes_a_run_of_adapters(family, tmp_path):
         tmp_path / "torch" / "model.safetensors",
     )
     assert main(["import", str(tmp_path / "torch"), str(tmp_path / "merged")]) == 0
-    ours, expected, base = (rules.flatten(alto_jax.load(tmp_path / name).params) for name in ("run", "merged", "base"))
+    ours, expected, base = (
+        rules.flatten(loading.load_model(tmp_path / name).params) for name in ("run", "merged", "base")
+    )
     assert ours.keys() == expected.keys()
     for path, array in expected.items():
         np.testing.assert_allclose(ours[path], array, rtol=1e-5, atol=2e-5, err_msg=path)
