@@ -18,8 +18,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+# What takes minutes comes first, in this order, so that two workers end together.
+LONG = ("test_loop.py", "test_caches.py", "test_several_processes.py", "test_grpo.py", "test_distributed.py",
+        "test_adapters.py", "test_tour.py", "test_mixture.py", "test_processes.py", "test_runner.py",
+        "test_bad_files.py")  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
-    """Marks the tests of files that read recorded arrays: `pytest -m golden`, see docs/numerics.md."""
+    """Marks the tests of files that read recorded arrays: `pytest -m golden`, see docs/numerics.md; long ones first."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for item in items:
         if getattr(item, "module", None) is not None and hasattr(item.module, "golden"):
             item.add_marker(pytest.mark.golden)

@@ -139,7 +139,9 @@ def _sft(config: ExperimentConfig, count: _Counter, length: int) -> StepFlops:
     labels = _times(_encoder(cfg) + _length(cfg), masks if config.stage == "stage2" else 0)
     chain = _vision(model) + [_language(model, length, length * length)]
     mask_loss = config.sft.mask_loss_weight > 0
-    chain.append(_head(heads + masks * cfg.num_latent_tokens * mask_loss))
+    # Note: the mask loss asks for the logits of codes alone.
+    share = cfg.codebook_size / model.need_language_model().vocab_size
+    chain.append(_head(heads + masks * cfg.num_latent_tokens * share * mask_loss))
     forward, backward = count.forward(labels + chain), count.backward(chain)
     if mask_loss:
         features, mapper, decode = _sam(cfg), _times(_mapper(cfg), masks), _times(_decoder(cfg), masks)

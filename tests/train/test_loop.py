@@ -122,5 +122,5 @@ def test_stages_inherit_and_freeze(quickstart):
 def test_kills_at_random_moments(tmp_path):
     """The short version of benchmarks/reliability.py."""
     phases = ("compile", "step")  # the others may be over before they are seen, in so short a run
-    attempts, different = reliability.prove(tmp_path, kills=2, number=1, seed=5, steps=30, phases=phases)
-    assert sum(a.was_killed for a in attempts) == 2 and different == []
+    attempts, different = reliability.prove(tmp_path, kills=1, number=1, seed=5, steps=30, phases=phases)
+    assert sum(a.was_killed for a in attempts) == 1 and different == []
