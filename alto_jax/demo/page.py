@@ -99,9 +99,11 @@ def build(model: Segmenter, checkpoint: str) -> Any:
         image.select(click, [image, boxes, corner], [boxes, corner, words])
         clear.click(lambda: ("", None), None, [boxes, corner])
         given = [image, phrase, boxes, kind, exact, bias]
+        # What is asked while an answer grows is answered after it, not dropped.
         gr.on(
-            [go.click, phrase.submit, boxes.submit], ask, given, [shown, words, beside, taken], show_progress="hidden"
-        )
+            [go.click, phrase.submit, boxes.submit], ask, given, [shown, words, beside, taken], show_progress="hidden",
+            trigger_mode="always_last",
+        )  # fmt: skip
     page.alto_theme = theme
     return page
 
