@@ -13,6 +13,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from alto_jax.attention.seam import EVERYTHING, Mask, attention
 from alto_jax.parallel.sharding import constrain
 
 Array = jax.Array
@@ -88,36 +89,23 @@ def gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, bias: Array | None = None) -> Array:
-    """Scaled dot-product attention with a float32 softmax; grouped queries where K < N.
-
-    Args:
-      q: [B, T, N, Hd]; k, v: [B, S, K, Hd], N a multiple of K (query head n uses key head n // (N/K)).
-      mask: bool, broadcastable to [B, N, T, S], True = may attend.
-      bias: broadcastable to [B, N, T, S], added to the scaled scores.
-
-    Returns:
-      [B, T, N, Hd] in q's dtype.
-    """
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, bias=bias)
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention of the vision transformers, with one packed q/k/v projection.
 
     `qk_norm_eps`: if set, RMSNorm over the full width of q and of k before the heads are split
-    (InternViT-6B).
+    (InternViT-6B). `attention`: one of `attention.seam.IMPLEMENTATIONS`.
     """
 
     num_heads: int
     qkv_bias: bool = True
     qk_norm_eps: float | None = None
+    attention: str = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     kernel_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+    def __call__(self, x: Array, mask: Mask = EVERYTHING) -> Array:
         width = x.shape[-1]
         head_dim = width // self.num_heads
         qkv = nn.DenseGeneral(
@@ -134,7 +122,7 @@ class SelfAttention(nn.Module):
                 return RMSNorm(eps, self.dtype, self.param_dtype, name=name)(flat).reshape(y.shape)
 
             q, k = normalise(q, "q_norm"), normalise(k, "k_norm")
-        out = attention(q, k, v, mask=mask)
+        out = attention(q, k, v, mask=mask, implementation=self.attention)
         return nn.DenseGeneral(
             width,
             axis=(-2, -1),
@@ -182,7 +170,7 @@ class ViTBlock(nn.Module):
     """Pre-norm transformer block: `x += ls1 * attn(norm1(x)); x += ls2 * mlp(norm2(x))`.
 
     `layer_scale`: initial value of the learned ls1, ls2 (None leaves them out). `rms_norm` chooses
-    RMSNorm instead of LayerNorm. Called with x [B, T, D], an attention mask (or None) and
+    RMSNorm instead of LayerNorm. `attention`: see `SelfAttention`. Called with x [B, T, D], a `Mask` and
     `drop_path` float[2, B] (or None): factors of the two branches, 0 or 1/keep. Returns (x, None), as
     `Stack` wants it.
     """
@@ -194,12 +182,13 @@ class ViTBlock(nn.Module):
     qkv_bias: bool = True
     qk_norm: bool = False
     layer_scale: float | None = None
+    attention: str = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     kernel_init: Callable = nn.initializers.lecun_normal()
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None, drop_path: Array | None = None) -> tuple[Array, None]:
+    def __call__(self, x: Array, mask: Mask = EVERYTHING, drop_path: Array | None = None) -> tuple[Array, None]:
         types: dict[str, Any] = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
         def norm(name: str) -> nn.Module:
@@ -216,8 +205,8 @@ class ViTBlock(nn.Module):
             return constrain(x + branch, "batch", ...)
 
         attn = SelfAttention(
-            self.num_heads, self.qkv_bias, self.norm_eps if self.qk_norm else None, kernel_init=self.kernel_init,
-            name="attn", **types,
+            self.num_heads, self.qkv_bias, self.norm_eps if self.qk_norm else None, self.attention,
+            kernel_init=self.kernel_init, name="attn", **types,
         )  # fmt: skip
         x = residual(x, attn(norm("norm1")(x), mask), 0)
         x = residual(x, Mlp(self.mlp_dim, kernel_init=self.kernel_init, name="mlp", **types)(norm("norm2")(x)), 1)

@@ -25,7 +25,7 @@ SAM_SIZES = {
 NUM_CODES = 1024
 NUM_SPECIAL = 11  # <img> … </box>, <ALTo_Start>, <ALTo_End>
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
-DEMO_SIZES = ("debug", "tiny")
+DEMO_SIZES = ("debug", "tiny", "small")
 
 
 def internvit(size: str = "300m") -> dict:
@@ -48,7 +48,8 @@ def language_model(size: str, num_codes: int = NUM_CODES) -> dict:
 
 
 def tokenizer(size: str = "base") -> dict:
-    """The mask tokenizer: "base" is the paper's (TiTok-L-32 with SAM ViT-L); "tiny" and "debug" train on a laptop.
+    """The mask tokenizer: "base" is the paper's (TiTok-L-32 with SAM ViT-L); "small" trains in minutes on a GPU, "tiny"
+    and "debug" on a laptop.
 
     The small sizes are trained from scratch and use the corrected forms; the paper's keeps the forms that
     the published weights need (README, "Differences from the reference").
@@ -67,14 +68,19 @@ def tokenizer(size: str = "base") -> dict:
                               "out_patch": 4, "legacy_shortcut": False},
             **corrected,
         }  # fmt: skip
-    vit = {"embed_dim": 128, "num_layers": 2, "num_heads": 2}
+    if size == "small":
+        encoder = {"embed_dim": 192, "num_layers": 3, "num_heads": 3}
+        sam = {"embed_dim": 128, "depth": 4, "num_heads": 2, "global_attn_indexes": [1, 3], "out_channels": 128}
+    else:
+        encoder = {"embed_dim": 128, "num_layers": 2, "num_heads": 2}
+        sam = {"embed_dim": 96, "depth": 2, "num_heads": 2, "global_attn_indexes": [1], "out_channels": 96}
     return {
         "mask_size": 64, "patch_size": 8, "num_latent_tokens": 32, "codebook_size": 512, "token_size": 12,
-        "encoder": vit, "decoder": {**vit, "num_layers": 3},
-        "sam": {"image_size": 128, "patch_size": 16, "embed_dim": 96, "depth": 2, "num_heads": 2,
-                "global_attn_indexes": [1], "window_size": 4, "out_channels": 96},
-        "pixel_decoder": {"z_channels": 96, "hidden_channels": 64, "channel_mult": [1], "num_res_blocks": 1,
-                          "num_groups": 8, "out_channels": 1, "out_patch": 8, "legacy_shortcut": False},
+        "encoder": encoder, "decoder": {**encoder, "num_layers": encoder["num_layers"] + 1},
+        "sam": {"image_size": 128, "patch_size": 16, "window_size": 4, **sam},
+        "pixel_decoder": {"z_channels": sam["out_channels"], "hidden_channels": 64, "channel_mult": [1],
+                          "num_res_blocks": 1, "num_groups": 8, "out_channels": 1, "out_patch": 8,
+                          "legacy_shortcut": False},
         **corrected,
     }  # fmt: skip
 
@@ -97,6 +103,15 @@ def mllm(size: str) -> dict:
                        "mlp_dim": 768},
             "language_model": {"vocab_size": 1312, "embed_dim": 192, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
                                "mlp_dim": 512},
+            "pixel_input": "native",
+        }  # fmt: skip
+    if size == "small":
+        return {
+            "tokenizer": tokenizer("small"),
+            "vision": {"image_size": 128, "patch_size": 8, "embed_dim": 192, "num_layers": 6, "num_heads": 3,
+                       "mlp_dim": 768},
+            "language_model": {"vocab_size": 1312, "embed_dim": 256, "num_layers": 5, "num_heads": 4, "num_kv_heads": 2,
+                               "mlp_dim": 640},
             "pixel_input": "native",
         }  # fmt: skip
     return {

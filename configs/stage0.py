@@ -2,8 +2,8 @@
 
     python -m alto_jax.main --config=configs/stage0.py:tiny --workdir=runs/stage0
 
-The paper has no such stage: it begins with InternVL. Sizes: tiny (a laptop; part of what made alto-tiny), debug
-(seconds). Stage 2 then takes its mask tokenizer from another run:
+The paper has no such stage: it begins with InternVL. Sizes: tiny (a laptop), small (a GPU; part of what made
+alto-tiny), debug (seconds). Stage 2 then takes its mask tokenizer from another run:
     python -m alto_jax.main --config=configs/stage2.py:tiny --config.init_from=runs/stage0 \\
         --config.tokenizer_from=runs/stage1_5 --workdir=runs/stage2
 """
@@ -18,12 +18,14 @@ def get_config(size=None):
     size = common.check_size(size, SIZES, "stage0.py")
     config = stage2.get_config(size)
     config.stage = "stage0"
-    config.data.max_length = 160 if size == "tiny" else 320
+    config.data.max_length = 160 if size != "debug" else 320
     config.sft.mask_loss_weight = 0.0
-    if size == "tiny":
+    if size != "debug":
         config.optim.warmup_steps = 200
         # What has many words of answer for its question comes more often.
         kinds = ("map", "list", "list", "where", "where", "name", "place", "colour", "count", "exists")
         config.data.scene_lessons = {"kinds": kinds, "turns": 3, "map_fraction": 0.75}
         config.train.update({"steps": 2000, "log_every": 50, "checkpoint_every": 250})
+    if size == "small":
+        config.train.update({"steps": 6000, "log_every": 200, "checkpoint_every": 1000})
     return config

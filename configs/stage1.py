@@ -3,13 +3,13 @@
     python -m alto_jax.main --config=configs/stage1.py:tiny --workdir=runs/stage1
 
 Sizes: base (the paper's, from a converted TiTok + SAM start; not yet run), tiny (a laptop; measured as part
-of configs/quickstart.py, see there), debug (seconds). On SA-1B: --config.data.source=sa1b
+of configs/quickstart.py, see there), small (a GPU), debug (seconds). On SA-1B: --config.data.source=sa1b
 --config.data.root=DIR.
 """
 
 from configs import common
 
-SIZES = ("base", "tiny", "debug")
+SIZES = ("base", "tiny", "small", "debug")
 TRAINED = "^tokenizer/(encoder|quantizer|decoder)/"
 
 
@@ -47,4 +47,7 @@ def get_config(size=None):
         "length_loss_reaches_encoder": False,
         "withhold_image": 0.5,
     }
+    if size == "small":
+        config.train.update({"steps": 6000, "batch_size": 128, "log_every": 200, "checkpoint_every": 1000})
+        config.tokenizer.reseed_until = 5000
     return common.debug_run(config) if size == "debug" else config

@@ -2,7 +2,7 @@
 
     python -m alto_jax.main --config=configs/stage1_5.py:tiny --config.init_from=runs/stage1 --workdir=runs/stage1_5
 
-Sizes: base (the paper's; not yet run), tiny (a laptop; measured as part of configs/quickstart.py), debug.
+Sizes: base (the paper's; not yet run), tiny (a laptop; measured as part of configs/quickstart.py), small (a GPU), debug.
 """
 
 from configs import common, stage1
@@ -26,7 +26,7 @@ def get_config(size=None):
         config.tokenizer.loss.length = 0.03
         # The lengths are for a de-tokenizer that has the image.
         config.tokenizer.withhold_image = 0.0
-    if size == "tiny":
+    if size in ("tiny", "small"):
         config.optim.lr = 1e-3
         config.train.update({"steps": 600, "checkpoint_every": 300})
     return config

@@ -3,13 +3,13 @@
     python -m alto_jax.main --config=configs/stage2.py:tiny --config.init_from=runs/stage1_5 --workdir=runs/stage2
 
 Sizes: 8b (the paper's, from a converted InternVL2.5 + ALTo start; not yet run), 1b, 2b, 4b, 26b (the same
-family; not yet run), tiny (a laptop; measured as part of configs/quickstart.py), debug. On your own files:
---config.data.source=jsonl --config.data.meta=FILE.
+family; not yet run), tiny (a laptop; measured as part of configs/quickstart.py), small (a GPU), debug. On your
+own files: --config.data.source=jsonl --config.data.meta=FILE.
 """
 
 from configs import common
 
-SIZES = ("8b", "1b", "2b", "4b", "26b", "tiny", "debug")
+SIZES = ("8b", "1b", "2b", "4b", "26b", "tiny", "small", "debug")
 # Hugging Face's grouping: no decay for biases and layer norms; RMSNorm, layer scales and embeddings do decay.
 NO_DECAY = r"(/bias|^vision/.*norm\d/scale|^projector/norm/scale)$"
 
@@ -42,6 +42,10 @@ def get_config(size=None):
     config.eval = {"every": 0, "num_samples": 256, "batch_size": 32, "max_new_tokens": 56}
     # Note: the mask loss of soft tokens lowered the gIoU of greedy answers at this size (0.17 against 0.27).
     config.sft = {"mask_loss_weight": 0.0}
+    if size == "small":
+        config.optim.update({"lr": 1e-3, "warmup_steps": 300})
+        config.data.scene_chats.update({"adaptive_fraction": 0.8, "box_fraction": 0.5})
+        config.train.update({"steps": 6000, "batch_size": 128, "log_every": 200, "checkpoint_every": 1000})
     if size == "debug":
         config = common.debug_run(config)
         config.data.update({"max_length": 160, "base_vocab_size": 400})

@@ -3,7 +3,7 @@
     python -m alto_jax.main --config=configs/stage3.py:tiny --config.init_from=runs/stage2 --workdir=runs/stage3
 
 Sizes: 8b (the paper's: G 12, temperature 1, top-k 10, beta 1e-3, lambda 1e-3; not yet run), 1b, 2b, 4b, 26b
-(not yet run), tiny (a laptop; measured as part of configs/quickstart.py), debug.
+(not yet run), tiny (a laptop; measured as part of configs/quickstart.py), small (a GPU), debug.
 """
 
 from configs import common, stage2

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 ROOMS = (
     "__init__", "plan", "main", "quickstart", "demo", "tokenize", "predict", "inference", "evaluate", "train",
     "stages", "experiment", "data", "checkpoint", "lora", "report", "figures", "losses", "rewards", "metrics", "mllm",
-    "tokenizer", "layers", "batch", "params", "cli", "parallel", "config",
+    "tokenizer", "layers", "attention", "batch", "params", "cli", "parallel", "config",
 )  # fmt: skip
 # A room's command stands above the rooms: it may ask any of them.
 COMMANDS = {"checkpoint.__main__", "evaluate.__main__", "lora.__main__", "plan.__main__"}

@@ -12,10 +12,10 @@ from alto_jax.main import load_config
 from tests.conftest import ROOT
 
 SIZES = {
-    "stage1": ("base", "tiny", "debug"),
-    "stage1_5": ("base", "tiny", "debug"),
-    "stage2": ("8b", "1b", "2b", "4b", "26b", "tiny", "debug"),
-    "stage3": ("8b", "1b", "2b", "4b", "26b", "tiny", "debug"),
+    "stage1": ("base", "tiny", "small", "debug"),
+    "stage1_5": ("base", "tiny", "small", "debug"),
+    "stage2": ("8b", "1b", "2b", "4b", "26b", "tiny", "small", "debug"),
+    "stage3": ("8b", "1b", "2b", "4b", "26b", "tiny", "small", "debug"),
 }
 
 
@@ -85,7 +85,7 @@ def test_every_config_builds_and_survives_json(spec):
     assert config.stage == stage
     assert make_experiment(json.loads(json.dumps(to_dict(config)))) == config
     # Published weights need the reference's forms; from scratch, the corrected ones.
-    from_scratch = size in ("tiny", "debug")
+    from_scratch = size in ("tiny", "small", "debug")
     tokenizer = config.model.tokenizer
     assert tokenizer.legacy_reshape == (not from_scratch)
     assert tokenizer.length_rule == ("unified" if from_scratch else "reference")

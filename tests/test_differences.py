@@ -241,7 +241,7 @@ def test_fixed_reference_policy(mllm):
 
 def test_fixed_length_of_answers():
     """Answers are no longer than a mask and a sentence need."""
-    for size in ("8b", "1b", "2b", "4b", "26b", "tiny", "debug"):
+    for size in ("8b", "1b", "2b", "4b", "26b", "tiny", "small", "debug"):
         config = config_of(f"stage3.py:{size}")
         num_tokens = config.model.tokenizer.num_latent_tokens
         assert num_tokens + 2 <= config.grpo.generate.max_new_tokens <= num_tokens + 32

@@ -132,9 +132,9 @@ class ALToLLM(nn.Module):
         """ids int32[B, T] without image tokens → float[B, T, D]."""
         return self.language_model.embed(ids)
 
-    def hidden(self, inputs: Array, positions: Array, attn_mask: Array | None, *args: Any, **kwargs: Any) -> Any:
+    def hidden(self, inputs: Array, positions: Array, *args: Any, **kwargs: Any) -> Any:
         """The language model's forward pass, see `LanguageModel.__call__`."""
-        return self.language_model(inputs, positions, attn_mask, *args, **kwargs)
+        return self.language_model(inputs, positions, *args, **kwargs)
 
     def logits(self, hidden: Array) -> Array:
         """hidden float[..., D] → float32[..., V]."""
@@ -149,7 +149,7 @@ class ALToLLM(nn.Module):
         masks = self.tokenizer(mask, pixel_image)
         inputs = self.embed(ids, self.image_tokens(image), 0)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        hidden, _ = self.hidden(inputs, positions, None)
+        hidden, _ = self.hidden(inputs, positions)
         return self.logits(hidden), masks
 
 

@@ -386,10 +386,10 @@ def _prefill(
     apply: Any, cfg: GenerateConfig, inputs_embeds: Array, prompt_mask: Array
 ) -> tuple[tuple[KVCache, ...], Array]:
     """Runs the prompts; returns their keys and values and the logits float32[B, V] after the last position."""
-    length = prompt_mask.shape[1]
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1, dtype=jnp.int32) - 1, 0)
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    hidden, prefix = apply(inputs_embeds, positions, causal & prompt_mask[:, None], keep=cfg.cache_dtype)
+    # Note: padding is a segment of its own, which nothing else attends to.
+    segments = prompt_mask.astype(jnp.int32)
+    hidden, prefix = apply(inputs_embeds, positions, segment_ids=segments, keep=cfg.cache_dtype)
     return prefix, apply(hidden[:, -1], method="logits")
 
 

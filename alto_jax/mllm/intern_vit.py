@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from alto_jax import layers
+from alto_jax.attention.seam import EVERYTHING
 from alto_jax.config import require
 from alto_jax.parallel.sharding import constrain
 from alto_jax.tokenizer.resize import resize
@@ -52,6 +53,7 @@ class InternViTConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
+    attention: Literal["auto", "xla", "flash"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "embed_dim", "num_layers", "num_heads", "mlp_dim"):
@@ -124,7 +126,7 @@ class InternViT(nn.Module):
         block = functools.partial(
             layers.ViTBlock, num_heads=cfg.num_heads, mlp_dim=cfg.mlp_dim, norm_eps=cfg.norm_eps,
             rms_norm=cfg.norm_type == "rms_norm", qkv_bias=cfg.qkv_bias, qk_norm=cfg.qk_norm,
-            layer_scale=cfg.layer_scale_init, **types,
+            layer_scale=cfg.layer_scale_init, attention=cfg.attention, **types,
         )  # fmt: skip
         blocks = layers.Stack(block, cfg.num_layers, remat=cfg.remat, name="blocks")
         stop = cfg.select_layer % (cfg.num_layers + 1)
@@ -135,7 +137,7 @@ class InternViT(nn.Module):
         hidden = [x]
         for start, end in [(i, i + 1) for i in range(stop)] if return_hidden else [(0, stop)]:
             per_layer = () if factors is None else (factors[start:end],)
-            x, _ = blocks(x, None, per_layer=per_layer, start=start, stop=end)
+            x, _ = blocks(x, EVERYTHING, per_layer=per_layer, start=start, stop=end)
             hidden.append(x)
         return (x[:, 1:], hidden) if return_hidden else x[:, 1:]
 

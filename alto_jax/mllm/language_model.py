@@ -13,7 +13,7 @@ Hd head width, V vocabulary.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 from flax import linen as nn
 from flax import struct
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from alto_jax import layers
+from alto_jax.attention import seam
 from alto_jax.config import require
 from alto_jax.parallel.sharding import constrain, gather_params
 
@@ -38,6 +39,7 @@ class LanguageModelConfig:
       rope_scaling_factor: factor of the dynamic NTK scaling beyond max_position_embeddings; None: no scaling.
       dtype, param_dtype: of the computation and of the parameters.
       remat, unroll: see `layers.Stack`.
+      attention: see `attention.seam`.
     """
 
     vocab_size: int = 512
@@ -57,6 +59,7 @@ class LanguageModelConfig:
     param_dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim", "unroll")
@@ -73,6 +76,8 @@ class LanguageModelConfig:
         require(factor is None or factor >= 1, "rope_scaling_factor", factor, "at least 1, or None")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {DTYPES}")
         require(self.param_dtype in DTYPES, "param_dtype", self.param_dtype, f"one of {DTYPES}")
+        implementations = seam.IMPLEMENTATIONS
+        require(self.attention in implementations, "attention", self.attention, f"one of {implementations}")
         require(self.remat in layers.REMAT_POLICIES, "remat", self.remat, f"one of {layers.REMAT_POLICIES}")
 
     @property
@@ -199,7 +204,7 @@ class DecoderAttention(nn.Module):
         x: Array,
         positions: Array,
         inv_freq: Array,
-        mask: Array,
+        mask: seam.Mask,
         cache_index: Array | None,
         prefix_mask: Array | None,
         keep: str | None,
@@ -221,10 +226,11 @@ class DecoderAttention(nn.Module):
         elif keep is not None:
             cache = KVCache.of(k, v, keep)
         if prefix is None:
-            out = layers.attention(q, k, v, mask=mask)
+            out = seam.attention(q, k, v, mask=mask, implementation=cfg.attention)
         else:
             assert prefix_mask is not None  # Note: `LanguageModel` gives one with every prefix.
-            out = prefix_attention(q, k, v, mask, *prefix.values(q.dtype), prefix_mask)
+            own = cast(Array, mask.dense(q.shape[1], k.shape[1]))
+            out = prefix_attention(q, k, v, own, *prefix.values(q.dtype), prefix_mask)
         return nn.DenseGeneral(cfg.embed_dim, axis=(-2, -1), use_bias=False, name="out", **kwargs)(out), cache
 
 
@@ -240,7 +246,7 @@ class DecoderBlock(nn.Module):
         x: Array,
         positions: Array,
         inv_freq: Array,
-        mask: Array,
+        mask: seam.Mask,
         cache_index: Array | None,
         prefix_mask: Array | None,
         keep: str | None,
@@ -253,7 +259,7 @@ class DecoderBlock(nn.Module):
           x: [B, T, D].
           positions: int32[B, T].
           inv_freq: float32[Hd / 2].
-          mask: bool[B or 1, 1, T, S].
+          mask: which keys (of the cache, if there is one) each input may attend to.
           cache_index: int32 scalar or None.
           prefix_mask: bool[B / G, P] or None.
           keep: type in which the new keys and values are returned where there is no cache; None: they are not.
@@ -338,6 +344,7 @@ class LanguageModel(nn.Module):
         prefix: KVCache | tuple[KVCache, ...] | None = None,
         prefix_mask: Array | None = None,
         keep: str | None = None,
+        segment_ids: Array | None = None,
     ) -> tuple[Array, Any]:
         """Runs the blocks and the final norm.
 
@@ -355,6 +362,7 @@ class LanguageModel(nn.Module):
             b*G .. b*G + G - 1 share prefix row b. Not updated.
           prefix_mask: bool[B / G, P], True where the prefix is not padding; None: all of it.
           keep: the type in which the inputs' own keys and values are returned ("model": as they are); not with a cache.
+          segment_ids: int32[B, T]; without a mask and a cache, an input sees those before it that have its number.
 
         Returns:
           (hidden [B, T, D], cache): hidden is after the final norm; cache is the updated one, or what `keep` asks for,
@@ -370,12 +378,15 @@ class LanguageModel(nn.Module):
         prefix_length = 0 if prefix is None else some(prefix).k.shape[-3]
         if inv_freq is None:
             inv_freq = ntk_inv_freq(cfg, prefix_length + offset + length)
+        if attn_mask is None and cache is not None:
+            attn_mask = (jnp.arange(some(cache).k.shape[-3]) <= offset + jnp.arange(length)[:, None])[None]
         if attn_mask is None:
-            num_keys = length if cache is None else some(cache).k.shape[-3]
-            attn_mask = (jnp.arange(num_keys) <= offset + jnp.arange(length)[:, None])[None]
+            mask = seam.Mask(causal=True, segments=segment_ids)
+        else:
+            mask = seam.Mask(pairs=attn_mask[:, None])
         if prefix is not None and prefix_mask is None:
             prefix_mask = jnp.ones((some(prefix).k.shape[-4], prefix_length), bool)
-        shared = (positions, inv_freq, attn_mask[:, None], cache_index, prefix_mask, keep)
+        shared = (positions, inv_freq, mask, cache_index, prefix_mask, keep)
         x, cache = self.blocks(inputs_embeds.astype(cfg.dtype), *shared, per_layer=(prefix, cache))
         return self.norm(x), None if cache is None or some(cache) is None else cache
 

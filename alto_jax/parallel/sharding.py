@@ -8,6 +8,7 @@ dimensions mean by `constrain`, and which mesh it runs on is said once, by `on_m
 """
 
 from collections.abc import Callable, Iterator
+import contextvars
 import dataclasses
 import functools
 import math
@@ -265,15 +266,28 @@ def batch_spec() -> PartitionSpec:
     return PartitionSpec(("data", "fsdp"))
 
 
+_device: contextvars.ContextVar = contextvars.ContextVar("device", default=None)
+
+
 def on_mesh(mesh: Mesh, function: Callable) -> Callable:
-    """`function`, traced so that `constrain` inside it knows the mesh. For what is jitted."""
+    """`function`, traced so that `constrain` and `traced_device` inside it know the mesh. For what is jitted."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args, **kwargs)
+        token = _device.set(mesh.devices.flat[0])
+        try:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*args, **kwargs)
+        finally:
+            _device.reset(token)
 
     return wrapped
+
+
+def traced_device() -> Any:
+    """One of the devices that what is traced will run on: of the mesh of `on_mesh` (perhaps of a topology that is not
+    here), else JAX's default one."""
+    return _device.get() or jax.local_devices()[0]
 
 
 def activation_spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Any) -> PartitionSpec:

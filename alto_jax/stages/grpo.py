@@ -147,19 +147,19 @@ def completion_logps(
         outputs = completion_logps(cfg, params, special, batch, image_tokens, rows, at_once=at_once)
         return jax.tree.map(lambda a: a.reshape(completion_ids.shape), outputs)
     batch_size, group, length = completion_ids.shape
-    prompt_mask, prompt_length = batch.prompt_mask, batch.prompt_mask.shape[1]
+    prompt_mask = batch.prompt_mask
 
     inputs = apply(batch.prompt_ids, image_tokens, special.img_context, method="embed")
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
-    causal = jnp.tril(jnp.ones((prompt_length, prompt_length), bool))
-    hidden, prefix = apply(inputs, positions, causal & prompt_mask[:, None], keep="model", method="hidden")
+    # Note: padding is a segment of its own, which nothing else attends to.
+    hidden, prefix = apply(inputs, positions, segment_ids=prompt_mask.astype(jnp.int32), keep="model", method="hidden")
     first = jnp.broadcast_to(hidden[:, None, -1:], (batch_size, group, 1, hidden.shape[-1]))
 
     ids = completion_ids.reshape(batch_size * group, length)
     offset = jnp.repeat(jnp.sum(prompt_mask, axis=1), group)
     inputs = apply(ids[:, :-1], method="embed_text")
     positions = offset[:, None] + jnp.arange(length - 1)
-    hidden, _ = apply(inputs, positions, None, prefix=prefix, prefix_mask=prompt_mask, method="hidden")
+    hidden, _ = apply(inputs, positions, prefix=prefix, prefix_mask=prompt_mask, method="hidden")
     hidden = jnp.concatenate([first, hidden.reshape(batch_size, group, length - 1, -1)], axis=2)
 
     language = with_whole_head(cfg.need_language_model(), params["language_model"])

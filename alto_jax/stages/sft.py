@@ -96,10 +96,10 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
         image_tokens = image_tokens.reshape(batch_size, -1, image_tokens.shape[-1])
         inputs = apply(ids, image_tokens, special.img_context, method="embed")
         if is_packed:
-            positions, attn_mask = segment_attention(segment_ids)
+            positions, segments = segment_positions(segment_ids), segment_ids
         else:  # Note: rows are padded on the right, so that the causal mask alone hides the padding.
-            positions, attn_mask = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), None
-        hidden, _ = apply(inputs, positions, attn_mask, method="hidden")
+            positions, segments = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), None
+        hidden, _ = apply(inputs, positions, segment_ids=segments, method="hidden")
         logits_fn = lambda h: apply(h, method="logits")
         at_once = cfg.at_once * config.data.pack_samples
         limit = at_once if cfg.max_supervised else None
@@ -165,18 +165,15 @@ def make_totals(config: ExperimentConfig, special: Any) -> Any:
     return totals
 
 
-def segment_attention(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Positions and attention of packed rows: each conversation is causal, and alone.
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+    """Positions int32[B, T] that begin at 0 in each conversation of packed rows.
 
     Args:
       segment_ids: int32[B, T]; the positions of a conversation share a number and follow each other.
-
-    Returns:
-      positions int32[B, T] that begin at 0 in each conversation, and attn_mask bool[B, T, T].
     """
     time = jnp.arange(segment_ids.shape[1])
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return time - jnp.argmax(same, axis=-1), same & (time <= time[:, None])
+    begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
+    return time - jax.lax.cummax(jnp.where(begins, time, 0), axis=1)
 
 
 def features_of_masks(features: jax.Array, batch: ChatBatch) -> jax.Array:
@@ -203,7 +200,7 @@ def make_text_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.M
         apply = functools.partial(apply_module, model, params)
         inputs = apply(batch.ids, apply(batch.image, None, method="image_tokens"), special.img_context, method="embed")
         positions = jnp.broadcast_to(jnp.arange(batch.ids.shape[1]), batch.ids.shape)
-        hidden, _ = apply(inputs, positions, None, method="hidden")
+        hidden, _ = apply(inputs, positions, method="hidden")
         return jnp.argmax(apply(hidden[:, :-1], method="logits"), axis=-1) == batch.labels[:, 1:], batch.labels[:, 1:]
 
     def evaluate(params: dict) -> dict[str, Any]:

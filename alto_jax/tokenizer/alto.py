@@ -48,6 +48,7 @@ class TokenizerConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: Literal["none", "full", "dots"] = "none"
+    attention: Literal["auto", "xla", "flash"] = "auto"
 
     def __post_init__(self) -> None:
         require(self.patch_size >= 1, "patch_size", self.patch_size, "at least 1")
@@ -96,7 +97,7 @@ class ALTo(nn.Module):
         )
         self.encoder = MaskEncoder(
             cfg.encoder, cfg.mask_size, cfg.patch_size, cfg.num_latent_tokens, cfg.token_size, cfg.legacy_reshape,
-            cfg.remat, **types,
+            cfg.remat, cfg.attention, **types,
         )  # fmt: skip
         self.quantizer = VectorQuantizer(cfg.codebook_size, cfg.token_size, param_dtype=types["param_dtype"])
         self.length = LengthPredictor(
@@ -104,8 +105,9 @@ class ALTo(nn.Module):
         )
         stride = cfg.sam.image_size // cfg.sam.patch_size // cfg.grid if cfg.sam else 1
         self.decoder = MaskDecoder(
-            cfg.decoder, cfg.grid, cfg.num_latent_tokens, stride, cfg.pixel_decoder.z_channels, cfg.remat, **types
-        )
+            cfg.decoder, cfg.grid, cfg.num_latent_tokens, stride, cfg.pixel_decoder.z_channels, cfg.remat,
+            cfg.attention, **types,
+        )  # fmt: skip
         self.pixel_decoder = PixelDecoder(cfg.pixel_decoder)
         if cfg.sam is not None:
             self.sam_encoder = SamEncoder(cfg.sam)

@@ -29,6 +29,7 @@ class MaskDecoder(nn.Module):
     feature_stride: int
     out_channels: int
     remat: str = "none"
+    attention: str = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -71,7 +72,7 @@ class MaskDecoder(nn.Module):
         )
         x = jnp.concatenate([x + position.astype(x.dtype), latents + latent_position.astype(x.dtype)], axis=1)
         x = layers.layer_norm(1e-5, name="ln_pre", **types)(x)
-        x, _ = transformer(self.vit, self.dtype, self.param_dtype, self.remat, "blocks")(x)
+        x, _ = transformer(self.vit, self.dtype, self.param_dtype, self.remat, self.attention, "blocks")(x)
         x = layers.layer_norm(1e-5, name="ln_post", **types)(x[:, 1 : 1 + grid * grid])
         x = constrain(nn.Dense(2 * width, name="ffn1", **types)(x), "batch", ...)
         x = constrain(nn.Dense(self.out_channels, name="ffn2", **types)(jnp.tanh(x)), "batch", ...)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alto_jax import layers
+from alto_jax.attention.seam import Mask
 from alto_jax.config import require
 from alto_jax.parallel.sharding import constrain
 
@@ -55,13 +56,14 @@ def latent_attn_mask(num_image_tokens: int, num_latents: int) -> np.ndarray:
     return (columns < num_image_tokens) | (columns <= rows)
 
 
-def transformer(cfg: ViTConfig, dtype: Any, param_dtype: Any, remat: str, name: str) -> nn.Module:
+def transformer(cfg: ViTConfig, dtype: Any, param_dtype: Any, remat: str, attention: str, name: str) -> nn.Module:
     """The pre-norm blocks of the mask encoder and decoder (layer norm, eps 1e-5)."""
     block = functools.partial(
         layers.ViTBlock,
         num_heads=cfg.num_heads,
         mlp_dim=cfg.mlp_ratio * cfg.embed_dim,
         norm_eps=1e-5,
+        attention=attention,
         dtype=dtype,
         param_dtype=param_dtype,
     )
@@ -89,6 +91,7 @@ class MaskEncoder(nn.Module):
     token_size: int
     legacy_reshape: bool = True
     remat: str = "none"
+    attention: str = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -121,8 +124,9 @@ class MaskEncoder(nn.Module):
         x = jnp.concatenate([x, jnp.broadcast_to(latents, (batch, *latents.shape))], axis=1)
 
         x = layers.layer_norm(1e-5, self.dtype, self.param_dtype, name="ln_pre")(x)
-        attn_mask = latent_attn_mask(1 + num_patches, self.num_latent_tokens)[None, None]
-        x, _ = transformer(self.vit, self.dtype, self.param_dtype, self.remat, "blocks")(x, jnp.asarray(attn_mask))
+        mask_of_latents = Mask(pairs=latent_attn_mask(1 + num_patches, self.num_latent_tokens)[None, None])
+        blocks = transformer(self.vit, self.dtype, self.param_dtype, self.remat, self.attention, "blocks")
+        x, _ = blocks(x, mask_of_latents)
         ln_post = layers.layer_norm(1e-5, self.dtype, self.param_dtype, name="ln_post")
         latents, cls = ln_post(x[:, 1 + num_patches :]), ln_post(x[:, :1])
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alto_jax import layers
+from alto_jax.attention import seam
 from alto_jax.config import require
 from alto_jax.parallel.sharding import constrain
 from alto_jax.tokenizer.resize import resize, torch_linear_matrix
@@ -41,6 +42,7 @@ class SamEncoderConfig:
       scaled_rel_pos_query: Compat: the query is scaled by Hd^-0.5 before the relative-position terms too,
         as ALTo's weights expect (True); official SAM weights need the unscaled one (False).
       remat: what the backward pass keeps, see `layers.Stack`.
+      attention: see `attention.seam`.
     """
 
     image_size: int = 1024
@@ -56,6 +58,7 @@ class SamEncoderConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
+    attention: Literal["auto", "xla", "flash"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "window_size", "out_channels"):
@@ -155,6 +158,9 @@ class SamAttention(nn.Module):
 
         scaled = q * jnp.asarray(head_dim**-0.5, dtype)
         rel_q = scaled if cfg.scaled_rel_pos_query else q
+        if seam.is_flash(cfg.attention, dtype, head_dim + height + width):
+            out = self._flash(scaled, k, v, rel_q, rel_h, rel_w)
+            return dense(dim, axis=(-2, -1), name="out")(out)
         einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         # Note: the bias is added as two broadcast terms; as one array it would be as large as the scores.
         scores = einsum("byxnd,bijnd->bnyxij", scaled, k)
@@ -164,6 +170,27 @@ class SamAttention(nn.Module):
         probs = jax.nn.softmax(scores, axis=-1).astype(dtype)
         out = jnp.einsum("bnyxs,bsnd->byxnd", probs, v.reshape(batch, height * width, num_heads, head_dim))
         return dense(dim, axis=(-2, -1), name="out")(out)
+
+    def _flash(self, q: Array, k: Array, v: Array, rel_q: Array, rel_h: Array, rel_w: Array) -> Array:
+        """The same attention without a bias, so that any kernel serves: wider queries, [q, rel_q R_h, rel_q R_w], and
+        wider keys, [k, one of the rows, one of the columns], have the whole score as their product.
+
+        Args:
+          q: scaled; q, k, v, rel_q: [B, H, W, N, Hd]; rel_h: [H, H, Hd]; rel_w: [W, W, Hd], query by key.
+        """
+        batch, height, width, num_heads, head_dim = q.shape
+        by_row = jnp.einsum("byxnd,yid->byxni", rel_q, rel_h)
+        by_column = jnp.einsum("byxnd,xjd->byxnj", rel_q, rel_w)
+        rows = jnp.broadcast_to(jnp.eye(height, dtype=k.dtype)[:, None, None], (height, width, 1, height))
+        columns = jnp.broadcast_to(jnp.eye(width, dtype=k.dtype)[:, None], (height, width, 1, width))
+        places = jnp.broadcast_to(
+            jnp.concatenate([rows, columns], -1), (batch, height, width, num_heads, height + width)
+        )
+        flat = lambda x: x.reshape(batch, height * width, num_heads, x.shape[-1])
+        q, k = flat(jnp.concatenate([q, by_row, by_column], -1)), flat(jnp.concatenate([k, places], -1))
+        v = flat(jnp.pad(v, ((0, 0),) * 4 + ((0, height + width),)))
+        out = seam.attention(q, k, v, scale=1.0, implementation=self.cfg.attention)
+        return out[..., :head_dim].reshape(batch, height, width, num_heads, head_dim)
 
 
 class SamBlock(nn.Module):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from alto_jax import config, layers
+from alto_jax.attention import seam
 from alto_jax.mllm.language_model import (
     DecoderBlock,
     KVCache,
@@ -100,7 +101,7 @@ def test_hidden_states_equal_the_reference(name):
     embedded = apply(ids, method="embed")
     check(name, "hidden0", embedded)
     first = jax.tree.map(lambda a: a[0], params["blocks"]["layers"])
-    mask = np.tril(np.ones((ids.shape[1],) * 2, bool))[None, None]
+    mask = seam.Mask(causal=True)
     args = (positions, layers.rope_frequencies(cfg.head_width, cfg.rope_theta), mask, None, None, None, None, None)
     x, _ = jax.jit(DecoderBlock(cfg).apply)({"params": first}, embedded, *args)
     check(name, "hidden1", x)

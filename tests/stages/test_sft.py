@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from alto_jax import experiment, main
+from alto_jax.attention import seam
 from alto_jax.batch import ChatBatch
 from alto_jax.data import examples, packing, sources, vocabulary
 from alto_jax.mllm.alto_llm import init_params
@@ -114,9 +115,10 @@ def test_packed_loss_and_gradients_equal_those_of_separate_rows(setting):
 
 def test_positions_begin_anew_and_conversations_do_not_see_each_other():
     segment_ids = jnp.array([[1, 1, 1, 2, 2, 0, 0]])
-    positions, mask = sft.segment_attention(segment_ids)
+    positions = sft.segment_positions(segment_ids)
     assert positions.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
     expected = np.zeros((7, 7), bool)
     for start, stop in ((0, 3), (3, 5), (5, 7)):
         expected[start:stop, start:stop] = np.tri(stop - start, dtype=bool)
-    np.testing.assert_array_equal(mask[0], expected)
+    mask = seam.Mask(causal=True, segments=segment_ids).dense(7, 7)
+    np.testing.assert_array_equal(mask[0, 0], expected)
