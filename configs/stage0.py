@@ -18,7 +18,7 @@ def get_config(size=None):
     size = common.check_size(size, SIZES, "stage0.py")
     config = stage2.get_config(size)
     config.stage = "stage0"
-    config.data.max_length = 160 if size != "debug" else 320
+    config.data.max_length = {"tiny": 160, "small": 240, "debug": 320}[size]
     config.sft.mask_loss_weight = 0.0
     if size != "debug":
         config.optim.warmup_steps = 200

@@ -2,7 +2,8 @@
 
     python -m alto_jax.main --config=configs/stage1_5.py:tiny --config.init_from=runs/stage1 --workdir=runs/stage1_5
 
-Sizes: base (the paper's; not yet run), tiny (a laptop; measured as part of configs/quickstart.py), small (a GPU), debug.
+Sizes: base (the paper's; not yet run), tiny (a laptop; measured as part of configs/quickstart.py), small (a
+GPU), debug.
 """
 
 from configs import common, stage1

@@ -44,6 +44,7 @@ def get_config(size=None):
     config.sft = {"mask_loss_weight": 0.0}
     if size == "small":
         config.optim.update({"lr": 1e-3, "warmup_steps": 300})
+        config.data.max_length = 176
         config.data.scene_chats.update({"adaptive_fraction": 0.8, "box_fraction": 0.5})
         config.train.update({"steps": 6000, "batch_size": 128, "log_every": 200, "checkpoint_every": 1000})
     if size == "debug":

@@ -226,7 +226,7 @@ def test_prefix_attention_and_its_gradient_equal_the_repeated_form():
         seen = np.broadcast_to(mask, (rows, 1, length, length))
         padding = np.repeat(prefix_mask, group, axis=0)[:, None, None]
         full = np.concatenate([np.broadcast_to(padding, (rows, 1, length, prefix_length)), seen], axis=-1)
-        return layers.attention(q, join(prefix_k, k), join(prefix_v, v), mask=full)
+        return seam.attention(q, join(prefix_k, k), join(prefix_v, v), mask=seam.Mask(pairs=full))
 
     def value_and_grad(f):
         @jax.jit
