@@ -21,6 +21,7 @@ import argparse
 import datetime
 import gc
 import json
+import math
 import multiprocessing
 from multiprocessing import connection
 import os
@@ -42,6 +43,7 @@ CASES = (
     "copy", *(f"{name}{rows}" for name in ("decode", "prefill", "answer", "vit", "sam", "masks") for rows in (1, 12)),
     "stage2_2b_cached", "stage3_8b_lora", "stage2_2b", "stage1_base",
 )  # fmt: skip
+QUANTIZED = re.compile(r"(decode|prefill|answer)\d+|stage3_8b_lora")  # what the type of the weights changes
 WITH_PEER = re.compile(r"(decode|prefill|vit|sam|masks)\d+")
 PEERS = (*(f"peer_{name}" for name in CASES if WITH_PEER.fullmatch(name)), "peer_decode_compiled")
 
@@ -133,16 +135,14 @@ class Runner:
         """All cases, in waves of `parallel`."""
         waves = [names[i : i + self._parallel] for i in range(0, len(names), self._parallel)]
         try:
-            begun = self._start(waves[0])
+            begun: dict[int, list[Any]] = {}
             for index, wave in enumerate(waves):
-                begun = begun or self._start(wave)
-                pipes = self._expect(begun, "lowered")
-                begun = []
+                pipes = self._expect(begun[index] if index in begun else self._start(wave), "lowered")
                 if self._lower_only:
                     continue
                 pipes = self._expect(self._tell(pipes), "compiled")
                 if self._parallel > 1 and index + 1 < len(waves):
-                    begun = self._start(waves[index + 1])
+                    begun[index + 1] = self._start(waves[index + 1])
                 for pipe in pipes:
                     self._expect(self._tell([pipe]), "measured")
         finally:
@@ -152,6 +152,9 @@ class Runner:
     def _start(self, names: list[str]) -> list[Any]:
         context, pipes = multiprocessing.get_context("spawn"), []
         for name in names:
+            if time.monotonic() > self._deadline:
+                self._write({"case": name, "error": "not begun within --budget_s"})
+                continue
             ours, theirs = context.Pipe()
             arguments = theirs, name, self._settings, self._lower_only
             process = context.Process(target=_child, args=arguments, daemon=True)
@@ -170,7 +173,8 @@ class Runner:
         """The pipes of those that got so far, when all have or have failed; what they measured is written."""
         waiting, good = list(pipes), []
         while waiting:
-            ready = connection.wait(waiting, max(self._deadline - time.monotonic(), 0))
+            left = max(self._deadline - time.monotonic(), 0)
+            ready = connection.wait(waiting, None if left == math.inf else left)
             for pipe in ready or list(waiting):
                 waiting.remove(pipe)
                 name, process = self._processes[pipe]
@@ -216,16 +220,21 @@ def run_here(names: list[str], settings: dict[str, Any], deadline: float, write:
             gc.collect()
 
 
-def chosen_cases(text: str, peer: str) -> list[str]:
+def chosen_cases(text: str, quantize: str, peer: str) -> list[str]:
     """The cases of --cases and --peer, those of the peer last.
 
     Raises:
-      ConfigError: an unknown case.
+      ConfigError: an unknown case, or one that --quantize does not change.
     """
-    names = list(CASES) if text == "all" else text.split(",")
+    names = text.split(",")
+    if text == "all":
+        names = [name for name in CASES if not quantize or QUANTIZED.fullmatch(name)]
     unknown = [name for name in names if name not in CASES + PEERS]
     if unknown:
         raise ConfigError(f"--cases={text}: unknown case {unknown[0]!r}; known: {', '.join(CASES + PEERS)}")
+    same = [name for name in names if quantize and not QUANTIZED.fullmatch(name)]
+    if same:
+        raise ConfigError(f"--cases={text}: {same[0]} is the same with --quantize={quantize}")
     if peer:
         names += [f"peer_{name}" for name in names if WITH_PEER.fullmatch(name)]
     return [name for name in dict.fromkeys(names) if name in CASES] + [
@@ -239,10 +248,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", default="all", help="with commas (default: all but the peer's)")
     parser.add_argument("--out", metavar="FILE.jsonl", help="records are appended to it")
     parser.add_argument("--before", action="store_true", help="XLA's attention, a token loop over stacked layers")
-    parser.add_argument("--quantize", choices=("int8",), default="", help="the language model's weights")
+    parser.add_argument("--quantize", choices=("int8", "fp8"), default="", help="the language model's weights")
     parser.add_argument("--peer", choices=("transformers",), default="", help="measure the peer's same shapes as well")
     parser.add_argument("--size", choices=("8b", "debug"), default="8b")
-    parser.add_argument("--budget_s", type=float, default=float("inf"), metavar="N", help="what is not done then fails")
+    parser.add_argument("--budget_s", type=float, default=math.inf, metavar="N", help="what is not done then fails")
     parser.add_argument("--parallel", type=int, metavar="N", help="processes that compile at once (8; debug: 0)")
     parser.add_argument("--rounds", type=int, default=5, help="of each clock; the median counts")
     parser.add_argument("--lower_only", action="store_true", help="only trace every case: needs no GPU and no memory")
@@ -261,6 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise ConfigError(f"--rounds={options.rounds}: expected at least 1")
     if options.before and options.quantize:
         raise ConfigError(f"--quantize={options.quantize}: not with --before")
+    names = chosen_cases(options.cases, options.quantize, options.peer)
     cli.check_outputs({"--out": (options.out, (".jsonl",))})
     deadline = time.monotonic() + options.budget_s
     is_debug = options.size == "debug"
@@ -280,7 +290,6 @@ def main(arguments: list[str] | None = None) -> int:
 
         settings = {"size": options.size, "before": options.before, "quantize": options.quantize,
                     "rounds": options.rounds, "seconds": 0.0 if is_debug else 0.05}  # fmt: skip
-        names = chosen_cases(options.cases, options.peer)
         if parallel == 0:
             run_here(names, settings, deadline, write, options.lower_only)
         else:

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How to measure. size: "8b" (the paper's sizes of all stages) or "debug". before: stacked layers in the token loop
-    and XLA's attention. quantize: "" or "int8". rounds: of each clock; seconds: how long one lasts at least."""
+    and XLA's attention. quantize: "", "int8" or "fp8". rounds: of each clock; seconds: how long one lasts at least."""
 
     size: str = "8b"
     before: bool = False
@@ -135,62 +135,60 @@ def token_loop(options: Options) -> Iterator[None]:
     if not options.before:
         yield
         return
-    same = {"for_inference": lambda cfg, params: params, "unstacked": lambda tree, num_layers: tree}
+    same = {"for_inference": lambda cfg, params, *_: params, "unstacked": lambda tree, num_layers: tree}
     with mock.patch.multiple(generation, **same):
         yield
 
 
 def _kind(path: tuple, leaf: Any, quantized: set[tuple]) -> str:
-    """What fills a leaf: "normal", "ones" (scales of norms, factors of branches), "integers", or "steps" (the scale of
-    integers beside it)."""
-    name = str(getattr(path[-1], "key", path[-1])) if path else ""
-    if jnp.issubdtype(leaf.dtype, jnp.integer):
-        return "integers"
+    """What fills a leaf: "normal", "ones" (scales of norms, factors of branches), "whole" (numbers of 8 bits) or
+    "steps" (what one of these stands for, in the leaves beside them)."""
+    if leaf.dtype.itemsize == 1:
+        return "whole"
     if path[:-1] in quantized:
         return "steps"
+    name = str(getattr(path[-1], "key", "")) if path else ""
     return "ones" if name in ("scale", "ls1", "ls2") else "normal"
 
 
 @functools.cache
 def _filler(kind: str, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
-    """The compiled program key → array."""
+    """A program seed → array."""
+    size = math.prod(shape)
 
     def draw(seed: jax.Array) -> jax.Array:
-        # Note: drawn in the leaf's own type by the hardware's generator, so that nothing larger is ever there.
-        key = jax.random.key(seed, impl="rbg")
-        if kind == "integers":
-            return jax.random.randint(key, shape, -127, 128, jnp.int32).astype(dtype)
-        if kind == "normal":
-            return 0.02 * jax.random.normal(key, shape, dtype)
-        noise = jax.random.uniform(key, shape, dtype, 0.9, 1.1)
-        return noise if kind == "ones" else noise * jnp.asarray(2.5e-4, dtype)
+        # Note: a part is drawn and repeated, since the generator's own arrays are larger than what becomes of them.
+        key, part = jax.random.key(seed, impl="rbg"), (min(size, 2**24),)
+        if kind == "whole":
+            block = jax.random.randint(key, part, -127, 128, jnp.int32)
+        elif kind == "normal":
+            block = 0.02 * jax.random.normal(key, part)
+        else:
+            block = jax.random.uniform(key, part, minval=0.9, maxval=1.1) * (1.0 if kind == "ones" else 2.5e-4)
+        block = block.astype(dtype)
+        repeated = jnp.broadcast_to(block, (-(-size // block.size), block.size)).reshape(-1)
+        return repeated[:size].reshape(shape)
 
     if jax.default_backend() == "cpu":  # Note: debug sizes, of which a compilation would take longer.
-        return _host_filler(kind, shape, dtype, sharding)
+        return lambda seed: jax.device_put(_drawn_by_host(kind, shape, dtype, seed), sharding)
     shardings = {} if sharding is None else {"out_shardings": sharding}
     return jax.jit(draw, **shardings).lower(jnp.uint32(0)).compile()
 
 
-def _host_filler(kind: str, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
-    """seed → array, drawn by numpy."""
-
-    def draw(seed: int) -> jax.Array:
-        rng = np.random.default_rng(int(seed))
-        if kind == "integers":
-            array = rng.integers(-127, 128, shape)
-        elif kind == "normal":
-            array = 0.02 * rng.standard_normal(shape, np.float32)
-        else:
-            array = rng.uniform(0.9, 1.1, shape) * (1.0 if kind == "ones" else 2.5e-4)
-        return jax.device_put(np.asarray(array).astype(dtype), sharding)
-
-    return draw
+def _drawn_by_host(kind: str, shape: tuple[int, ...], dtype: Any, seed: np.uint32) -> np.ndarray:
+    """As `_filler`, by numpy."""
+    rng = np.random.default_rng(int(seed))
+    if kind == "whole":
+        return rng.integers(-127, 128, shape).astype(dtype)
+    if kind == "normal":
+        return (0.02 * rng.standard_normal(shape)).astype(dtype)
+    return (rng.uniform(0.9, 1.1, shape) * (1.0 if kind == "ones" else 2.5e-4)).astype(dtype)
 
 
 def fillers(shapes: Any) -> list[tuple[Any, Any]]:
     """[(compiled program of a random array, its leaf)] of all leaves; equal leaves share a program."""
     flat = jax.tree_util.tree_flatten_with_path(shapes)[0]
-    quantized = {path[:-1] for path, leaf in flat if leaf.dtype == jnp.int8}
+    quantized = {path[:-1] for path, leaf in flat if leaf.dtype.itemsize == 1}
     return [(_filler(_kind(path, leaf, quantized), leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)), leaf)
             for path, leaf in flat]  # fmt: skip
 

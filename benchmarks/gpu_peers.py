@@ -86,7 +86,9 @@ def _decode(cfg: ModelConfig, options: Options, rows: int, *, static: bool = Fal
     span = MANY - FEW
     token = {"ms": (many["ms"] - few["ms"]) / span, "ms_min": (many["ms_min"] - few["ms_max"]) / span,
              "ms_max": (many["ms_max"] - few["ms_min"]) / span}  # fmt: skip
-    how = {"how": "static cache, compiled" if static else "eager"}
+    # Note: `generate` compiles by itself where a cache can be compiled with, on a GPU.
+    way = "static cache, compiled" if torch.cuda.is_available() else "static cache"
+    how = {"how": way if static else "eager"}
     table = model.get_input_embeddings().weight  # Of which a token reads a row.
     read = sum(p.nbytes for p in model.parameters()) - table.nbytes
     rate = read / token["ms"] / 1e6

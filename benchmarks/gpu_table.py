@@ -8,7 +8,7 @@ from typing import Any
 
 from alto_jax.config import ConfigError, write_whole
 
-COLUMNS = ("before", "after", "int8", "peer")
+COLUMNS = ("before", "after", "int8", "fp8", "peer")
 # Case → what it is; in the table's order.
 ROWS = {
     "copy": "copy of 1 GiB on the device",

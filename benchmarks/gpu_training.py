@@ -18,7 +18,7 @@ from alto_jax.parallel.devices import find_device
 from alto_jax.plan.programs import lower_programs
 from alto_jax.stages.table import make_stage
 from alto_jax.train import flops
-from benchmarks.gpu_common import Job, Options, experiment, filled, timed, zeros
+from benchmarks.gpu_common import Job, Options, experiment, filled, timed, token_loop, zeros
 
 LORA = {"rank": 16}
 
@@ -46,9 +46,12 @@ def stage3(options: Options) -> Job:
     changes: dict[str, Any] = {"lora": {**LORA}}
     if not options.is_debug:
         changes |= {"train.batch_size": 4, "data.max_length": 320}
+    if options.quantize:
+        changes["grpo.generate.quantize"] = options.quantize
     config = experiment("stage3.py:8b", options, changes)
-    mesh, state, batch, programs = _programs(config)
-    lowered = {name: function.lower(*arguments) for name, function, arguments in programs}
+    with token_loop(options):
+        mesh, state, _, programs = _programs(config)
+        lowered = {name: function.lower(*arguments) for name, function, arguments in programs}
     count, data = flops.step_flops(config), functools.cache(lambda: _host_batch(config, mesh))
 
     def measure(compiled: dict) -> list[dict]:
