@@ -182,7 +182,7 @@ class Runner:
                 name, process = self._processes[pipe]
                 try:
                     said, value = pipe.recv() if ready else ("error", "not finished within --budget_s")
-                except EOFError:
+                except (EOFError, OSError):
                     process.join()
                     said, value = "error", f"the process ended with {process.exitcode}"
                 if said == "error":

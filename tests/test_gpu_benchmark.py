@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import math
+import multiprocessing
+import os
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +50,29 @@ def test_each_case_in_its_own_process(tmp_path):
     done = run_python("benchmarks/gpu.py", *SETTINGS, "--parallel=1", "--cases=copy", f"--out={out}", "--budget_s=0")
     assert done.returncode == 1
     assert records(out)[2]["error"] == "not begun within --budget_s"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Of JAX about forks; the child uses none of it.
+def test_a_process_that_dies_is_an_error_of_its_case_alone(monkeypatch):
+    def child(pipe, name, settings, lower_only):
+        pipe.send(("lowered", {}))
+        if name == "vit1":
+            os._exit(7)
+        for said, value in (("compiled", {}), ("measured", [{"case": name, "ms": 1.0}])):
+            pipe.recv()
+            pipe.send((said, value))
+        os._exit(0)
+
+    fork = multiprocessing.get_context("fork")  # Note: spawn could not give the child this function.
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+    monkeypatch.setattr(gpu, "_child", child)
+    written = []
+    gpu.Runner({}, 2, math.inf, written.append).run(["copy", "vit1", "sam1"])
+    assert {r["case"]: r.get("ms", r.get("error")) for r in written} == {
+        "copy": 1.0,
+        "vit1": "the process ended with 7",
+        "sam1": 1.0,
+    }
 
 
 def test_the_loop_of_before_gives_the_same_tokens():
