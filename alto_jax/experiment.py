@@ -43,13 +43,13 @@ class DataConfig:
     stage 2 (1: each has its own); train.batch_size then counts rows, max_masks still the masks of a conversation.
     use_caches: take SAM features and mask tokens from prepared data sets that have them. num_threads: threads that
     read (0: one for each core of the machine, at most 16). num_workers: processes that read in their place, for steps
-    that want more than threads of one process can give (0: none, -1: one for each core but two). allow_changed: go on
-    from a checkpoint of another data set, at the same place of its order. validation_fraction: share of
-    the images, by a hash of their names (data/split.py), that training leaves out and evaluation takes (0: none; the
-    built-in data hold out shapes of their own). exif: what is done about the EXIF orientation of images: "stored"
-    (nothing: annotations are of the pixels as stored), "upright" (images and their masks are turned) or "masks_upright"
-    (images are turned, masks were drawn on the upright image), see data/reading.py. mask_rule: which values of a mask
-    file are foreground, see data/masks.py.
+    that want more than threads of one process can give (0: none, -1: one for each core but two). memory_gb: examples
+    are kept, up to so many GB a process, and given again in later epochs as they were. allow_changed: go on from a
+    checkpoint of another data set, at the same place of its order. validation_fraction: share of the images, by a hash
+    of their names (data/split.py), that training leaves out and evaluation takes (0: none; the built-in data hold out
+    shapes of their own). exif: EXIF orientation of images: "stored" (annotations are of the pixels as stored),
+    "upright" (images and their masks are turned) or "masks_upright" (images are turned, masks were drawn on the upright
+    image), see data/reading.py. mask_rule: which values of a mask file are foreground, see data/masks.py.
     """
 
     source: Literal["scenes", "sa1b", "jsonl", "prepared", "referring", "mixture"] = "scenes"
@@ -65,6 +65,7 @@ class DataConfig:
     base_vocab_size: int = 512
     num_threads: int = 0
     num_workers: int = 0
+    memory_gb: float = 0.0
     max_bad_fraction: float = 0.001
     length_buckets: tuple[int, ...] = ()
     pack_samples: int = 1
@@ -77,20 +78,17 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require_place(self.source, self.root, self.meta, "data")
         parse_rule(self.mask_rule)
-        most = 0 if self.source == "scenes" else 1
-        fits = self.validation_fraction == 0 or 0 < self.validation_fraction < most
-        expected = f"0 with source {self.source!r}" if most == 0 else "at least 0 and below 1"
+        fits = self.validation_fraction == 0 or (self.source != "scenes" and 0 < self.validation_fraction < 1)
+        expected = "0 with source 'scenes'" if self.source == "scenes" else "at least 0 and below 1"
         require(fits, "validation_fraction", self.validation_fraction, expected)
-        require(self.num_threads >= 0, "num_threads", self.num_threads, "at least 0")
-        require(self.num_workers >= -1, "num_workers", self.num_workers, "at least -1")
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "0..1")
+        for name, least in {"num_threads": 0, "num_workers": -1, "memory_gb": 0, "pack_samples": 1, "max_length": 8,
+                            "max_masks": 1}.items():  # fmt: skip
+            require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         fits = all(8 <= length <= self.max_length for length in self.length_buckets)
         require(fits, "length_buckets", self.length_buckets, f"lengths in 8..{self.max_length}")
-        require(self.pack_samples >= 1, "pack_samples", self.pack_samples, "at least 1")
         one = self.pack_samples == 1 or not self.length_buckets
         require(one, "length_buckets", self.length_buckets, f"() with pack_samples {self.pack_samples}")
-        require(self.max_length >= 8, "max_length", self.max_length, "at least 8")
-        require(self.max_masks >= 1, "max_masks", self.max_masks, "at least 1")
 
 
 def _require_place(source: str, root: str, meta: str, group: str) -> None:
@@ -365,6 +363,7 @@ _FREE_FIELDS = (
     "mesh.",
     "data.num_threads",
     "data.num_workers",
+    "data.memory_gb",
     "data.allow_changed",
     "data.max_bad_fraction",
     "data.length_buckets",

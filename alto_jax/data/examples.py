@@ -62,6 +62,7 @@ class Examples:
         *,
         num_threads: int = 0,
         num_workers: int = 0,
+        kept_bytes: int = 0,
     ):
         """Reads nothing yet.
 
@@ -71,6 +72,8 @@ class Examples:
           max_bad_records, max_bad_fraction: see bad_data.py.
           num_threads: that `many` reads with; 0: the caller's.
           num_workers: processes that read (workers.py); 0: this one.
+          kept_bytes: examples are kept until they have so many bytes, and serve later epochs as they were; what an
+            epoch draws anew (one phrase of several) then stays.
         """
         if len(source) == 0:
             raise ValueError("the data source holds no record")
@@ -81,6 +84,8 @@ class Examples:
         self.num_threads = num_workers + 1 if num_workers else num_threads
         self._num_workers = num_workers
         self._users, self._lock = 0, threading.Lock()
+        self._kept: dict[int, Any] = {}
+        self._free_bytes = kept_bytes
         self._threads: ThreadPoolExecutor | None = None
         self._workers: Workers | None = None
 
@@ -101,12 +106,18 @@ class Examples:
     def get(self, number: int) -> Any:
         """The example of `number` itself; None if its record is bad."""
         index = number % len(self)
+        if index in self._kept:
+            return self._kept[index]
         if self._workers is None:
             example, error, kind = self._local(number)
         else:
             example, error, kind = self._workers(number, f"record {index}")
         if error is not None:
             self.bad.add(index, error, kind)
+        elif self._free_bytes > 0:
+            with self._lock:
+                self._kept[index] = example
+                self._free_bytes -= _num_bytes(example)
         return example
 
     def many(self, numbers: Iterable[int]) -> list[Any]:
@@ -131,6 +142,15 @@ class Examples:
                 self._threads.shutdown(wait=False, cancel_futures=True)
             if self._workers is not None:
                 self._workers.close()
+
+
+def _num_bytes(example: Any) -> int:
+    """Bytes of the arrays of an example, and some for each thing that is none."""
+    if isinstance(example, Mapping):
+        return sum(map(_num_bytes, example.values()))
+    if isinstance(example, (tuple, list)):
+        return sum(map(_num_bytes, example))
+    return getattr(example, "nbytes", 0) + 100
 
 
 def _attempt(

@@ -82,7 +82,7 @@ def _examples(
     source: Source, transform: Callable[[int, Any], Any], options: Mapping[str, Any]
 ) -> tuple[Examples, dict[str, Any]]:
     """The examples that the options ask for, and the options that are left."""
-    own = ("max_bad_records", "max_bad_fraction", "num_threads", "num_workers")
+    own = ("max_bad_records", "max_bad_fraction", "num_threads", "num_workers", "kept_bytes")
     examples = Examples(source, transform, **{"num_threads": 4} | {k: v for k, v in options.items() if k in own})
     return examples, {k: v for k, v in options.items() if k not in own}
 
@@ -109,7 +109,7 @@ def mask_batches(
       image_size, mask_size: sides of the images and masks in the batch, in pixels.
       batch_size, seed: see `batches`.
       **options: num_epochs, shuffle, drop_remainder, share, prefetch and allow_changed of `batches`;
-        max_bad_records, max_bad_fraction, num_threads (4 by default) and num_workers of `Examples`.
+        max_bad_records, max_bad_fraction, num_threads (4 by default), num_workers and kept_bytes of `Examples`.
 
     Returns:
       A grain.IterDataset of MaskBatch.

@@ -358,6 +358,7 @@ def _options(config: Any, share: BatchShare) -> dict:
         "max_bad_fraction": config.data.max_bad_fraction,
     }
     options |= readers(config.data.num_threads, config.data.num_workers)
+    options["kept_bytes"] = int(config.data.memory_gb * 1e9)
     return options | ({"system": config.data.system} if config.stage in ("stage0", "stage2", "stage3") else {})
 
 

@@ -164,3 +164,23 @@ def test_the_seven_wordings_move_on_each_epoch():
     first, second = (b.prompt_ids for b in itertools.islice(batches, 2))
     assert not np.array_equal(first, second)
     np.testing.assert_array_equal(second, np.roll(first, -1, axis=0))
+
+
+def test_kept_examples_serve_later_epochs_as_they_were(sa1b):
+    """The first epoch is the same; later ones read nothing; no more is kept than was allowed."""
+    read = []
+    source = Sa1bMasks(sa1b, seed=3)
+
+    def make(kept_bytes):
+        transform = lambda number, record: read.append(number) or examples.mask_fields(record, 16, 8)
+        return examples.Examples(source, transform, kept_bytes=kept_bytes)
+
+    count = len(source)
+    kept, some, fresh = make(10**6), make(1), make(0)
+    first = [kept[i] for i in range(count)]
+    assert len(read) == count
+    for i in range(count):
+        assert kept[count + i] is first[i]
+        np.testing.assert_array_equal(fresh[i]["mask"], first[i]["mask"])
+    assert len(read) == 2 * count
+    assert some[0] is some[count] and some[1] is not some[count + 1]
