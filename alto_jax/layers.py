@@ -148,24 +148,6 @@ class Mlp(nn.Module):
         return nn.Dense(x.shape[-1], name="fc2", **kwargs)(gelu(hidden))
 
 
-class GatedMlp(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), without biases."""
-
-    mlp_dim: int
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    kernel_init: Callable = nn.initializers.normal(0.02)
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        kwargs: dict[str, Any] = dict(
-            use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init
-        )
-        gate = constrain(nn.Dense(self.mlp_dim, name="gate", **kwargs)(x), "batch", ..., "mlp")
-        up = constrain(nn.Dense(self.mlp_dim, name="up", **kwargs)(x), "batch", ..., "mlp")
-        return nn.Dense(x.shape[-1], name="down", **kwargs)(jax.nn.silu(gate) * up)
-
-
 class ViTBlock(nn.Module):
     """Pre-norm transformer block: `x += ls1 * attn(norm1(x)); x += ls2 * mlp(norm2(x))`.
 
@@ -329,19 +311,17 @@ def alternate(x: Array, stacks: Sequence[Stack], counts: Sequence[int]) -> Array
 @contextlib.contextmanager
 def adapted(scale: float) -> Iterator[None]:
     """While a function is traced in this `with` block, dense layers that have `lora_a` and `lora_b` beside their kernel
-    give scale * (x A) B more; see `alto_jax.lora`."""
+    (whatever that is: of 8 bits, too) give scale * (x A) B more; see `alto_jax.lora`."""
 
     def intercept(call: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
         out, module = call(*args, **kwargs), context.module
-        if context.method_name != "__call__" or not isinstance(module, (nn.Dense, nn.DenseGeneral)):
-            return out
-        if not module.has_variable("params", "lora_a"):
+        if context.method_name != "__call__" or not module.has_variable("params", "lora_a"):
             return out
         x, dtype = args[0], module.dtype or args[0].dtype
         factor: Callable[[str], Array] = lambda name: module.get_variable("params", name).astype(dtype)
-        a, b = factor("lora_a"), factor("lora_b")
-        low = jnp.tensordot(x.astype(dtype), a, a.ndim - 1, precision=module.precision)
-        return out + scale * jnp.tensordot(low, b, 1, precision=module.precision).astype(out.dtype)
+        a, b, precision = factor("lora_a"), factor("lora_b"), getattr(module, "precision", None)
+        low = jnp.tensordot(x.astype(dtype), a, a.ndim - 1, precision=precision)
+        return out + scale * jnp.tensordot(low, b, 1, precision=precision).astype(out.dtype)
 
     with nn.intercept_methods(intercept):
         yield

@@ -1,12 +1,16 @@
-"""Parameters as nested dicts of arrays, addressed by paths "a/b/c": joined, split and cast."""
+"""Parameters as nested dicts of arrays, addressed by paths "a/b/c": joined, split, cast and rounded to 8 bits."""
 
+from collections.abc import Sequence
 import re
-from typing import Any
+from typing import Any, Literal
 
 from flax import traverse_util
 import jax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
+
+Quantize = Literal["", "int8", "fp8"]
+QUANTIZE = ("", "int8", "fp8")  # Of weights: as they are, or the types of 8 bits.
 
 
 def split_params(params: dict, trainable: str) -> tuple[dict, dict]:
@@ -67,3 +71,60 @@ def cast(params: dict, dtype: str, *, keep: str = "^$") -> dict:
     return traverse_util.unflatten_dict(
         {p: v if re.search(keep, p) else v.astype(dtype) for p, v in flat.items()}, sep="/"
     )
+
+
+def kernel_dims(path: str, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(layers, in, out) dimensions of a kernel of a matrix product; `layers` is empty outside of a stack."""
+    lead = 1 if "/layers/" in f"/{path}" else 0
+    inner = 2 if re.search("attn/out/kernel$", path) else 1
+    return tuple(shape[:lead]), tuple(shape[lead : lead + inner]), tuple(shape[lead + inner :])
+
+
+def to_8_bits(x: jax.Array, axes: int | tuple[int, ...], kind: Quantize = "int8") -> tuple[jax.Array, jax.Array]:
+    """An array as (values of 8 bits, float32 scales), x ≈ values * scales, one scale for all elements along `axes`.
+
+    Args:
+      x: float array.
+      axes: the dimensions that the scales do not have.
+      kind: "int8" (-127..127) or "fp8" (float8_e4m3fn, up to 448).
+    """
+    x = x.astype(jnp.float32)
+    largest = 127.0 if kind == "int8" else float(jnp.finfo(jnp.float8_e4m3fn).max)
+    scale = jnp.max(jnp.abs(x), axis=axes, keepdims=True) / largest
+    scaled = x / jnp.where(scale > 0, scale, 1)
+    values = jnp.rint(scaled).astype(jnp.int8) if kind == "int8" else scaled.astype(jnp.float8_e4m3fn)
+    return values, jnp.squeeze(scale, axes)
+
+
+def quantized(params: Any, kernels: str, kind: Quantize) -> Any:
+    """Parameters whose kernels on paths that match `kernels` have 8 bits and `kernel_scale` beside them.
+
+    A scale belongs to one output of the kernel (float32[layers, out...]): of all that is added up in it, the largest
+    becomes the largest number of the type. Kernels that have 8 bits already stay as they are.
+
+    Args:
+      params: nested dict; layers may be a tuple of dicts instead of stacked.
+      kernels: regex on "a/b/c".
+      kind: "int8" or "fp8"; "": the parameters as they are.
+    """
+
+    def visit(tree: Any, path: str, stacked: bool) -> Any:
+        if isinstance(tree, tuple):
+            return tuple(visit(row, path, False) for row in tree)
+        if not isinstance(tree, dict):
+            return tree
+        out = {name: visit(value, f"{path}{name}/", stacked) for name, value in tree.items()}
+        name, kernel = f"{path}kernel", out.get("kernel")
+        if kernel is not None and "kernel_scale" not in out and re.search(kernels, name):
+            lead = len(kernel_dims(name, kernel.shape)[0]) if stacked else 0
+            inner = len(kernel_dims(name, kernel.shape)[1])
+            out["kernel"], out["kernel_scale"] = to_8_bits(kernel, tuple(range(lead, lead + inner)), kind)
+        return out
+
+    return visit(params, "", True) if kind else params
+
+
+def is_quantized(params: Any) -> bool:
+    """Whether any kernel has 8 bits."""
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    return any(getattr(path[-1], "key", "") == "kernel_scale" for path, _ in paths if path)

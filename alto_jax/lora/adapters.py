@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from alto_jax import layers
 from alto_jax.config import ConfigError, require
+from alto_jax.params import kernel_dims
 
 _CONVOLUTION = re.compile(r"(conv\w*|patch_embed|spatial_mapper|shortcut)/kernel$")
 
@@ -41,13 +42,6 @@ class LoraConfig:
             re.compile(self.targets)
         except re.error as error:
             raise ConfigError(f"targets: {self.targets!r} is not a regular expression: {error}") from error
-
-
-def dims(path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """(layers, in, out) dimensions of a kernel."""
-    lead = 1 if "/layers/" in path else 0
-    inner = 2 if re.search("attn/out/kernel$", path) else 1
-    return shape[:lead], shape[lead : lead + inner], shape[lead + inner :]
 
 
 def make_adapters(params: dict, cfg: LoraConfig, key: jax.Array) -> dict:
@@ -73,7 +67,7 @@ def make_adapters(params: dict, cfg: LoraConfig, key: jax.Array) -> dict:
         raise ValueError(f"config.lora.targets: {cfg.targets!r} names a convolution, {convolutions[0]}")
     adapters = {}
     for index, path in enumerate(paths):
-        lead, inner, outer = dims(path, flat[path].shape)
+        lead, inner, outer = kernel_dims(path, flat[path].shape)
         scale = math.prod(inner) ** -0.5
         draw = jax.random.normal(jax.random.fold_in(key, index), (*lead, *inner, cfg.rank))
         adapters[path.removesuffix("kernel") + "lora_a"] = draw * scale
@@ -104,7 +98,7 @@ def merged(params: dict, cfg: LoraConfig) -> dict:
     for path in (p for p in flat if p.endswith("/lora_a")):
         kernel = path.removesuffix("lora_a") + "kernel"
         a, b, w = flat[path], flat[path.removesuffix("a") + "b"], flat[kernel]
-        lead, inner, outer = dims(kernel, w.shape)
+        lead, inner, outer = kernel_dims(kernel, w.shape)
         a = a.astype(jnp.float32).reshape(*lead, math.prod(inner), cfg.rank)
         b = b.astype(jnp.float32).reshape(*lead, cfg.rank, math.prod(outer))
         delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(w.shape)

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from alto_jax.config import require
 from alto_jax.layers import unstacked
 from alto_jax.mllm.language_model import DTYPES, KVCache, LanguageModel, for_inference
+from alto_jax.params import QUANTIZE, Quantize
 
 if TYPE_CHECKING:
     from alto_jax.mllm.text import SpecialIds
@@ -42,7 +43,7 @@ def bucket_length(length: int) -> int:
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
     """How to generate. Only max_new_tokens, greedy or not, top_k, top_p, grammar, stop_at_mask_end,
-    share_prompt and cache_dtype are compiled in; the others can change without recompilation.
+    share_prompt, cache_dtype and quantize are compiled in; the others can change without recompilation.
 
     Attributes:
       max_new_tokens: T, length of the result; longer answers are cut. With the grammar a mask is only
@@ -60,6 +61,8 @@ class GenerateConfig:
         and reference passes of GRPO too.
       cache_dtype: type of keys and values: "model" (the model's), a float type, or "int8" (with a scale per position
         and head, half the memory of bfloat16).
+      quantize: the language model's kernels of matrix products in 8 bits, "int8" or "fp8" (see `params.quantized`); "":
+        as they are given.
     """
 
     max_new_tokens: int = 64
@@ -74,6 +77,7 @@ class GenerateConfig:
     stop_at_mask_end: bool = False
     share_prompt: bool = True
     cache_dtype: str = "model"
+    quantize: Quantize = ""
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
@@ -91,6 +95,7 @@ class GenerateConfig:
             require(forced is None, "forced_length", forced, "None without grammar=True")
             require(low == 1, "min_length", low, "1 without grammar=True")
         require(self.cache_dtype in CACHE_DTYPES, "cache_dtype", self.cache_dtype, f"one of {CACHE_DTYPES}")
+        require(self.quantize in QUANTIZE, "quantize", self.quantize, f"one of {QUANTIZE}")
 
     def static(self) -> GenerateConfig:
         """Returns what is compiled in: this configuration with neutral values for all that `controls` holds."""
@@ -289,19 +294,8 @@ def generate(
     else:
         start = mask_state(jnp.asarray(prompt_ids), special)
     controls = cfg.controls() if controls is None else controls
-    out = _generate(
-        model,
-        cfg.static(),
-        special,
-        num_samples or 1,
-        params,
-        inputs_embeds,
-        prompt_mask,
-        start,
-        controls,
-        rng,
-        questions,
-    )
+    arrays = params, inputs_embeds, prompt_mask, start, controls, rng, questions
+    out = _generate(model, cfg.static(), special, num_samples or 1, *arrays)
     if num_samples is not None:
         group = lambda a: a.reshape(batch, num_samples, *a.shape[1:]) if a.ndim else a
         out = jax.tree.map(group, out)
@@ -330,7 +324,7 @@ def _generate(
     inside, count = jax.tree.map(repeat, start) if questions is None else start
     controls = jax.tree.map(lambda a: repeat(a)[:, None] if jnp.ndim(a) else a, controls)
     # Note: the loop's operands are whole arrays; slices of stacked ones would be copied for every token.
-    apply: Any = functools.partial(model.apply, {"params": for_inference(model.cfg, params)})
+    apply: Any = functools.partial(model.apply, {"params": for_inference(model.cfg, params, cfg.quantize)})
     if not cfg.share_prompt:
         inputs_embeds, prompt_mask = repeat(inputs_embeds), repeat(prompt_mask)
     prefix, first_logits = _prefill(apply, cfg, inputs_embeds, prompt_mask)

@@ -23,10 +23,13 @@ import jax.numpy as jnp
 from alto_jax import layers
 from alto_jax.attention import seam
 from alto_jax.config import require
+from alto_jax.mllm.dense import Dense, GatedMlp
 from alto_jax.parallel.sharding import constrain, gather_params
+from alto_jax.params import Quantize, quantized, to_8_bits
 
 Array = jax.Array
 INIT = nn.initializers.normal(0.02)
+KERNELS = r"(^|/)(attn/(q|kv|out)|mlp/(gate|up|down)|head)/kernel$"  # of matrix products
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -110,7 +113,7 @@ class KVCache:
     def of(cls, k: Array, v: Array, dtype: str = "model") -> "KVCache":
         """Returns keys and values [..., K, Hd] as a cache holds them, in `dtype` ("model": as they are)."""
         if dtype == "int8":
-            (k, k_scale), (v, v_scale) = _to_int8(k), _to_int8(v)
+            (k, k_scale), (v, v_scale) = to_8_bits(k, -1), to_8_bits(v, -1)
             return cls(k, v, k_scale, v_scale)
         return cls(k, v) if dtype == "model" else cls(k.astype(dtype), v.astype(dtype))
 
@@ -124,13 +127,6 @@ class KVCache:
         """Returns keys and values in `dtype`."""
         scaled = lambda a, scale: a.astype(dtype) if scale is None else (a * scale[..., None]).astype(dtype)
         return scaled(self.k, self.k_scale), scaled(self.v, self.v_scale)
-
-
-def _to_int8(x: Array) -> tuple[Array, Array]:
-    """Vectors [..., Hd] as int8 and their scales float32[...]."""
-    x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1) / 127
-    return jnp.rint(x / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8), scale
 
 
 def ntk_inv_freq(cfg: LanguageModelConfig, current_length: int | Array) -> Array:
@@ -214,8 +210,8 @@ class DecoderAttention(nn.Module):
         """Arguments as for `DecoderBlock`; returns (the attention's output [B, T, D], cache)."""
         cfg = self.cfg
         kwargs: dict[str, Any] = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype, kernel_init=INIT)
-        q = nn.DenseGeneral((cfg.num_heads, cfg.head_width), use_bias=cfg.qkv_bias, name="q", **kwargs)(x)
-        kv = nn.DenseGeneral((2, cfg.num_kv_heads, cfg.head_width), use_bias=cfg.qkv_bias, name="kv", **kwargs)(x)
+        q = Dense((cfg.num_heads, cfg.head_width), use_bias=cfg.qkv_bias, name="q", **kwargs)(x)
+        kv = Dense((2, cfg.num_kv_heads, cfg.head_width), use_bias=cfg.qkv_bias, name="kv", **kwargs)(x)
         q, kv = (constrain(a, "batch", ..., "heads", None) for a in (q, kv))
         q = layers.apply_rope(q, positions, inv_freq)
         k, v = layers.apply_rope(kv[..., 0, :, :], positions, inv_freq), kv[..., 1, :, :]
@@ -231,7 +227,7 @@ class DecoderAttention(nn.Module):
             assert prefix_mask is not None  # Note: `LanguageModel` gives one with every prefix.
             own = cast(Array, mask.dense(q.shape[1], k.shape[1]))
             out = prefix_attention(q, k, v, own, *prefix.values(q.dtype), prefix_mask)
-        return nn.DenseGeneral(cfg.embed_dim, axis=(-2, -1), use_bias=False, name="out", **kwargs)(out), cache
+        return Dense(cfg.embed_dim, num_inputs=2, name="out", **kwargs)(out), cache
 
 
 class DecoderBlock(nn.Module):
@@ -274,24 +270,31 @@ class DecoderBlock(nn.Module):
         shared = (positions, inv_freq, mask, cache_index, prefix_mask, keep)
         branch, cache = DecoderAttention(cfg, name="attn")(norm(name="attn_norm")(x), *shared, prefix, cache)
         x = constrain(x + branch, "batch", ...)
-        mlp = layers.GatedMlp(cfg.mlp_dim, cfg.dtype, cfg.param_dtype, kernel_init=INIT, name="mlp")
+        mlp = GatedMlp(cfg.mlp_dim, cfg.dtype, cfg.param_dtype, kernel_init=INIT, name="mlp")
         return constrain(x + mlp(norm(name="mlp_norm")(x)), "batch", ...), cache
 
 
-def for_inference(cfg: LanguageModelConfig, params: dict) -> dict:
+def for_inference(cfg: LanguageModelConfig, params: dict, quantize: Quantize = "") -> dict:
     """The parameters as a loop of tokens wants them: in the type that is computed in, each layer's as whole arrays, and
     gathered over fsdp once instead of for every token.
 
-    Changes no number: every use casts to that type. Applied to what it returned it does nothing.
+    Without `quantize` changes no number: every use casts to that type. Applied to what it returned it does nothing.
+
+    Args:
+      cfg: of the language model.
+      params: all of its parameters, or some.
+      quantize: type of 8 bits for the kernels of matrix products (`params.quantized`); tied embeddings are no kernel.
     """
-    params = jax.tree.map(lambda a: a.astype(cfg.dtype), params)
+    params = quantized(params, KERNELS, quantize)
+    kept = lambda path, a: a.dtype.itemsize == 1 or path[-1].key == "kernel_scale"
+    params = jax.tree_util.tree_map_with_path(lambda path, a: a if kept(path, a) else a.astype(cfg.dtype), params)
     # Note: a row of the embedding is moved more cheaply than the table, unless that is the head, too.
     apart = () if cfg.tie_embeddings else ("embed",)
-    gathered = gather_params({n: v for n, v in params.items() if n not in apart}, "language_model")
-    stacked = gathered["blocks"]["layers"]
+    params |= gather_params({n: v for n, v in params.items() if n not in apart}, "language_model")
+    stacked = params.get("blocks", {}).get("layers", ())
     if not isinstance(stacked, tuple):
-        stacked = layers.unstacked(stacked, cfg.num_layers)
-    return {**params, **gathered, "blocks": {"layers": stacked}}
+        params["blocks"] = {"layers": layers.unstacked(stacked, cfg.num_layers)}
+    return params
 
 
 def with_whole_head(cfg: LanguageModelConfig, params: dict) -> dict:
@@ -319,10 +322,7 @@ class LanguageModel(nn.Module):
         self.blocks = layers.Stack(functools.partial(DecoderBlock, cfg), cfg.num_layers, cfg.remat, cfg.unroll)
         self.norm = layers.RMSNorm(cfg.norm_eps, cfg.dtype, cfg.param_dtype)
         if not cfg.tie_embeddings:
-            dot_general = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-            self.head = nn.Dense(
-                cfg.vocab_size, use_bias=False, dtype=cfg.dtype, kernel_init=INIT, dot_general=dot_general, **types
-            )
+            self.head = Dense(cfg.vocab_size, dtype=cfg.dtype, kernel_init=INIT, out_dtype=jnp.float32, **types)
 
     def embed(self, ids: Array) -> Array:
         """ids int32[...] -> embeddings [..., D] in the compute type."""
@@ -395,15 +395,14 @@ class LanguageModel(nn.Module):
         """hidden [..., D] -> float32[..., V]."""
         if self.cfg.tie_embeddings:
             return constrain(self._of_rows(hidden, self.embedder.embedding), "batch", ..., "vocab")
-        return constrain(self.head(hidden).astype(jnp.float32), "batch", ..., "vocab")
+        return constrain(self.head(hidden), "batch", ..., "vocab")
 
     @layers.exact_in_float32
     def some_logits(self, hidden: Array, start: int, count: int) -> Array:
         """hidden [..., D] -> float32[..., count], those of the tokens start .. start + count - 1 alone."""
         if self.cfg.tie_embeddings:
             return self._of_rows(hidden, self.embedder.embedding[start : start + count])
-        kernel = self.head.variables["params"]["kernel"][:, start : start + count]
-        return self._of_rows(hidden, kernel.T)
+        return self.head(hidden, slice(start, start + count))
 
     def _of_rows(self, hidden: Array, rows: Array) -> Array:
         """Products of hidden [..., D] and rows [v, D] of the vocabulary, float32[..., v]."""

@@ -17,9 +17,10 @@ import numpy as np
 from alto_jax.checkpoint import rows, runs
 from alto_jax.config import build, to_dict
 from alto_jax.experiment import DataConfig, ExperimentConfig
-from alto_jax.lora.adapters import LoraConfig, dims
+from alto_jax.lora.adapters import LoraConfig
 from alto_jax.mllm.alto_llm import ModelConfig
 from alto_jax.mllm.language_model import LanguageModelConfig
+from alto_jax.params import kernel_dims
 from tools.convert_torch_weights import exporter, mapping, mllm_rules, peft
 from tools.convert_torch_weights.files import SourceError
 from tools.convert_torch_weights.plans import mapping_config
@@ -116,7 +117,7 @@ def adapter_arrays(adapter: peft.Adapter, kind: str, config: Any) -> tuple[LoraC
         b = np.zeros((len(low.b), rank), np.float32)
         a[: len(low.a)], b[:, : len(low.a)] = low.a, low.b
         for (path, _), value in zip(rule.targets, _outputs(rule, b, config.language_model)):
-            lead, inner, outer = dims(path, shapes[path])
+            lead, inner, outer = kernel_dims(path, shapes[path])
             name, index = path.removesuffix("kernel"), ... if row is None else row
             for part, shape in (("lora_a", (*lead, *inner, rank)), ("lora_b", (*lead, rank, *outer))):
                 arrays.setdefault(name + part, np.zeros(shape, np.float32))

@@ -1,0 +1,119 @@
+"""The language model's dense layers, whose kernels may have 8 bits: y = (x · kernel) * kernel_scale.
+
+A kernel of 8 bits (`params.quantized`) has a scale for each of its outputs beside it, `.../q/kernel_scale` beside
+`.../q/kernel`; a layer sees by that what it is given. A module of our own, since qwix 0.1.8 finds weights by following
+them from `Module.param` into JAX's functions, and loses those of stacks, whose blocks are applied to slices.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from alto_jax.parallel.sharding import constrain
+
+Array = jax.Array
+FEW_ROWS = 4
+
+
+def quantized_dot(x: Array, kernel: Array, scale: Array, out_dtype: Any = None) -> Array:
+    """The product of activations and a kernel of 8 bits, accumulated in float32.
+
+    What bounds a loop of tokens is reading the kernels, so that no converted copy of one may be written to memory. On
+    one GPU up to FEW_ROWS rows are multiplied and summed (`multiply_reduce`), anything else is a matrix product whose
+    operand is converted (`convert_dot`). `benchmarks/int8_dot.py` times these and others.
+
+    Args:
+      x: float[..., I...].
+      kernel: int8 or float8[I..., O...].
+      scale: float32[O...], what a unit of the kernel stands for.
+      out_dtype: of the result; None: x's.
+
+    Returns:
+      [..., O...].
+    """
+    inner = kernel.ndim - scale.ndim
+    lead, mesh = x.shape[: x.ndim - inner], jax.sharding.get_abstract_mesh()
+    # Note: tied to what changes in a loop, else XLA converts the kernels before it, and all of them lie there in float.
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    convert, reduce = (functools.partial(form, inner=inner) for form in (convert_dot, multiply_reduce))
+    if math.prod(lead) <= FEW_ROWS and (mesh.empty or mesh.size == 1):
+        product = jax.lax.platform_dependent(x, kernel, cuda=reduce, default=convert)
+    else:
+        product = convert(x, kernel)
+    return (product * scale).astype(x.dtype if out_dtype is None else out_dtype)
+
+
+def convert_dot(x: Array, kernel: Array, inner: int) -> Array:
+    """x float[..., I...] · kernel [I..., O...], `inner` dimensions I, as one matrix product in x's type → float32."""
+    contracted = tuple(range(x.ndim - inner, x.ndim)), tuple(range(inner))
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (contracted, ((), ())), preferred_element_type=jnp.float32)
+
+
+def multiply_reduce(x: Array, kernel: Array, inner: int) -> Array:
+    """As `convert_dot`, as sums over products, which the compiler fuses with the conversion.
+
+    Note: a sum for each row, so that these are siblings, fused into one pass over the kernel; as a broadcast product of
+    all rows the kernel would be read once a row.
+    """
+    rows = x.reshape(-1, *x.shape[x.ndim - inner :]).astype(jnp.float32)
+    outer = (None,) * (kernel.ndim - inner)
+    one = lambda row: jnp.sum(row[(..., *outer)] * kernel.astype(jnp.float32), axis=tuple(range(inner)))
+    summed = jnp.stack([one(row) for row in rows])
+    return summed.reshape(*x.shape[: x.ndim - inner], *summed.shape[1:])
+
+
+class Dense(nn.Module):
+    """A dense layer [..., I...] → [..., O...] from the last `num_inputs` dimensions to those of `features`.
+
+    `out_dtype`: of the result (None: `dtype`, that of the computation), to which sums of products are not rounded
+    before.
+    """
+
+    features: int | Sequence[int]
+    num_inputs: int = 1
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable = nn.initializers.normal(0.02)
+    out_dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, columns: slice | None = None) -> Array:
+        """Applies the layer to x; `columns`: only these of the (last dimension's) outputs."""
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        inner = x.shape[x.ndim - self.num_inputs :]
+        flat = math.prod(inner), math.prod(features)  # Note: initialisers read the fan-in off a matrix.
+        init = lambda key, shape, dtype: self.kernel_init(key, flat, dtype).reshape(shape)
+        part: Callable[[Array], Array] = lambda a: a if columns is None else a[..., columns]
+        kernel, x = part(self.param("kernel", init, (*inner, *features), self.param_dtype)), x.astype(self.dtype)
+        if self.has_variable("params", "kernel_scale"):
+            out = quantized_dot(x, kernel, part(self.get_variable("params", "kernel_scale")), self.out_dtype)
+        else:
+            contracted = tuple(range(x.ndim - self.num_inputs, x.ndim)), tuple(range(self.num_inputs))
+            out = jax.lax.dot_general(
+                x, kernel.astype(self.dtype), (contracted, ((), ())), preferred_element_type=self.out_dtype
+            )
+        if self.use_bias:
+            out += part(self.param("bias", nn.initializers.zeros_init(), features, self.param_dtype)).astype(out.dtype)
+        return out
+
+
+class GatedMlp(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), without biases."""
+
+    mlp_dim: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dense = functools.partial(Dense, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init)
+        gate = constrain(dense(self.mlp_dim, name="gate")(x), "batch", ..., "mlp")
+        up = constrain(dense(self.mlp_dim, name="up")(x), "batch", ..., "mlp")
+        return dense(x.shape[-1], name="down")(jax.nn.silu(gate) * up)
