@@ -1,5 +1,6 @@
 """What the commands share: one clear line for bad input instead of a stack trace, and a progress line."""
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 import logging
 import os
@@ -8,7 +9,7 @@ import time
 import traceback
 from typing import TextIO
 
-from alto_jax.config import ConfigError, local_path
+from alto_jax.config import QUANTIZE, ConfigError, local_path
 from alto_jax.parallel import distributed
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from what was saved.
@@ -55,6 +56,12 @@ def check_paths(given: Mapping[str, str | os.PathLike | None]) -> None:
     """Raises ConfigError if one of the paths that a command was given ({"--out": …}, None: not given) is a URL."""
     for option, path in given.items():
         local_path(path or "", option)
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --quantize of commands that open a checkpoint for use."""
+    parser.add_argument("--quantize", choices=[kind for kind in QUANTIZE if kind], default="",
+                        help="the language model's kernels in 8 bits (docs/running.md)")  # fmt: skip
 
 
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # Forms without loss: a mask stays 0 and 255.

@@ -16,6 +16,9 @@ import types
 import typing
 from typing import Any
 
+Quantize = typing.Literal["", "int8", "fp8"]  # Kernels for inference: as they are, or in a type of 8 bits.
+QUANTIZE: tuple[str, ...] = typing.get_args(Quantize)
+
 
 class ConfigError(ValueError):
     """A configuration value that cannot be used; the message names the field and the value."""

@@ -1,16 +1,15 @@
 """Parameters as nested dicts of arrays, addressed by paths "a/b/c": joined, split, cast and rounded to 8 bits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import re
-from typing import Any, Literal
+from typing import Any
 
 from flax import traverse_util
 import jax
 from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
-Quantize = Literal["", "int8", "fp8"]
-QUANTIZE = ("", "int8", "fp8")  # Of weights: as they are, or the types of 8 bits.
+from alto_jax.config import ConfigError, Quantize
 
 
 def split_params(params: dict, trainable: str) -> tuple[dict, dict]:
@@ -55,12 +54,13 @@ def watched(params: dict, reached: set[str]) -> dict:
     return mark(params)
 
 
-def merge_params(*trees: dict) -> dict:
-    """Joins nested dicts with disjoint leaves."""
-    flat: dict = {}
-    for tree in trees:
-        flat.update(traverse_util.flatten_dict(tree, sep="/"))
-    return traverse_util.unflatten_dict(flat, sep="/")
+def merge_params(*trees: Any) -> Any:
+    """Joins nested dicts with disjoint leaves; where several have a tuple of dicts, these are joined one by one."""
+    if isinstance(trees[0], tuple):
+        return tuple(merge_params(*rows) for rows in zip(*trees, strict=True))
+    names = dict.fromkeys(name for tree in trees for name in tree)
+    found = {name: [tree[name] for tree in trees if name in tree] for name in names}
+    return {name: values[0] if len(values) == 1 else merge_params(*values) for name, values in found.items()}
 
 
 def cast(params: dict, dtype: str, *, keep: str = "^$") -> dict:
@@ -124,7 +124,11 @@ def quantized(params: Any, kernels: str, kind: Quantize) -> Any:
     return visit(params, "", True) if kind else params
 
 
-def is_quantized(params: Any) -> bool:
-    """Whether any kernel has 8 bits."""
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    return any(getattr(path[-1], "key", "") == "kernel_scale" for path, _ in paths if path)
+def refuse_quantized(paths: Iterable[str], where: str) -> None:
+    """Raises ConfigError if parameters that are to be saved at `where`, by their paths, have kernels of 8 bits."""
+    found = next((path for path in sorted(paths) if path.endswith("/kernel_scale")), None)
+    if found is not None:
+        kernel = found.removesuffix("_scale")
+        raise ConfigError(
+            f"{where}: {kernel} has 8 bits, which are for inference alone; expected the parameters it was made of"
+        )

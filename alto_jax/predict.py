@@ -71,6 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m alto_jax.predict", description="Segment what a phrase names.")
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory (stage 2 or 3)")
     parser.add_argument("--step", type=int, metavar="N", help="of the run's checkpoints (default: the newest)")
+    cli.add_quantize(parser)
     parser.add_argument("--image", required=True, metavar="FILE")
     parser.add_argument("--text", default="", help='the object, such as "the red apple"')
     parser.add_argument("--length", default="adaptive", help="adaptive, full, or a number of mask tokens")
@@ -106,7 +107,7 @@ def main() -> int:
     image, target = photo.image, photo.mask(options.target) if options.target else None
     from alto_jax.inference.segmenter import Segmenter, load  # late: --help needs no JAX
 
-    model = load(options.checkpoint, options.step)
+    model = load(options.checkpoint, options.step, options.quantize)
     assert isinstance(model, Segmenter)
     result = model.segment(
         image, options.text, length=length, prompt=options.prompt, target=target, max_length=options.max_length,

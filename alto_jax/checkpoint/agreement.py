@@ -5,12 +5,12 @@ older state. So reading (of files alone, `Found`) comes first, then a vote, then
 then a vote on these. With one process the same happens without votes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import hashlib
 import json
 import pathlib
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from alto_jax.config import ConfigError
 from alto_jax.parallel import distributed
 
 CHECKPOINTS = "checkpoints"
+T = TypeVar("T")
 
 
 class Mismatch(ValueError):
@@ -103,12 +104,27 @@ def known_steps(directory: pathlib.Path) -> list[int]:
 def newest_readable(
     directory: pathlib.Path, read: Callable[[pathlib.Path], Found], step: int | None = None
 ) -> tuple[Found, int]:
-    """(read(folder), step) of the newest step for which no process fails; says which steps it passes over.
+    """(read(folder), step) of the newest step for which no process fails; the rest as in `newest_in_parts`."""
+    [found], step = newest_in_parts(directory, [read], lambda found: found, step)
+    return found, step
+
+
+def newest_in_parts(
+    directory: pathlib.Path,
+    reads: Sequence[Callable[[pathlib.Path], Found]],
+    keep: Callable[[Found], T],
+    step: int | None = None,
+) -> tuple[list[T], int]:
+    """The newest step for which no process fails, read part by part; says which steps it passes over.
 
     Args:
       directory: a run's.
-      read: reads files alone; must not wait for another process.
+      reads: each reads files alone, and must not wait for another process; as many in all processes.
+      keep: what is kept of a part, before the next one is read.
       step: this one and no other; None: the newest that can be read.
+
+    Returns:
+      (what is kept of each part, step).
 
     Raises:
       ConfigError: there is no such step; names those that there are.
@@ -120,15 +136,21 @@ def newest_readable(
             raise ConfigError(f"--step={step}: {directory} has the steps {', '.join(map(str, steps[::-1]))}")
         steps = [step]
     for step in steps:
-        folder = directory / CHECKPOINTS / str(step)
-        found, error = _attempt(read, folder)
-        why = _vote(folder, found, error)
-        if why is None:
-            assert found is not None
-            why = _vote(folder, found, _wrong_sums(found))
+        folder, kept = directory / CHECKPOINTS / str(step), []
+        for read in reads:
+            found, error = _attempt(read, folder)
+            why = _vote(folder, found, error)
             if why is None:
-                return found, step
-        found = None  # Note: its memory is needed for the next one.
+                assert found is not None
+                why = _vote(folder, found, _wrong_sums(found))
+            if why is not None:
+                break
+            assert found is not None
+            kept.append(keep(found))
+            found = None  # Note: its memory is needed for the next part.
+        else:
+            return kept, step
+        found, kept = None, []  # Note: their memory is needed for the next step.
         first = first or f"step {step}: {why}"
         older = [s for s in steps if s < step]
         if older and jax.process_index() == 0 and damage.is_news(folder):

@@ -7,10 +7,12 @@ import os
 import pathlib
 from typing import Any
 
+from flax import traverse_util
 import jax
 
 from alto_jax.checkpoint import runs
-from alto_jax.config import build, to_dict
+from alto_jax.checkpoint.agreement import newest_in_parts
+from alto_jax.config import QUANTIZE, Quantize, build, require, to_dict
 from alto_jax.lora import adapters
 from alto_jax.lora.adapters import LoraConfig
 from alto_jax.mllm import language_model
@@ -18,6 +20,8 @@ from alto_jax.mllm.alto_llm import ModelConfig, init_params
 from alto_jax.mllm.text import TextTokenizer
 from alto_jax.parallel import sharding
 from alto_jax.params import merge_params
+
+AT_ONCE = 1 << 28  # bytes of saved parameters that are read and converted at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,7 @@ def load_model(
     step: int | None = None,
     *,
     for_inference: bool = False,
+    quantize: Quantize = "",
 ) -> LoadedModel:
     """Opens a checkpoint of a run with its parameters placed on the mesh, adapters merged.
 
@@ -47,36 +52,71 @@ def load_model(
       mesh: where the parameters go; None: the first device.
       step: which one; None: the newest that can be read.
       for_inference: the language model's parameters in the type that it computes in and each layer's apart, as its loop
-        of tokens wants them (`language_model.for_inference`); False: as they are saved.
+        of tokens wants them (`language_model.for_inference`); False: as they are saved. What is saved is read and
+        converted part by part, the largest arrays first, so that it is never all there beside the result.
+      quantize: with `for_inference`, type of 8 bits of the language model's kernels, "int8" or "fp8"; "": none.
 
     Raises:
       FileNotFoundError: no complete checkpoint there.
-      ConfigError: there is no such step.
+      ConfigError: there is no such step, or no language model to quantise.
       ValueError: the checkpoint lacks parameters of its own model, or cannot be read.
     """
     root, _ = runs.find_run(directory, made_by=runs.MADE_BY)
+    require(quantize in QUANTIZE, "quantize", quantize, f"one of {QUANTIZE}")
+    require(for_inference or not quantize, "quantize", quantize, "'' without for_inference")
     if mesh is None:
         mesh = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
-
-    def read(folder: pathlib.Path) -> runs.Found:
-        cfg, lora, abstract = _wanted(runs.read_meta(folder), root, mesh)
-        return runs.read_params(str(directory), abstract["adapters" if lora else "model"], None, folder)
-
-    found, step = runs.newest_readable(root, read, step)
-    meta, params = runs.described(found), runs.joined(found)
+    meta = runs.load_meta(directory, step)
     cfg, lora, abstract = _wanted(meta, root, mesh)
+    language = cfg.language_model
+    require(language is not None or not quantize, "quantize", quantize, f"'', {directory} being a mask tokenizer alone")
+    added: dict = {}
     if lora:
-        base = load_base(meta, abstract["model"], str(directory))
-        params = jax.jit(lambda b, a: adapters.merged(merge_params(b, a), lora))(base, params)
-    else:
-        runs.require_complete(params, abstract["model"], str(directory))
-    if for_inference and cfg.language_model is not None:
-        convert = jax.jit(functools.partial(language_model.for_inference, cfg.language_model))
-        params = {**params, "language_model": convert(params["language_model"])}
+        read = functools.partial(runs.read_params, str(directory), abstract["adapters"], None)
+        found, step = runs.newest_readable(root, read, step)
+        meta, added = runs.described(found), runs.joined(found)
+
+    def convert(params: dict) -> dict:
+        params = adapters.merged(params, lora) if lora else params
+        if for_inference and "language_model" in params:
+            found = language_model.for_inference(language, params["language_model"], quantize)
+            params = {**params, "language_model": found}
+        return params
+
+    def keep(found: runs.Found) -> tuple[dict, list[str], dict]:
+        params = runs.joined(found)
+        paths = list(runs.flat(params))
+        params = merge_params(params, adapters.beside(added, paths))
+        if lora or for_inference:
+            places = sharding.tree_shardings(jax.eval_shape(convert, params), mesh)
+            params = jax.jit(convert, out_shardings=places)(params)
+        return params, paths, runs.described(found)
+
+    place = base_of(meta, str(directory)) if lora else root
+    groups = _groups(abstract["model"]) if for_inference else [abstract["model"]]
+    reads = [functools.partial(runs.read_params, str(place), group, None) for group in groups]
+    parts, read_step = newest_in_parts(runs.find_run(place)[0], reads, keep, None if lora else step)
+    have = {path: True for _, paths, _ in parts for path in paths}
+    runs.require_complete(traverse_util.unflatten_dict(have, sep="/"), abstract["model"], str(place))
+    params = merge_params(*(part for part, _, _ in parts))
+    if not lora:
+        meta, step = parts[0][2], read_step
     saved = (root / runs.CHECKPOINTS / str(step) / "_CHECKPOINT_METADATA").read_bytes()
-    name = f"{meta['stage']} step {step} {hashlib.sha256(saved).hexdigest()[:12]}"
-    text = TextTokenizer.load(root) if cfg.language_model is not None else None
+    name = f"{meta['stage']} step {step} {hashlib.sha256(saved).hexdigest()[:12]}" + f" {quantize}".rstrip()
+    text = TextTokenizer.load(root) if language is not None else None
     return LoadedModel(root, meta, cfg, params, text, name)
+
+
+def _groups(abstract: dict) -> list[dict]:
+    """Parameters in groups to be read at once, from the largest array on: of AT_ONCE bytes at most, or a single one."""
+    flat = traverse_util.flatten_dict(abstract, sep="/")
+    size = {path: leaf.size * leaf.dtype.itemsize for path, leaf in flat.items()}
+    groups: list[dict] = []
+    for path in sorted(flat, key=lambda path: -size[path]):
+        if not groups or sum(size[other] for other in groups[-1]) + size[path] > AT_ONCE:
+            groups.append({})
+        groups[-1][path] = flat[path]
+    return [traverse_util.unflatten_dict(group, sep="/") for group in groups]
 
 
 def _wanted(meta: dict, root: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Any, Any, dict[str, Any]]:
@@ -107,8 +147,8 @@ def adapter_meta(config: Any) -> dict:
     return {"lora": to_dict(config.lora), "base": base, "base_identity": runs.identity(base)}
 
 
-def load_base(meta: dict, abstract: dict, directory: str) -> dict:
-    """The parameters that the adapters of a run were trained on.
+def base_of(meta: dict, directory: str) -> str:
+    """Where the parameters lie that the adapters of a run were trained on.
 
     Raises:
       ValueError: they are not there any more, or have changed.
@@ -122,6 +162,16 @@ def load_base(meta: dict, abstract: dict, directory: str) -> dict:
         raise runs.Mismatch(
             f"{directory}: its adapters belong to {base} at {meta['base_identity']}, which is now at {found}"
         )
+    return base
+
+
+def load_base(meta: dict, abstract: dict, directory: str) -> dict:
+    """The parameters that the adapters of a run were trained on.
+
+    Raises:
+      ValueError: they are not there any more, or have changed.
+    """
+    base = base_of(meta, directory)
     params = runs.load_params(base, abstract)
     runs.require_complete(params, abstract, base)
     return params

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from alto_jax.checkpoint.runs import CHECKPOINTS, Found, array_structure, find_run, newest_readable, sealed
 from alto_jax.config import local_path
+from alto_jax.params import refuse_quantized
 
 _MAX_CHUNK_BYTES = 1 << 26
 _MAX_PENDING_BYTES = 1 << 28
@@ -89,7 +90,11 @@ def save_params(
       fill: called once with {path: sink}; assigns every element, as `sink[...] = array` or row by row of the
         leading axis. An assigned array must not change afterwards.
       meta: as `Checkpointer.save` has it.
+
+    Raises:
+      ConfigError: parameters of 8 bits.
     """
+    refuse_quantized(shapes, str(directory))
     sinks = {path: _Sink(shape, dtype) for path, (shape, dtype) in shapes.items()}
     registry = ocp.type_handlers.create_type_handler_registry(
         (_Sink, _SinkHandler(lambda: fill(sinks))), (jax.Array, ocp.type_handlers.ArrayHandler())

@@ -40,7 +40,7 @@ from alto_jax.checkpoint.agreement import (
 )
 from alto_jax.config import local_path
 from alto_jax.parallel import distributed
-from alto_jax.params import merge_params
+from alto_jax.params import merge_params, refuse_quantized
 
 MADE_BY = "python -m alto_jax.main --config=configs/quickstart.py --workdir=DIR"  # For who has no checkpoint yet.
 BROKEN = "broken_checkpoints"  # What could not be read on resume is moved here.
@@ -111,10 +111,12 @@ class Checkpointer:
         Raises:
           OSError: this save or the one before it failed (such as: the disk is full). The checkpoints of before are
             still there, and the next save may succeed.
+          ConfigError: parameters of 8 bits.
         """
         from grain import checkpoint as grain_checkpoint  # late: keeps the start fast
 
         parts = _without_empty(state)
+        refuse_quantized(flat(parts), str(self.directory))
         with self._told_failures():
             self._manager.wait_until_finished()
             self._remove_leftovers()

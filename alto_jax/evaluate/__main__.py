@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--scenes", type=int, default=256, help="samples of the built-in benchmark")
     found.add_argument("--paper-rows", metavar="FILE", help='JSON {table: [{"row": name, benchmark: value}]} to add')
     found.add_argument("--step", type=int, metavar="N", help="of the run's checkpoints (default: the newest)")
+    cli.add_quantize(found)
     found.add_argument("--title", help="name of our rows (default: the checkpoint's folder)")
     found.add_argument("--rescore", action="store_true",
                        help="compute the tables again from the results in --out, without a model")  # fmt: skip

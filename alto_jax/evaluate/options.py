@@ -6,7 +6,7 @@ import math
 import os
 from typing import Any, Literal
 
-from alto_jax.config import local_path, require
+from alto_jax.config import QUANTIZE, Quantize, local_path, require
 from alto_jax.data.masks import AUTO, parse_rule
 from alto_jax.data.reading import EXIF, Exif
 from alto_jax.data.refcoco import PROTOCOLS
@@ -41,6 +41,7 @@ class EvaluateOptions:
       paper_rows: JSON file {table: [{"row": name, benchmark: value}]} to add to the tables.
       title: name of our rows; default: the checkpoint's folder.
       step: which of the run's checkpoints; None: the newest that can be read.
+      quantize: the language model's kernels in 8 bits, "int8" or "fp8"; "": as they are.
       rescore: compute everything again from the results in `out`, without a model.
       worst: samples of lowest IoU of each benchmark that are shown as pictures (0: none).
       timed_samples: samples of each benchmark that are also timed one at a time (0: none).
@@ -70,6 +71,7 @@ class EvaluateOptions:
     paper_rows: str | os.PathLike | None = None
     title: str | None = None
     step: int | None = None
+    quantize: Quantize = ""
     rescore: bool = False
     worst: int = 12
     timed_samples: int = 8
@@ -78,14 +80,16 @@ class EvaluateOptions:
     threads: int = 2
 
     def __post_init__(self) -> None:
-        require(self.step is None or not self.rescore, "step", self.step, "nothing, with --rescore")
+        for name in ("step", "quantize"):
+            value = getattr(self, name)
+            require(not self.rescore or value in (None, ""), name, value, "nothing, with --rescore")
         for name in ("checkpoint", "out", "data", "images", "paper_rows"):
             local_path(getattr(self, name) or "", f"--{name.replace('_', '-')}")
         require(not isinstance(self.benchmarks, str), "benchmarks", self.benchmarks, "a list of names")
         for name in ("limit", "max_new_tokens", "min_pixels", "worst", "timed_samples"):
             require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "at least 0")
         require(math.isfinite(self.end_bias), "end_bias", self.end_bias, "a finite number")
-        for name, known in (("protocol", PROTOCOLS), ("length", LENGTHS), ("exif", EXIF)):
+        for name, known in (("protocol", PROTOCOLS), ("length", LENGTHS), ("exif", EXIF), ("quantize", QUANTIZE)):
             require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
         for name in ("scenes", "fsdp", "tensor", "threads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

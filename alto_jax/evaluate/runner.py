@@ -172,7 +172,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if options.rescore:
         return outputs.rescore(options)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=options.fsdp, tensor=options.tensor))
-    loaded = loading.load_model(options.checkpoint, mesh, options.step, for_inference=True)
+    loaded = loading.load_model(options.checkpoint, mesh, options.step, for_inference=True, quantize=options.quantize)
     system = loaded.meta["data"]["system"]
     programs = Programs(mesh, loaded.cfg.matmul_precision)
     tasks = make_tasks(options, loaded.cfg, loaded.params, loaded.text, system, programs)

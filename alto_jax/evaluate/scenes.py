@@ -22,6 +22,7 @@ def main() -> int:
     )
     parser.add_argument("--out", metavar="DIR", help="where scenes.json and scenes.md are written")
     parser.add_argument("--step", type=int, metavar="N", help="of the run's checkpoints (default: the newest)")
+    cli.add_quantize(parser)
     parser.add_argument("--kinds", help="with commas between (default: all)")
     parser.add_argument("--scenes", type=int, default=256, help="of each kind")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -39,7 +40,7 @@ def main() -> int:
     for name in ("scenes", "batch_size"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
-    model = loading.load_model(options.checkpoint, step=options.step, for_inference=True)
+    model = loading.load_model(options.checkpoint, step=options.step, for_inference=True, quantize=options.quantize)
     rows = evaluate_scenes(model, kinds, options.scenes, batch_size=options.batch_size,
                            adaptive=options.length == "adaptive", end_bias=options.end_bias)  # fmt: skip
     print(table(rows))

@@ -20,6 +20,7 @@ import numpy as np
 from alto_jax import metrics
 from alto_jax.batch import PromptBatch
 from alto_jax.checkpoint import loading
+from alto_jax.config import Quantize
 from alto_jax.data import images, transforms
 from alto_jax.inference.prediction import Prediction
 from alto_jax.inference.tokenizer import TokenizerModel, is_whole, token_count
@@ -347,18 +348,20 @@ def _iou(mask: np.ndarray, target: np.ndarray) -> float:
     return float(np.sum(mask & target) / union) if union else 1.0
 
 
-def load(directory: str | os.PathLike, step: int | None = None) -> TokenizerModel:
+def load(directory: str | os.PathLike, step: int | None = None, quantize: Quantize = "") -> TokenizerModel:
     """Opens a run's directory: a `Segmenter` (stages 2 and 3), or a `TokenizerModel` (stages 1 and 1.5).
 
     Args:
       directory: of the run.
       step: of its checkpoints; None: the newest readable one.
+      quantize: the language model's kernels in 8 bits, "int8" or "fp8" (docs/running.md); "": as they are.
 
     Raises:
       FileNotFoundError: no complete checkpoint there.
+      ConfigError: no such step, another `quantize`, or no language model for it.
       ValueError: the checkpoint lacks parameters of its own model.
     """
-    loaded = loading.load_model(directory, step=step, for_inference=True)
+    loaded = loading.load_model(directory, step=step, for_inference=True, quantize=quantize)
     if loaded.text is None:
         return TokenizerModel(loaded.cfg, loaded.params, str(directory))
     return Segmenter(loaded.cfg, loaded.params, str(directory), loaded.text, loaded.meta["data"])

@@ -7,7 +7,7 @@ state alone; the base is read again from `init_from`. `python -m alto_jax.lora m
 any other. Source: LoRA (Hu et al., 2021).
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 import contextlib
 import dataclasses
 import math
@@ -104,3 +104,11 @@ def merged(params: dict, cfg: LoraConfig) -> dict:
         delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(w.shape)
         out[kernel] = (w.astype(jnp.float32) + cfg.alpha / cfg.rank * delta).astype(w.dtype)
     return traverse_util.unflatten_dict(out, sep="/")
+
+
+def beside(adapters: dict, paths: Collection[str]) -> dict:
+    """Those of the adapters that lie beside parameters with these paths."""
+    flat = traverse_util.flatten_dict(adapters, sep="/")
+    return traverse_util.unflatten_dict(
+        {p: v for p, v in flat.items() if re.sub("lora_[ab]$", "kernel", p) in paths}, sep="/"
+    )

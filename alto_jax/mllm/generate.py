@@ -22,10 +22,9 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from alto_jax.config import require
+from alto_jax.config import QUANTIZE, Quantize, require
 from alto_jax.layers import unstacked
 from alto_jax.mllm.language_model import DTYPES, KVCache, LanguageModel, for_inference
-from alto_jax.params import QUANTIZE, Quantize
 
 if TYPE_CHECKING:
     from alto_jax.mllm.text import SpecialIds

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 
 from alto_jax import layers
 from alto_jax.attention import seam
-from alto_jax.config import require
+from alto_jax.config import Quantize, require
 from alto_jax.mllm.dense import Dense, GatedMlp
 from alto_jax.parallel.sharding import constrain, gather_params
-from alto_jax.params import Quantize, quantized, to_8_bits
+from alto_jax.params import quantized, to_8_bits
 
 Array = jax.Array
 INIT = nn.initializers.normal(0.02)

@@ -33,6 +33,9 @@ _BOTH = ("fsdp", "tensor")
 # Vectors and what matches nothing are replicated. A rule without a split that divides is an error: the language
 # model's heads and every MLP's width must be multiples of the tensor axis.
 PARAM_RULES: tuple[tuple, ...] = (
+    # Scales of kernels of 8 bits: split as their outputs are over tensor, whole over fsdp.
+    (r"attn/(q|kv)/kernel_scale$", ("tensor", None), (None, None)),
+    (r"(mlp/(gate|up)|head)/kernel_scale$", ("tensor",), (None,)),
     # Note: InternViT-6B has 25 heads. It is then stored in parts of its width, and every device computes all heads.
     (r"(attn|attention)/qkv/kernel$", ("fsdp", None, "tensor", None), (_BOTH, None, None, None),
      ("fsdp", None, None, None), (None, None, "tensor", None), (None, None, None, None)),
