@@ -15,6 +15,7 @@ from alto_jax.losses import grpo as grpo_losses
 from alto_jax.losses import tokens as token_losses
 from alto_jax.mllm import mask_tokens
 from alto_jax.mllm.alto_llm import ALToLLM
+from alto_jax.mllm.language_model import for_inference
 from alto_jax.parallel import sharding
 from alto_jax.stages import grpo, sft, tokenizer
 from alto_jax.tokenizer.alto import ALTo
@@ -134,6 +135,32 @@ def test_replaced_ids_logits_and_weighted_cross_entropy():
     _, loss, image_tokens = logits_and_weighted_loss(fixture["sft_input_ids"])
     assert_golden("altollm", "vit_features", image_tokens, fixture["vit_features"])
     assert_golden("altollm", "sft_loss_weighted", loss, fixture["sft_loss_weighted"])
+
+
+def test_kernels_of_8_bits_change_few_codes():
+    """The likeliest codes at each place of the recorded conversations, and the masks that they draw, as of the weights
+    themselves: all the same with int8, nine of ten with fp8."""
+    fixture, params = golden("altollm"), altollm_params()["language_model"]
+    ids = fixture["sft_replaced_ids"]
+
+    @jax.jit
+    def answer(language_model):
+        policy = {**altollm_params(), "language_model": language_model}
+        run = lambda *args, method: ALToLLM(ALTOLLM_CONFIG).apply({"params": policy}, *args, method=method)
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        hidden, _ = run(run(ids, method="embed_text"), positions, None, method="hidden")
+        codes = jnp.argmax(run(hidden[:, 180:212], SPECIAL, method="code_logits"), axis=-1)
+        mask = ALTo(ALTO_CONFIG).apply(
+            {"params": alto_params()}, codes, jnp.full(len(ids), 32), None, method="decode_codes"
+        )
+        return codes, mask > 0
+
+    codes, masks = answer(params)
+    for kind, most_changed, least_iou in (("int8", 0.02, 0.95), ("fp8", 0.3, 0.3)):
+        rounded, drawn = answer(for_inference(ALTOLLM_CONFIG.language_model, params, kind))
+        iou = (masks & drawn).sum((1, 2)) / (masks | drawn).sum((1, 2))
+        print(kind, np.mean(codes != rounded), iou)
+        assert np.mean(codes != rounded) <= most_changed and iou.mean() >= least_iou and len(np.unique(codes)) > 10
 
 
 def test_mask_loss_through_the_decoder():

@@ -14,6 +14,7 @@ tokenizer's resolution.
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -47,14 +48,15 @@ CANDIDATES = 48  # constant answers that are tried, and the training scenes that
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One request: iou and length of the answer, whether it is well formed, its codes, whether its mask overlaps the
-    right object more than any other (None: several are right), IoU of the baselines, how many objects are meant, and
-    the complexity of the mask."""
+    """One request: iou and length of the answer, whether it is well formed, its codes, its mask bool[H, W] (empty
+    unless well formed), whether that overlaps the right object more than any other (None: several are right), IoU of
+    the baselines, how many objects are meant, and the complexity of the mask."""
 
     iou: float
     length: int
     valid: bool
     codes: tuple[int, ...]
+    mask: np.ndarray = dataclasses.field(repr=False)
     right: bool | None
     no_codes: float
     constant: float
@@ -105,10 +107,9 @@ class SceneEvaluation:
 
         self._answer, self._tokenize, self._decode = jax.jit(answer), jax.jit(tokenize), jax.jit(decode)
 
-    def run(self, kind: str, num_scenes: int) -> list[Sample]:
-        """The samples of one of KINDS."""
-        training = list(self._batches(kind, "train", CANDIDATES))
-        constant = self._best_constant(training)
+    def run(self, kind: str, num_scenes: int, constant: tuple[np.ndarray, int] | None = None) -> list[Sample]:
+        """The samples of one of KINDS; `constant`: the best constant answer, if `best_constant` has found it before."""
+        fixed_codes, fixed_length = self.best_constant(kind) if constant is None else constant
         samples: list[Sample] = []
         for scenes, batch, found in self._batches(kind, "validation", num_scenes):
             target = np.asarray(batch.mask) > 0.5
@@ -118,7 +119,7 @@ class SceneEvaluation:
             full = self._decoded(own_codes, codes.shape[1], found, target)
             own = self._decoded(own_codes, own_length, found, target)
             empty = self._decoded(codes, 0, found, target)
-            fixed = self._decoded(constant[0], constant[1], found, target)
+            fixed = self._decoded(fixed_codes, fixed_length, found, target)
             iou = np.where(valid, _iou(masks, target), 0.0)
             for row, (scene, targets) in enumerate(scenes):
                 samples.append(
@@ -127,6 +128,7 @@ class SceneEvaluation:
                         length=int(length[row]),
                         valid=bool(valid[row]),
                         codes=tuple(codes[row, : length[row]].tolist()),
+                        mask=masks[row] & bool(valid[row]),
                         right=None
                         if len(targets) != 1
                         else bool(valid[row]) and _is_right(masks[row], scene, targets[0]),
@@ -184,8 +186,9 @@ class SceneEvaluation:
             found = {name: value[:rows] for name, value in self._answer(self._model.params, filled).items()}
             yield scenes, batch, found
 
-    def _best_constant(self, training: Sequence[tuple[list, PromptBatch, dict]]) -> tuple[np.ndarray, int]:
-        """The codes and length that fit the training scenes best, of their own answers and tokenised masks."""
+    def best_constant(self, kind: str) -> tuple[np.ndarray, int]:
+        """The codes and length that fit training scenes best, of the answers to them and their tokenised masks."""
+        training = list(self._batches(kind, "train", CANDIDATES))
         candidates: list[tuple[np.ndarray, int]] = []
         for _, batch, found in training:
             own = self._tokenize(self._model.params, batch.mask)
@@ -242,12 +245,41 @@ def summarize(samples: Sequence[Sample]) -> dict[str, float]:
     return row | ({"right_object": float(np.mean(right))} if right else {})
 
 
+def compare(samples: Sequence[Sample], others: Sequence[Sample]) -> dict[str, float]:
+    """How far one model's answers are those of another to the same requests: means of the share of codes that differ,
+    position by position up to the longer answer's end, of equal answers, and of the IoU of the two masks."""
+    pairs = list(zip(samples, others, strict=True))
+    changed = 0
+    for one, other in pairs:
+        changed += sum(a != b for a, b in itertools.zip_longest(one.codes, other.codes))
+    masks, other_masks = (np.stack([sample.mask for sample in found]) for found in (samples, others))
+    return {
+        "changed_codes": changed / max(sum(max(len(a.codes), len(b.codes)) for a, b in pairs), 1),
+        "equal_answers": float(np.mean([a.codes == b.codes for a, b in pairs])),
+        "iou_of_both": float(np.mean(_iou(masks, other_masks))),
+        "other_giou": float(np.mean([b.iou for _, b in pairs])),
+    }
+
+
 def evaluate_scenes(
-    model: loading.LoadedModel, kinds: Sequence[str] = tuple(KINDS), num_scenes: int = 256, **options: Any
+    model: loading.LoadedModel,
+    kinds: Sequence[str] = tuple(KINDS),
+    num_scenes: int = 256,
+    *,
+    beside: loading.LoadedModel | None = None,
+    **options: Any,
 ) -> dict[str, dict[str, float]]:
-    """`summarize` of each kind of requests; options as of `SceneEvaluation`."""
-    evaluation = SceneEvaluation(model, **options)
-    return {kind: summarize(evaluation.run(kind, num_scenes)) for kind in kinds}
+    """`summarize` of each kind of requests, and `compare` with the answers of another model, `beside`; options as of
+    `SceneEvaluation`."""
+    evaluation, other = (None if m is None else SceneEvaluation(m, **options) for m in (model, beside))
+    assert evaluation is not None
+    rows = {}
+    for kind in kinds:
+        constant = evaluation.best_constant(kind)
+        samples = evaluation.run(kind, num_scenes, constant)
+        found = {} if other is None else compare(samples, other.run(kind, num_scenes, constant))
+        rows[kind] = summarize(samples) | found
+    return rows
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

@@ -2,11 +2,13 @@
 
     python -m alto_jax.evaluate.scenes --checkpoint alto-tiny --out DIR
 
-Needs no data. What the kinds of requests are, and what stands beside the answers: scene_answers.py. Writes scenes.json
-and scenes.md to the out directory.
+Needs no data. What the kinds of requests are, and what stands beside the answers: scene_answers.py. With --quantize
+the answers are also compared with those of the checkpoint as it is. Writes scenes.json and scenes.md to the out
+directory.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 
@@ -40,8 +42,9 @@ def main() -> int:
     for name in ("scenes", "batch_size"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
-    model = loading.load_model(options.checkpoint, step=options.step, for_inference=True, quantize=options.quantize)
-    rows = evaluate_scenes(model, kinds, options.scenes, batch_size=options.batch_size,
+    open_model = functools.partial(loading.load_model, options.checkpoint, step=options.step, for_inference=True)
+    model, beside = open_model(quantize=options.quantize), open_model() if options.quantize else None
+    rows = evaluate_scenes(model, kinds, options.scenes, beside=beside, batch_size=options.batch_size,
                            adaptive=options.length == "adaptive", end_bias=options.end_bias)  # fmt: skip
     print(table(rows))
     if options.out:

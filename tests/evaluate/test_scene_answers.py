@@ -46,18 +46,31 @@ def test_right_object():
     assert seen >= 8
 
 
-def test_summary():
-    one = dict(iou=0.5, length=3, valid=True, codes=(1, 2, 3), right=True, no_codes=0.1, constant=0.2, tokenizer=0.6,
-               tokenizer_full=0.7, tokenizer_length=4, num_targets=1, complexity=1.0)  # fmt: skip
-    samples = [
-        scene_answers.Sample(**one),
-        scene_answers.Sample(**one | {"valid": False, "iou": 0.0, "right": False, "length": 0}),
-    ]
+@pytest.fixture
+def sample():
+    """Makes a sample with some values of its own."""
+    one = dict(iou=0.5, length=3, valid=True, codes=(1, 2, 3), mask=np.ones((2, 2), bool), right=True, no_codes=0.1,
+               constant=0.2, tokenizer=0.6, tokenizer_full=0.7, tokenizer_length=4, num_targets=1,
+               complexity=1.0)  # fmt: skip
+    return lambda **changes: scene_answers.Sample(**one | changes)
+
+
+def test_summary(sample):
+    samples = [sample(), sample(valid=False, iou=0.0, right=False, length=0)]
     found = scene_answers.summarize(samples)
     assert found["giou"] == 0.25 and found["distinct"] == 0.5 and found["well_formed"] == 0.5
     assert found["mean_length"] == 3 and found["right_object"] == 0.5
-    several = scene_answers.summarize([scene_answers.Sample(**one | {"right": None})])
+    several = scene_answers.summarize([sample(right=None)])
     assert "right_object" not in several
+
+
+def test_comparison_with_another_model(sample):
+    half = np.array([[True, True], [False, False]])
+    others = [sample(), sample(codes=(1, 9), mask=half, iou=0.1), sample(codes=(), mask=half & False, iou=0.0)]
+    found = scene_answers.compare([sample(), sample(), sample()], others)
+    # Of 3 + 3 + 3 codes: none, the second and the third, all.
+    assert found["changed_codes"] == pytest.approx(5 / 9) and found["equal_answers"] == pytest.approx(1 / 3)
+    assert found["iou_of_both"] == pytest.approx((1 + 0.5 + 0) / 3) and found["other_giou"] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,9 @@ def moved_in_loops(text: str, at_least: int, kinds: frozenset = _MOVES) -> list[
     return found
 
 
-def compiled_text(model, params) -> str:
+def compiled_text(model, params, quantize="") -> str:
     _, ids, mask = setting()
-    cfg = GenerateConfig(max_new_tokens=10, grammar=True)
+    cfg = GenerateConfig(max_new_tokens=10, grammar=True, quantize=quantize)
     start = jnp.zeros(BATCH, bool), jnp.zeros(BATCH, jnp.int32)
     keys = jax.random.split(jax.random.key(0), BATCH)
     embedded = np.zeros((*ids.shape, model.cfg.embed_dim), np.float32)
@@ -64,6 +64,31 @@ def test_no_weight_is_moved_in_the_loop(form):
     scanned = jax.jit(lambda x, w: jax.lax.scan(lambda x, row: (jnp.sin(x @ row), None), x, w)[0])
     lowered = scanned.lower(jnp.ones((2, 128)), jnp.ones((3, 128, 128)))
     assert moved_in_loops(lowered.compile().as_text(), 128 * 128)
+
+
+def carried(text: str) -> list[tuple[str, int]]:
+    """(type, number of elements) of what the loop of tokens, the one that carries most, is given and hands on."""
+    loops = re.findall(r"= \((.*?)\) while\(", text)
+    shapes = re.findall(r"(\w+)\[([\d,]*)\]", max(loops, key=len))
+    return [(kind, int(np.prod([int(d) for d in dims.split(",") if d]))) for kind, dims in shapes]
+
+
+@pytest.mark.parametrize("given", ["before", "in the call"])
+@pytest.mark.parametrize("kind, name", [("int8", "s8"), ("fp8", "f8e4m3fn")])
+def test_kernels_of_8_bits_reach_the_loop_as_such(given, kind, name):
+    """Nothing converts them before it, where all of them would lie in float at once."""
+    params = setting()[0]
+    prepared = for_inference(MODEL.cfg, params, kind)
+    kernels = [leaf.size for leaf in jax.tree.leaves(prepared) if leaf.dtype.itemsize == 1]
+    text = compiled_text(MODEL, prepared if given == "before" else params, "" if given == "before" else kind)
+    found = carried(text)
+    assert sorted(size for found_kind, size in found if found_kind == name) == sorted(kernels)
+    floats = [size for found_kind, size in found if found_kind in ("f32", "bf16")]
+    # The table of embeddings (whose rows are looked up) is as large as the head, and is there as it always was.
+    assert [size for size in floats if size >= min(kernels)] == [params["embed"]["embedding"].size]
+    assert moved_in_loops(text, min(kernels), _MOVES - {"convert"}) == []
+    # What the test can see: the same loop over kernels as they are.
+    assert sum(size in kernels for found_kind, size in carried(compiled_text(MODEL, params)) if found_kind == "f32") > 9
 
 
 def test_for_inference_changes_no_number():

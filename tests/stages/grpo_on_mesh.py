@@ -17,7 +17,7 @@ from alto_jax.losses.grpo import GrpoLossConfig, grpo_loss
 from alto_jax.mllm import generate as generation
 from alto_jax.mllm.alto_llm import ALToLLM, init_params
 from alto_jax.mllm.generate import GenerateConfig
-from alto_jax.mllm.language_model import LanguageModel
+from alto_jax.mllm.language_model import LanguageModel, for_inference
 from alto_jax.parallel import sharding
 from tests.mllm.test_decode_program import moved_in_loops
 from tests.stages import test_grpo as case
@@ -36,9 +36,10 @@ def main() -> None:
     print(json.dumps(sharding.on_mesh(mesh, compare)(mesh)))
 
 
-def gathered_in_loop(params: dict, batch: PromptBatch) -> list[str]:
+def gathered_in_loop(params: dict, batch: PromptBatch, quantize: str) -> list[str]:
     """Collectives of a weight's size in the loop of tokens; the weights are split over fsdp and tensor."""
-    model, cfg = LanguageModel(case.CONFIG.need_language_model()), GenerateConfig(max_new_tokens=5, temperature=1.0)
+    model = LanguageModel(case.CONFIG.need_language_model())
+    cfg = GenerateConfig(max_new_tokens=5, temperature=1.0, quantize=quantize)
     rows = len(batch.prompt_ids)
     embedded = jnp.zeros((*batch.prompt_ids.shape, model.cfg.embed_dim))
     start, keys = (jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32)), jax.random.split(jax.random.key(0), rows)
@@ -47,6 +48,23 @@ def gathered_in_loop(params: dict, batch: PromptBatch) -> list[str]:
     kinds = frozenset({"all-gather", "all-gather-start", "all-to-all", "collective-permute"})
     # Of the smallest kernel, as the mesh's tensor axis leaves it; rows of the batch and of the embedding are smaller.
     return moved_in_loops(lowered.compile().as_text(), 32 * 2 * 1 * 8, kinds)
+
+
+def split_in_8_bits(params: dict) -> dict[str, list[str]]:
+    """How the kernels of a layer and their scales are split for the loop of tokens."""
+    convert = functools.partial(for_inference, case.CONFIG.need_language_model(), quantize="int8")
+    found = jax.jit(convert)(params)
+    leaves = jax.tree_util.tree_leaves_with_path(found["blocks"]["layers"][1])
+    return {sharding.param_path(path): [str(leaf.dtype), str(leaf.sharding.spec)] for path, leaf in leaves}
+
+
+def logits_in_8_bits(params: dict, ids: jax.Array) -> float:
+    """How far the logits of kernels of 8 bits differ between the mesh and one device."""
+    model = LanguageModel(case.CONFIG.need_language_model())
+    forward = lambda p, ids: model.apply({"params": for_inference(model.cfg, p, "int8")}, ids, method="forward")
+    alone = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1])
+    want = jax.jit(sharding.on_mesh(alone, forward))(jax.device_get(params), jax.device_get(ids))
+    return float(np.max(np.abs(jax.device_get(jax.jit(forward)(params, ids)) - jax.device_get(want))))
 
 
 def compare(mesh: jax.sharding.Mesh) -> dict:
@@ -92,7 +110,11 @@ def compare(mesh: jax.sharding.Mesh) -> dict:
         gradients[objective] = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
     split = sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(params["language_model"]))
     return {
-        "gathered_in_loop": gathered_in_loop(params["language_model"], batch),
+        "gathered_in_loop": [
+            line for kind in ("", "int8") for line in gathered_in_loop(params["language_model"], batch, kind)
+        ],
+        "split_in_8_bits": split_in_8_bits(params["language_model"]),
+        "logits_in_8_bits": logits_in_8_bits(params["language_model"], batch.prompt_ids),
         "devices": jax.device_count(),
         "images_per_device": batch.image.addressable_shards[0].data.shape[0],
         "split_parameters": split,

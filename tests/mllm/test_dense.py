@@ -1,0 +1,147 @@
+"""Kernels of 8 bits: products equal those of the numbers they stand for, wherever the kernels come from."""
+
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alto_jax import layers
+from alto_jax.config import ConfigError
+from alto_jax.mllm import dense
+from alto_jax.mllm.generate import GenerateConfig, generate
+from alto_jax.mllm.language_model import KERNELS, LanguageModel, for_inference
+from alto_jax.params import kernel_dims, quantized, to_8_bits
+from tests.mllm.test_cache import BATCH, MODEL, SPECIAL, setting
+
+
+def back(kernel, scale, lead=0):
+    """The numbers that a kernel of 8 bits stands for."""
+    inner = kernel.ndim - scale.ndim
+    return kernel.astype(jnp.float32) * jnp.expand_dims(scale, tuple(range(lead, lead + inner)))
+
+
+@pytest.mark.parametrize("kind, step", [("int8", 1 / 254), ("fp8", 1 / 16)])
+def test_rounding(kind, step):
+    """int8: half a step of the output's scale; fp8: half a step of the number itself (3 bits), or of the smallest."""
+    x = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32) * np.array([1, 9, 0.01, 3, 1, 0])
+    values, scale = to_8_bits(x, 0, kind)
+    assert values.dtype.itemsize == 1 and scale.shape == (6,) and scale[5] == 0
+    largest = np.abs(x).max(0)
+    allowed = step * (largest if kind == "int8" else np.maximum(np.abs(x), largest * 2.0**-6 / 448))
+    assert np.all(np.abs(back(values, scale) - x) <= 1.001 * allowed)
+    np.testing.assert_allclose(np.abs(back(values, scale)).max(0), largest, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", [dense.convert_dot, dense.multiply_reduce])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    "rows, inner, outer", [((1, 1), (48,), (64,)), ((3, 2), (48,), (2, 2, 8)), ((2,), (4, 8), (40,))]
+)
+def test_a_layer_is_the_product_of_what_its_kernel_stands_for(form, kind, rows, inner, outer, monkeypatch):
+    rng = np.random.default_rng(1)
+    x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((*rows, *inner), (*inner, *outer)))
+    values, scale = to_8_bits(kernel, tuple(range(len(inner))), kind)
+    want = np.tensordot(x, back(values, scale), len(inner))
+    np.testing.assert_allclose(form(x, values, len(inner)) * scale, want, rtol=1e-5, atol=1e-5)
+    params = {"kernel": values, "kernel_scale": scale, "bias": np.ones(outer, np.float32)}
+    layer = dense.Dense(outer, num_inputs=len(inner), use_bias=True)
+    got = layer.apply({"params": params}, x)
+    np.testing.assert_allclose(got, want + 1, rtol=1e-5, atol=1e-5)
+    part = layer.apply({"params": params}, x, slice(3, 7))
+    np.testing.assert_allclose(part, got[..., 3:7], rtol=1e-5, atol=1e-5)
+    half = layer.clone(dtype=jnp.bfloat16).apply({"params": params}, x)
+    assert half.dtype == jnp.bfloat16 and np.abs(half - got).max() < 0.02 * np.abs(got).max()
+
+
+def test_a_layer_without_8_bits_is_linens():
+    x, shape = jax.random.normal(jax.random.key(0), (2, 3, 4, 8)), (2, 6)
+    ours = dense.Dense(shape, num_inputs=2, use_bias=True)
+    linens = nn.DenseGeneral(shape, axis=(-2, -1), kernel_init=nn.initializers.normal(0.02))
+    params = linens.init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(1), x), params)
+    np.testing.assert_array_equal(ours.apply(params, x), linens.apply(params, x))
+
+
+def test_adapters_lie_beside_kernels_of_8_bits():
+    rng = np.random.default_rng(2)
+    x, kernel, a, b = (rng.normal(size=s).astype(np.float32) for s in ((3, 8), (8, 6), (8, 2), (2, 6)))
+    values, scale = to_8_bits(kernel, 0)
+    params = {"kernel": values, "kernel_scale": scale, "lora_a": a, "lora_b": b}
+    with layers.adapted(0.5):
+        got = dense.Dense(6).apply({"params": params}, x)
+    np.testing.assert_allclose(got, x @ back(values, scale) + 0.5 * x @ a @ b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_one_result_whatever_form_the_layers_have(kind):
+    params = setting()[0]
+    whole = quantized(params, KERNELS, kind)
+    layer = whole["blocks"]["layers"]
+    assert layer["attn"]["kv"]["kernel_scale"].shape == (3, 2, 2, 32) and layer["attn"]["out"][
+        "kernel_scale"
+    ].shape == (3, 128)
+    assert whole["embed"] == params["embed"] and "kernel_scale" not in layer["attn_norm"]
+    first = for_inference(MODEL.cfg, params, kind)
+    forms = [whole, first, for_inference(MODEL.cfg, params)]
+    for again in (for_inference(MODEL.cfg, form, kind) for form in forms):
+        jax.tree.map(np.testing.assert_array_equal, again, first)
+    # Biases, norms and the table are in the type that is computed in; what has 8 bits, and its scales, stay.
+    half = MODEL.cfg.__class__(**{**vars(MODEL.cfg), "dtype": "bfloat16"})
+    types = jax.tree.map(lambda a: str(a.dtype), for_inference(half, params, kind)["blocks"]["layers"][0]["attn"]["q"])
+    assert types == {"kernel": {"int8": "int8", "fp8": "float8_e4m3fn"}[kind], "kernel_scale": "float32"}
+
+
+def test_a_layer_s_share_of_the_dimensions():
+    assert kernel_dims("blocks/layers/attn/out/kernel", (3, 4, 8, 16)) == ((3,), (4, 8), (16,))
+    assert kernel_dims("head/kernel", (16, 99)) == ((), (16,), (99,))
+
+
+def test_answers_of_the_whole_model():
+    """Weights rounded in the call answer as the numbers do that they stand for."""
+    params, ids, mask = setting()
+    embedded = params["embed"]["embedding"][ids]
+
+    def run(params, quantize=""):
+        cfg = GenerateConfig(max_new_tokens=8, quantize=quantize)
+        return jax.device_get(generate(MODEL, params, embedded, mask, cfg, SPECIAL, jax.random.key(0)))
+
+    rounded = for_inference(MODEL.cfg, params, "int8")
+
+    def restored(tree):
+        if isinstance(tree, tuple):
+            return tuple(map(restored, tree))
+        if not isinstance(tree, dict):
+            return tree
+        if "kernel_scale" in tree:
+            return {"kernel": back(tree["kernel"], tree["kernel_scale"])}
+        return {name: restored(value) for name, value in tree.items()}
+
+    in_call, numbers = run(params, "int8"), run(restored(rounded))
+    np.testing.assert_array_equal(in_call.ids, numbers.ids)
+    np.testing.assert_allclose(in_call.per_token_logps, numbers.per_token_logps, rtol=1e-4, atol=1e-4)
+    assert in_call.ids.shape == (BATCH, 8) and len(np.unique(in_call.ids)) > 4
+
+
+def test_some_logits_are_those_of_all():
+    params = setting()[0]
+    hidden = jax.random.normal(jax.random.key(3), (2, 128))
+    for given in (params, for_inference(MODEL.cfg, params, "int8")):
+        apply = functools.partial(MODEL.apply, {"params": given}, hidden)
+        np.testing.assert_allclose(apply(10, 7, method="some_logits"), apply(method="logits")[:, 10:17], rtol=1e-5)
+
+
+def test_a_tied_head_is_no_kernel():
+    cfg = MODEL.cfg.__class__(**{**vars(MODEL.cfg), "tie_embeddings": True})
+    params = {name: value for name, value in setting()[0].items() if name != "head"}
+    prepared = for_inference(cfg, params, "int8")
+    assert set(prepared) == set(params)
+    logits = LanguageModel(cfg).apply({"params": prepared}, jnp.ones((1, 2), jnp.int32), method="forward")
+    assert np.isfinite(logits).all()
+
+
+def test_an_unknown_type_is_refused():
+    with pytest.raises(ConfigError, match="quantize: expected one of .*int8.*fp8.*, got 'int4'"):
+        GenerateConfig(quantize="int4")
