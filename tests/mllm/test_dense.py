@@ -1,5 +1,6 @@
 """Kernels of 8 bits: products equal those of the numbers they stand for, wherever the kernels come from."""
 
+import contextlib
 import functools
 
 from flax import linen as nn
@@ -8,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alto_jax import layers
+from alto_jax import experiment, layers, main
 from alto_jax.config import ConfigError
 from alto_jax.mllm import dense
 from alto_jax.mllm.generate import GenerateConfig, generate
 from alto_jax.mllm.language_model import KERNELS, LanguageModel, for_inference
 from alto_jax.params import kernel_dims, quantized, to_8_bits
+from tests.conftest import ROOT
 from tests.mllm.test_cache import BATCH, MODEL, SPECIAL, setting
+
+WRONG = r"config\.grpo\.generate\.quantize: expected one of .*, got 'x'"
 
 
 def back(kernel, scale, lead=0):
@@ -145,3 +149,9 @@ def test_a_tied_head_is_no_kernel():
 def test_an_unknown_type_is_refused():
     with pytest.raises(ConfigError, match="quantize: expected one of .*int8.*fp8.*, got 'int4'"):
         GenerateConfig(quantize="int4")
+    values = main.load_config(str(ROOT / "configs/stage3.py:debug")).to_dict()
+    for kind in ("fp8", "x"):
+        values["grpo"]["generate"]["quantize"] = kind
+        expected = contextlib.nullcontext() if kind == "fp8" else pytest.raises(ConfigError, match=WRONG)
+        with expected:
+            assert experiment.make_experiment(values).grpo.generate.quantize == kind

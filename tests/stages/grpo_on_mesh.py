@@ -33,7 +33,10 @@ def slope(logps, old, reference, advantages, mask, cfg):
 
 def main() -> None:
     mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
-    print(json.dumps(sharding.on_mesh(mesh, compare)(mesh)))
+    found = sharding.on_mesh(mesh, compare)(mesh)
+    params, ids, logits = found.pop("in_8_bits")  # to be compared with those of one device, outside of the mesh
+    found["logits_in_8_bits"] = float(np.max(np.abs(logits - jax.device_get(logits_in_8_bits(params, ids)))))
+    print(json.dumps(found))
 
 
 def gathered_in_loop(params: dict, batch: PromptBatch, quantize: str) -> list[str]:
@@ -50,21 +53,22 @@ def gathered_in_loop(params: dict, batch: PromptBatch, quantize: str) -> list[st
     return moved_in_loops(lowered.compile().as_text(), 32 * 2 * 1 * 8, kinds)
 
 
-def split_in_8_bits(params: dict) -> dict[str, list[str]]:
-    """How the kernels of a layer and their scales are split for the loop of tokens."""
+def split_in_8_bits(params: dict) -> dict[str, list]:
+    """Type, shape and shape on a device of a layer's parameters for the loop of tokens."""
     convert = functools.partial(for_inference, case.CONFIG.need_language_model(), quantize="int8")
     found = jax.jit(convert)(params)
     leaves = jax.tree_util.tree_leaves_with_path(found["blocks"]["layers"][1])
-    return {sharding.param_path(path): [str(leaf.dtype), str(leaf.sharding.spec)] for path, leaf in leaves}
+    return {
+        sharding.param_path(path): [str(leaf.dtype), leaf.shape, leaf.sharding.shard_shape(leaf.shape)]
+        for path, leaf in leaves
+    }
 
 
-def logits_in_8_bits(params: dict, ids: jax.Array) -> float:
-    """How far the logits of kernels of 8 bits differ between the mesh and one device."""
+@jax.jit
+def logits_in_8_bits(params: dict, ids: jax.Array) -> jax.Array:
+    """Logits float32[B, T, V] of a language model whose kernels are rounded to 8 bits."""
     model = LanguageModel(case.CONFIG.need_language_model())
-    forward = lambda p, ids: model.apply({"params": for_inference(model.cfg, p, "int8")}, ids, method="forward")
-    alone = sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1])
-    want = jax.jit(sharding.on_mesh(alone, forward))(jax.device_get(params), jax.device_get(ids))
-    return float(np.max(np.abs(jax.device_get(jax.jit(forward)(params, ids)) - jax.device_get(want))))
+    return model.apply({"params": for_inference(model.cfg, params, "int8")}, ids, method="forward")
 
 
 def compare(mesh: jax.sharding.Mesh) -> dict:
@@ -114,7 +118,9 @@ def compare(mesh: jax.sharding.Mesh) -> dict:
             line for kind in ("", "int8") for line in gathered_in_loop(params["language_model"], batch, kind)
         ],
         "split_in_8_bits": split_in_8_bits(params["language_model"]),
-        "logits_in_8_bits": logits_in_8_bits(params["language_model"], batch.prompt_ids),
+        "in_8_bits": jax.device_get(
+            (params["language_model"], batch.prompt_ids, logits_in_8_bits(params["language_model"], batch.prompt_ids))
+        ),
         "devices": jax.device_count(),
         "images_per_device": batch.image.addressable_shards[0].data.shape[0],
         "split_parameters": split,
