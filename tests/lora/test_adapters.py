@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alto_jax import layers
-from alto_jax.checkpoint import runs
+from alto_jax.checkpoint import loading, runs
 from alto_jax.experiment import OptimConfig, make_experiment
 from alto_jax.lora import adapters
 from alto_jax.lora.adapters import LoraConfig
@@ -131,11 +131,13 @@ SPECIAL = {"lora.rank": 2, "train.steps": 2, "eval.num_samples": 4, "train.check
 
 
 def test_run_of_adapters(quickstart, tmp_path):
-    """Stage 3 on adapters: the base is the reference, resume and merge work, the base must be the same."""
+    """Stage 3 on adapters, its rollouts beside kernels of 8 bits: the base is the reference, resume and merge work, the
+    base must be the same."""
     base, run, out = quickstart.path / "stage2", tmp_path / "run", tmp_path / "merged"
     command = ["-m", "alto_jax.main", "--config=configs/stage3.py:debug", f"--workdir={run}"]
     command += [f"--config.{name}={value}" for name, value in SPECIAL.items()]
     command += [f"--config.{change}" for change in quickstart.overrides["stage3"]]
+    command += ["--config.grpo.generate.quantize=int8"]
     done = run_python(*command, f"--config.init_from={base}")
     assert done.returncode == 0, done.stderr[-3000:]
     saved = arrays(run, 2)
@@ -156,6 +158,9 @@ def test_run_of_adapters(quickstart, tmp_path):
         whole["['params']['vision']['patch_embed']['kernel']"], plain["['params']['vision']['patch_embed']['kernel']"]
     )
     assert "lora" not in json.loads((out / "checkpoints" / "0" / "meta" / "metadata").read_text())
+    # Opened in 8 bits, what is rounded is base and adapters together.
+    opened = [loading.load_model(place, for_inference=True, quantize="int8") for place in (run, out)]
+    jax.tree.map(np.testing.assert_array_equal, *[model.params for model in opened])
 
     # Resumed from step 1, the end is the same; with another base there is no way on.
     import shutil
@@ -181,6 +186,4 @@ def test_adapters_need_a_base(tmp_path):
         start.initial_state(config, type("Stage", (), {"init": lambda key: {}, "inherits": ()}), None, None, mesh)
     assert OptimConfig().trainable == ".*" and config.trainable == "/lora_[ab]$"
     with pytest.raises(runs.Mismatch, match="holds adapters alone, and their base is gone"):
-        from alto_jax.checkpoint import loading
-
         loading.load_base({"base": str(tmp_path / "gone"), "base_identity": "x"}, {}, "RUN")

@@ -15,6 +15,7 @@ from alto_jax.mllm import dense
 from alto_jax.mllm.generate import GenerateConfig, generate
 from alto_jax.mllm.language_model import KERNELS, LanguageModel, for_inference
 from alto_jax.params import kernel_dims, quantized, to_8_bits
+from benchmarks import int8_dot
 from tests.conftest import ROOT
 from tests.mllm.test_cache import BATCH, MODEL, SPECIAL, setting
 
@@ -155,3 +156,11 @@ def test_an_unknown_type_is_refused():
         expected = contextlib.nullcontext() if kind == "fp8" else pytest.raises(ConfigError, match=WRONG)
         with expected:
             assert experiment.make_experiment(values).grpo.generate.quantize == kind
+
+
+def test_forms_that_the_benchmark_times():
+    """Each is the product; the one with rows of 8 bits to 2 %."""
+    shape, x = int8_dot.SIZES["debug"], jax.random.normal(jax.random.key(4), (2, 128), jnp.bfloat16)
+    for form, (kind, turned, _) in int8_dot.FORMS.items():
+        [kernel] = int8_dot.make_kernels(kind, turned, shape, 1)
+        assert int8_dot.difference(form, x, kernel) < (0.02 if form == "w8a8" else 0.005), form
