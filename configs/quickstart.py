@@ -32,7 +32,7 @@ def tour():
     config = ml_collections.ConfigDict({"checkpoint": "alto-tiny", "num_scenes": 64, "kinds": ("box", "boxes")})
     config.stages = ("low_penalty", "high_penalty")
     for name, weight in zip(config.stages, (1e-3, 3e-2)):
-        stage = stage3.get_config("tiny")
+        stage = stage3.get_config("small")
         stage.train.update({"steps": 20, "batch_size": 4, "log_every": 5, "checkpoint_every": 20})
         stage.eval.num_samples = 0
         stage.grpo.reward.length_weight = weight
