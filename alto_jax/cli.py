@@ -9,7 +9,7 @@ import time
 import traceback
 from typing import TextIO
 
-from alto_jax.config import QUANTIZE, ConfigError, local_path
+from alto_jax.config import QUANTIZE, ConfigError, keep_programs, local_path
 from alto_jax.parallel import distributed
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from what was saved.
@@ -25,6 +25,7 @@ def run(main: Callable[[], int | None]) -> None:
     ALTO_TRACEBACK=1 in the environment shows the stack trace as well. A run that was asked to stop, or that lost one of
     its processes, ends with exit code 75: the same command goes on from what was saved.
     """
+    keep_programs()
     # Note: Orbax reports every file that a checkpoint of another kind would have.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:

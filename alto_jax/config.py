@@ -8,8 +8,10 @@ it takes a path from its user.
 
 from collections.abc import Mapping
 import dataclasses
+import hashlib
 import os
 import pathlib
+import platform
 import re
 import socket
 import types
@@ -139,6 +141,24 @@ def cache_folder() -> pathlib.Path:
         return pathlib.Path(os.environ["ALTO_CACHE"])
     base = os.environ.get("XDG_CACHE_HOME")
     return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "alto_jax"
+
+
+def keep_programs() -> None:
+    """Has JAX, which must not be imported yet, keep compiled programs for later runs of a command.
+
+    They lie in ALTO_COMPILE_CACHE ("off": nowhere), else in a folder of `cache_folder` for this kind of processor, since
+    a program for a CPU uses what that one can do. A folder that JAX was given (JAX_COMPILATION_CACHE_DIR) stays.
+    """
+    chosen = os.environ.get("ALTO_COMPILE_CACHE", "")
+    if chosen == "off":
+        return
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        can = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        can = ""
+    kind = hashlib.sha256(f"{platform.machine()} {platform.processor()} {can}".encode()).hexdigest()[:12]
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", chosen or str(cache_folder() / f"programs-{kind}"))
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:

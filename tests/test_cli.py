@@ -13,7 +13,7 @@ import pytest
 
 from alto_jax import cli, main, predict, tokenize
 from alto_jax.checkpoint import runs
-from alto_jax.config import ConfigError, local_path
+from alto_jax.config import ConfigError, keep_programs, local_path
 from alto_jax.data import open_vocab, prepare, sources
 from alto_jax.evaluate import __main__ as evaluate
 from alto_jax.experiment import claim_workdir, make_experiment
@@ -270,3 +270,16 @@ def test_outputs_are_checked_before_the_work(tmp_path):
             check(path)
     with pytest.raises(ConfigError, match="--overlay=.*a.png: the same file as --out"):
         check(tmp_path / "a.png", **{"--overlay": (str(tmp_path / "." / "a.png"), picture)})
+
+
+@pytest.mark.parametrize("given, kept", [("", "programs-"), ("there", "there"), ("off", None)])
+def test_compiled_programs_are_kept(given, kept, monkeypatch, tmp_path):
+    monkeypatch.setenv("ALTO_CACHE", str(tmp_path))
+    monkeypatch.setenv("ALTO_COMPILE_CACHE", str(tmp_path / given) if given == "there" else given)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    keep_programs()
+    chosen = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    assert chosen is None if kept is None else chosen.startswith(str(tmp_path / kept))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
+    keep_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
