@@ -146,7 +146,7 @@ def cache_folder() -> pathlib.Path:
 def keep_programs() -> None:
     """Has JAX, which must not be imported yet, keep compiled programs for later runs of a command.
 
-    They lie in ALTO_COMPILE_CACHE ("off": nowhere), else in a folder of `cache_folder` for this kind of processor, since
+    They lie in ALTO_COMPILE_CACHE ("off": nowhere), else in a folder of `cache_folder` for this kind of CPU, since
     a program for a CPU uses what that one can do. A folder that JAX was given (JAX_COMPILATION_CACHE_DIR) stays.
     """
     chosen = os.environ.get("ALTO_COMPILE_CACHE", "")

@@ -101,3 +101,24 @@ def create_state(
         guard={"skipped": jnp.zeros((), jnp.int32), "in_a_row": jnp.zeros((), jnp.int32)}
         | {name: jnp.zeros((), jnp.float32) for name in ("loss_mean", "loss_variance")},
     )
+
+
+def apply_updates(params: Any, updates: Any, key: jax.Array) -> Any:
+    """The parameters plus the float32 updates, in the parameters' types.
+
+    Those in bfloat16 are rounded up or down by chance, so that the mean is right: rounded to the nearest, updates of
+    less than half a step (1/256 of the value) would be lost, at a learning rate of 1e-6 all but two in a hundred.
+    """
+
+    def add(number: int, value: jax.Array, update: jax.Array) -> jax.Array:
+        new = value.astype(jnp.float32) + update
+        if value.dtype != jnp.bfloat16:
+            return new.astype(value.dtype)
+        below = jax.random.bits(jax.random.fold_in(key, number), value.shape, jnp.uint16).astype(jnp.uint32)
+        # Note: bfloat16 is the upper half of a float32.
+        bits = (jax.lax.bitcast_convert_type(new, jnp.uint32) + below) & jnp.uint32(0xFFFF0000)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+    leaves, structure = jax.tree.flatten(params)
+    added = [add(i, *both) for i, both in enumerate(zip(leaves, structure.flatten_up_to(updates), strict=True))]
+    return structure.unflatten(added)

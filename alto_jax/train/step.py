@@ -26,7 +26,7 @@ from alto_jax.lora import adapters
 from alto_jax.parallel import sharding
 from alto_jax.params import cast, merge_params, watched
 from alto_jax.stages.stage import Stage
-from alto_jax.train.state import TrainState, make_schedule
+from alto_jax.train.state import TrainState, apply_updates, make_schedule
 
 SPIKE_AFTER = 100
 SPIKE_DECAY = 0.98
@@ -56,9 +56,8 @@ def make_step(config: ExperimentConfig, stage: Stage, optimizer: optax.GradientT
         grad_norm = optax.global_norm(grads)
         grads, params = cast(grads, "float32"), cast(state.params, "float32")
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        updated = dataclasses.replace(
-            state, step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
-        )
+        params = apply_updates(state.params, updates, jax.random.fold_in(rng, 2))
+        updated = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
         if stage.after_update is not None:
             updated = stage.after_update(updated, aux, jax.random.fold_in(rng, 1))
         done = state.step - state.guard["skipped"]

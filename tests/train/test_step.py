@@ -12,7 +12,7 @@ from alto_jax.main import load_config
 from alto_jax.parallel import sharding
 from alto_jax.train import step
 from alto_jax.train.start import abstract_state, initial_state
-from alto_jax.train.state import TrainState, make_optimizer
+from alto_jax.train.state import TrainState, apply_updates, make_optimizer
 from tests import fake_stage
 from tests.conftest import ROOT, run_python
 
@@ -244,3 +244,21 @@ def test_norms_of_groups():
     parts = [logged["grad_norm/vision"], logged["grad_norm/tokenizer/encoder"]]
     np.testing.assert_allclose(logged["grad_norm"], np.linalg.norm(parts), rtol=1e-5)
     assert optax.global_norm(jnp.ones(4)) == 2
+
+
+def test_small_updates_of_bfloat16_parameters_count_in_the_mean():
+    """Updates of a hundredth of a step: none would survive rounding to the nearest."""
+    start = {"half": jnp.full((64, 64), 1.5, jnp.bfloat16), "whole": jnp.full(3, 1.5)}
+    update = jax.tree.map(lambda a: jnp.full(a.shape, 8e-5), start)
+    step = jax.jit(lambda p, i: apply_updates(p, update, jax.random.fold_in(jax.random.key(0), i)))
+    params = start
+    for i in range(50):
+        params = step(params, i)
+    assert params["half"].dtype == jnp.bfloat16
+    moved = np.asarray(params["half"], np.float64).mean() - 1.5
+    assert abs(moved - 50 * 8e-5) < 3e-4  # the mean's own deviation: 1e-4
+    np.testing.assert_allclose(params["whole"], 1.5 + 50 * 8e-5, rtol=1e-6)
+    exact = apply_updates(
+        {"a": jnp.asarray([1.5, -2.0, jnp.inf], jnp.bfloat16)}, {"a": jnp.zeros(3)}, jax.random.key(1)
+    )
+    np.testing.assert_array_equal(np.asarray(exact["a"], np.float32), [1.5, -2.0, np.inf])
