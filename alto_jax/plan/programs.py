@@ -20,7 +20,7 @@ from alto_jax.mllm.generate import GenerateConfig
 from alto_jax.parallel import sharding
 from alto_jax.parallel.devices import DEVICES
 from alto_jax.parallel.sharding import MeshConfig
-from alto_jax.plan import hlo, roofline
+from alto_jax.plan import hlo, kernels, roofline
 from alto_jax.plan.topology import Target, find_target
 from alto_jax.plan.types import GIB, Options, Plan, Program
 from alto_jax.stages.table import make_stage
@@ -151,6 +151,18 @@ def _held(config: ExperimentConfig, name: str, state: Any, sizes: MeshConfig) ->
     return held
 
 
+def _expected(
+    config: ExperimentConfig, name: str, state: Any, sizes: MeshConfig, target: Target, work: roofline.Work
+) -> dict[str, float]:
+    """{"expected": seconds} of one program at the kernels' measured rates; {} for a device that is not in the table."""
+    if target.device is None:
+        return {}
+    new = {"rollout": config.grpo.generate.max_new_tokens, "predict": config.eval.max_new_tokens}.get(name, 0)
+    held = lambda tree: sharding.bytes_per_device(tree, sizes)
+    moved = 2 * held(state.params) + held(state.opt_state)
+    return {"expected": kernels.expected_seconds(config, name, target.device, target.number, work, new, moved)}
+
+
 def _time(target: Target, work: roofline.Work, operations: float, links: float | None) -> tuple[dict, float | None]:
     """Seconds of one program by part, and its MFU."""
     if target.device is None:
@@ -172,6 +184,7 @@ def _estimated_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, 
         hbm: dict[str, int | None] = {**held, "total": total, "limit": target.memory}
         fits, short = _compare(total, target.memory)
         times, mfu = _time(target, work, operations, None)
+        times |= _expected(config, name, state, sizes, target, work)
         moved = [{"kind": "all", "bytes": round(work.links), "group_size": target.number, "count": 1}]
         programs.append(Program(name, fits, hbm, short, operations, times, mfu, moved, "estimated", None))
     return programs
@@ -252,6 +265,7 @@ def _compiled_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, t
                 total = sum(held.values())
             short = None if total is None or limit is None else total - limit
             times, mfu = _time(target, work, operations, None)
+            times |= _expected(config, name, state, sizes, target, work)
             programs.append(
                 Program(
                     name,
@@ -277,6 +291,7 @@ def _compiled_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, t
         if moved is not None and links is not None and any(c.in_unknown_loop for c in moved):
             links = max(links, work.links)  # Of a loop that ends by itself one turn was counted.
         times, mfu = _time(target, work, operations, links)
+        times |= _expected(config, name, state, sizes, target, work)
         if moved is None:
             found = [{"kind": "all", "bytes": round(work.links), "group_size": target.number, "count": 1}]
         else:

@@ -61,6 +61,11 @@ class Work:
     links: float
 
 
+def has_flash(cfg: Any) -> bool:
+    """Whether a part of the model attends without holding its scores on an accelerator."""
+    return cfg.attention != "xla" and cfg.dtype != "float32"
+
+
 def _remat_passes(config: ExperimentConfig) -> int:
     """How often a step reads the parameters: forward, again if rematerialised, backward."""
     main = config.model.language_model or config.model.tokenizer
@@ -72,11 +77,13 @@ def _stack(
 ) -> float:
     """Bytes of a transformer's activations: the carries that remat keeps, and one layer at work."""
     size = jnp.dtype(cfg.dtype).itemsize
-    one = rows * tokens * (4 * width + inner) * size + rows * heads * tokens * tokens * 4
+    one = rows * tokens * (4 * width + inner) * size
+    # Note: scores in float32; what the softmax makes of them takes their place.
+    scores = 0.0 if has_flash(cfg) else rows * heads * tokens * tokens * 4
     if not trained:
-        return 2 * one
+        return 2 * one + scores
     kept = rows * tokens * width * size
-    return layers * (kept if cfg.remat == "full" else one) + 2 * one
+    return layers * (kept if cfg.remat == "full" else one + scores) + 2 * one + 2 * scores
 
 
 def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> float:
@@ -90,7 +97,9 @@ def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> floa
     total = 0.0
     if size.sam is not None and has_tokenizer:
         sam = size.sam
-        inner = (3 * sam.embed_dim + sam.mlp_ratio * sam.embed_dim) / tensor
+        # Note: for a flash kernel queries, keys and values are as wide as the relative positions make them.
+        wide = 3 * sam.num_heads * 2 * sam.grid if has_flash(sam) else 0
+        inner = (3 * sam.embed_dim + sam.mlp_ratio * sam.embed_dim + wide) / tensor
         total += _stack(sam.depth, rows, sam.grid**2, sam.embed_dim, inner, sam.num_heads / tensor, sam, False)
     if has_tokenizer:
         for vit in (size.encoder, size.decoder):
@@ -187,9 +196,8 @@ def answering_work(config: ExperimentConfig, params: Any, sizes: MeshConfig, sam
     position *= jnp.dtype(language.dtype).itemsize
     cache = rows * position * (config.data.max_length + samples * new_tokens)
     logits = rows * samples * language.vocab_size / sizes.tensor * 4 * 3
-    working = 2 * everything / language.num_layers if sizes.fsdp > 1 else 0.0
-    hbm = everything + new_tokens * (weights * (2 if sizes.fsdp > 1 else 1) + cache + logits)
-    links = 0.0
-    if sizes.fsdp > 1:
-        links += (everything + new_tokens * weights) * (sizes.fsdp - 1) / sizes.fsdp
+    # Note: the language model is gathered once, before the loop of tokens (`language_model.for_inference`).
+    working = weights + 2 * everything / language.num_layers if sizes.fsdp > 1 else 0.0
+    hbm = everything + new_tokens * (weights + cache + logits)
+    links = everything * (sizes.fsdp - 1) / sizes.fsdp if sizes.fsdp > 1 else 0.0
     return Work(cache + logits + working + activation_bytes(config, rows, sizes.tensor) / 8, hbm, links)

@@ -111,12 +111,15 @@ def describe(plan: Plan) -> str:
         lines.append(f"  {'operations':<28}{program.flops / 1e12:>9.2f} TFLOP a step on all devices")
         if program.seconds:
             parts = ", ".join(
-                f"{k} {v * 1e3:.1f} ms" for k, v in program.seconds.items() if k not in ("estimate", "serial")
+                f"{k} {v * 1e3:.1f} ms" for k, v in program.seconds.items() if k in ("compute", "memory", "collectives")
             )
             mfu = "" if program.mfu is None else f", MFU {program.mfu:.0%}"
             lines.append(
-                f"  time: {program.seconds['estimate'] * 1e3:.1f} ms if all overlaps,"
+                f"  bound: {program.seconds['estimate'] * 1e3:.1f} ms if all overlaps,"
                 f" {program.seconds['serial'] * 1e3:.1f} ms if nothing does ({parts}){mfu}"
+            )
+            lines.append(
+                f"  expected: {program.seconds['expected'] * 1e3:.0f} ms, at the rates that kernels had on an H100"
             )
         lines.append(f"  collectives ({program.collectives_from}):")
         for item in program.collectives or [{"kind": "none"}]:

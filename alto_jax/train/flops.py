@@ -50,13 +50,14 @@ class _Part:
 
 
 class _Counter:
-    """Counts chains of parts with the kernels' sizes of one model."""
+    """Counts chains of parts with the kernels' sizes of one model; with `only` those parts whose pattern it matches."""
 
-    def __init__(self, sizes: dict[str, int], trainable: str):
-        self._sizes, self._trainable = sizes, trainable
+    def __init__(self, sizes: dict[str, int], trainable: str, only: str = ""):
+        self._sizes, self._trainable, self._only = sizes, trainable, only
 
     def forward(self, chain: list[_Part]) -> float:
         """Operations of the forward pass."""
+        chain = [part for part in chain if re.search(self._only, part.pattern)]
         return sum(2 * size * part.positions for part in chain for _, size in self._kernels(part)) + sum(
             part.attention for part in chain
         )
@@ -68,10 +69,11 @@ class _Counter:
             kernels = self._kernels(part)
             trained = [bool(re.search(self._trainable, path)) for path, _ in kernels]
             flows = entering or (part.is_stack and any(trained))
-            total += sum(
-                2 * size * part.positions * (is_trained + flows) for (_, size), is_trained in zip(kernels, trained)
-            )
-            total += 2 * part.attention * flows
+            if re.search(self._only, part.pattern):
+                total += sum(
+                    2 * size * part.positions * (is_trained + flows) for (_, size), is_trained in zip(kernels, trained)
+                )
+                total += 2 * part.attention * flows
             entering = flows or any(trained)
         return total
 
@@ -84,13 +86,16 @@ class _Counter:
         return [(path, size) for path, size in self._sizes.items() if re.search(part.pattern, path)]
 
 
-def step_flops(config: ExperimentConfig, *, batch_size: int | None = None, length: int | None = None) -> StepFlops:
+def step_flops(
+    config: ExperimentConfig, *, batch_size: int | None = None, length: int | None = None, only: str = ""
+) -> StepFlops:
     """Counts one global step (all devices) of a run.
 
     Args:
       config: the run's configuration; only shapes are computed.
       batch_size: rows (prompts in stage 3) instead of `config.train.batch_size`.
       length: tokens of a row (of a prompt in stage 3) instead of `config.data.max_length`.
+      only: a regex; parts of the model whose path's pattern it does not match count nothing.
     """
     shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
     flat = traverse_util.flatten_dict(shapes, sep="/")
@@ -100,18 +105,21 @@ def step_flops(config: ExperimentConfig, *, batch_size: int | None = None, lengt
     sizes = {p: v.size for p, v in flat.items() if re.search(r"/(kernel|lora_[ab])$", p)}
     if config.model.language_model is not None and config.model.language_model.tie_embeddings:
         sizes["language_model/head/kernel"] = flat["language_model/embed/embedding"].size
-    count = _Counter(sizes, config.trainable)
+    count = _Counter(sizes, config.trainable, only)
     length = config.data.max_length if length is None else length
     rows = config.train.batch_size if batch_size is None else batch_size
     per_row = {"stage0": _sft, "stage2": _sft, "stage3": _grpo}.get(config.stage, _tokenizer)(config, count, length)
     return StepFlops(*(rows * value for value in dataclasses.astuple(per_row)))
 
 
-def answer_flops(config: ModelConfig, prompt_length: int, new_tokens: int, num_samples: int = 1) -> float:
-    """Operations of answering one prompt about one image with masks: what `alto_llm.segment` computes."""
+def answer_flops(
+    config: ModelConfig, prompt_length: int, new_tokens: int, num_samples: int = 1, only: str = ""
+) -> float:
+    """Operations of answering one prompt about one image with masks (what `alto_llm.segment` computes); `only` as in
+    `step_flops`."""
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     sizes = {p: v.size for p, v in traverse_util.flatten_dict(shapes, sep="/").items() if p.endswith("/kernel")}
-    return _Counter(sizes, "$^").forward(_segment(config, prompt_length, new_tokens, num_samples))
+    return _Counter(sizes, "$^", only).forward(_segment(config, prompt_length, new_tokens, num_samples))
 
 
 def _tokenizer(config: ExperimentConfig, count: _Counter, length: int) -> StepFlops:

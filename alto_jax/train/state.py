@@ -119,6 +119,5 @@ def apply_updates(params: Any, updates: Any, key: jax.Array) -> Any:
         bits = (jax.lax.bitcast_convert_type(new, jnp.uint32) + below) & jnp.uint32(0xFFFF0000)
         return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
 
-    leaves, structure = jax.tree.flatten(params)
-    added = [add(i, *both) for i, both in enumerate(zip(leaves, structure.flatten_up_to(updates), strict=True))]
-    return structure.unflatten(added)
+    numbers = jax.tree.unflatten(jax.tree.structure(params), range(len(jax.tree.leaves(params))))
+    return jax.tree.map(add, numbers, params, updates)
