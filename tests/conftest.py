@@ -72,6 +72,12 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
+@pytest.fixture
+def eight_devices(monkeypatch):
+    """The processes that the test starts have eight virtual devices."""
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8")
+
+
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
     """A finished run of configs/quickstart.py:debug: its directory, the flags it ran with, what it printed."""
