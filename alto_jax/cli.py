@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+import gc
 import logging
 import os
 import sys
@@ -26,6 +27,8 @@ def run(main: Callable[[], int | None]) -> None:
     its processes, ends with exit code 75: the same command goes on from what was saved.
     """
     keep_programs()
+    # Note: tracing makes many objects that stay; looking through them again and again takes a tenth of a start.
+    gc.set_threshold(10_000, 10, 10)
     # Note: Orbax reports every file that a checkpoint of another kind would have.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:

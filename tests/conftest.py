@@ -1,6 +1,7 @@
 """What the tests share: CPU, one cache of compiled programs a session, and one run of the quickstart."""
 
 import dataclasses
+import gc
 import os
 import pathlib
 import shutil
@@ -17,6 +18,13 @@ from tests.debug_model import debug_model  # noqa: F401 - a fixture
 ROOT = pathlib.Path(__file__).parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# LLVM's optimisations are left out, loops are written without MLIR, and a program is not split among threads: two
+# workers already fill two cores.
+QUICK_TO_COMPILE = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 
 # What takes minutes comes first, in this order, so that two workers end together.
 LONG = ("test_loop.py", "test_caches.py", "test_several_processes.py", "test_grpo.py", "test_distributed.py",
@@ -35,12 +43,13 @@ def pytest_collection_modifyitems(items):
 def pytest_configure(config):
     """Compiled programs are kept for the session, also for the processes that tests start.
 
-    LLVM's optimisations are left out: compiling takes most of the time, and all processes give the same numbers.
+    Compiling takes most of the time, so XLA does it the cheapest way; all processes give the same numbers.
     """
+    gc.set_threshold(50_000, 20, 20)  # most of what tracing makes stays in JAX's caches
     config.addinivalue_line("markers", "golden: compares with arrays recorded from the reference")
-    flags_given = os.environ.get("XLA_FLAGS", "")
-    if "xla_backend_optimization_level" not in flags_given:
-        os.environ["XLA_FLAGS"] = f"{flags_given} --xla_backend_optimization_level=0".strip()
+    given = os.environ.get("XLA_FLAGS", "")
+    missing = [flag for flag in QUICK_TO_COMPILE if flag.partition("=")[0] not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
     flags.FLAGS.mark_as_parsed()
     config.alto_jax_index = tempfile.mkdtemp(prefix="alto_jax_index_")
     os.environ["ALTO_CACHE"] = config.alto_jax_index
@@ -61,6 +70,12 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess:
     """Runs this interpreter in the root of the project, as a user would; output as text."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture
+def eight_devices(monkeypatch):
+    """The processes that the test starts have eight virtual devices."""
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8")
 
 
 @dataclasses.dataclass(frozen=True)

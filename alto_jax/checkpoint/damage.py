@@ -94,7 +94,8 @@ def quiet() -> Iterator[None]:
     sys.unraisablehook = without_late_ones
     try:
         yield
-    finally:
+    except BaseException:
         gc.collect()  # Note: a task that failed is told of when it is collected.
+        raise
     sys.unraisablehook = hook
     logger.removeFilter(_is_other_news)

@@ -153,6 +153,8 @@ class ALToLLM(nn.Module):
         return self.logits(hidden), masks
 
 
+# Note: jitted so that it is traced once, whoever asks for shapes or values of a model.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def init_params(cfg: ModelConfig, key: Array) -> dict:
     """Parameters of a whole model from scratch; traceable."""
     tokenizer, vision = cfg.tokenizer, cfg.vision

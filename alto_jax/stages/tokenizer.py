@@ -1,6 +1,8 @@
 """Stages 1 and 1.5: the mask tokenizer on a random number of leading tokens, then the length predictor."""
 
 from collections.abc import Callable
+import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -13,6 +15,7 @@ from alto_jax.batch import MaskBatch
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.losses import reconstruction
+from alto_jax.mllm.alto_llm import init_params
 from alto_jax.parallel import sharding
 from alto_jax.stages.stage import Stage
 from alto_jax.tokenizer.alto import ALTo
@@ -27,11 +30,6 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
     cfg, model = config.tokenizer, ALTo(config.model.tokenizer)
     size = config.model.tokenizer
     is_first = config.stage == "stage1"
-
-    def init(key: jax.Array) -> dict:
-        mask = jnp.zeros((1, size.mask_size, size.mask_size))
-        image = jnp.zeros((1, size.image_size, size.image_size, 3), jnp.uint8)
-        return {"tokenizer": model.init(key, mask, image)["params"]}
 
     def draw(rng: jax.Array, batch_size: int) -> dict[str, jax.Array]:
         drawn = {}
@@ -90,7 +88,7 @@ def make(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.PathLi
 
     reseeds = is_first and cfg.reseed_every > 0
     return Stage(
-        init=init,
+        init=functools.partial(init_params, dataclasses.replace(config.model, vision=None, language_model=None)),
         data=lambda share: sources.mask_iterator(config, share, directory),
         loss_fn=loss_fn,
         draw=draw if cfg.keep_tokens == "random" or cfg.withhold_image > 0 else None,

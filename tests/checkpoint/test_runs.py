@@ -1,7 +1,5 @@
 """Save, restore, init-from: bits and data position come back, what does not fit is named."""
 
-import os
-
 import grain
 import jax
 import jax.numpy as jnp
@@ -131,7 +129,6 @@ assert kernel.addressable_shards[0].data.shape == moment.addressable_shards[0].d
 """
 
 
-def test_restore_onto_another_mesh(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8")
+def test_restore_onto_another_mesh(tmp_path, eight_devices):
     done = run_python("-c", ANOTHER_MESH, tmp_path / "run")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -153,7 +153,7 @@ print(sum(c.bytes for c in found), any(c.in_unknown_loop for c in found))
     import subprocess
     import sys
 
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
     )
@@ -213,9 +213,8 @@ print(json.dumps({"plan": planned.to_dict(), "live": live}))
 """
 
 
-def test_state_of_a_debug_model_equals_the_arrays_on_eight_devices(monkeypatch):
+def test_state_of_a_debug_model_equals_the_arrays_on_eight_devices(eight_devices):
     """Compiled for eight CPU devices; parameters and optimizer as counted are what the devices really hold."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     done = run_python(
         "-c", SCRIPT, "--config=configs/stage1.py:debug", "--topology=cpu:8", "--mesh=2,2,2",
         "--config.train.batch_size=8",

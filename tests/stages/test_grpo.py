@@ -169,9 +169,8 @@ def test_minibatches_are_the_whole():
     assert minibatch._cache_size() == 1
 
 
-def test_packed_equals_naive_on_a_mesh(monkeypatch):
+def test_packed_equals_naive_on_a_mesh(eight_devices):
     """Eight devices, mesh (2, 2, 2), two images on each: see grpo_on_mesh.py."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     done = run_python("-m", "tests.stages.grpo_on_mesh")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

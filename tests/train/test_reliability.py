@@ -280,9 +280,8 @@ assert not np.array_equal(kernel, wanted.params["head"]["kernel"])
 """
 
 
-def test_restore_onto_other_meshes(tmp_path, monkeypatch):
+def test_restore_onto_other_meshes(tmp_path, eight_devices):
     """(4, 2, 1) → (1, 1, 1) → (2, 2, 2): the same bits, checksums included."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     done = run_python("-c", MESHES, tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
 
