@@ -66,8 +66,8 @@ def test_keys_are_read(tmp_path, monkeypatch):
 
 def test_sigterm_finishes_what_was_accepted(debug_model):
     """The command itself: requests in the queue when the signal comes are answered, new ones are not, the exit is 0."""
-    arguments = [f"--checkpoint={debug_model.path}", "--port=0", "--batch_sizes=1", "--question_buckets=64"]
-    arguments += ["--name=debug", "--window_ms=800"]
+    arguments = [f"--checkpoint={debug_model.path}", "--port=0", "--batch_sizes=1,4", "--question_buckets=64"]
+    arguments += ["--name=debug", "--window_ms=600"]
     served = subprocess.Popen([sys.executable, "-m", "alto_jax.serve", *arguments], cwd=ROOT, stderr=subprocess.PIPE,
                               text=True, env=os.environ | {"ALTO_API_KEY": KEY})  # fmt: skip
     try:
