@@ -190,16 +190,20 @@ class Segmenter(TokenizerModel):
 
     def growing(self, encoded: EncodedImage, codes: Sequence[int]) -> np.ndarray:
         """Probabilities of the mask of the first 1, 2, … of L codes at most, float32[len(codes), h, w]."""
-        size = self.cfg.tokenizer
-        # Note: one program for all lengths.
-        filled = np.zeros((size.num_latent_tokens, size.num_latent_tokens), np.int32)
+        rows = next(rows for rows in self.growth_rows() if rows >= len(codes))
+        filled = np.zeros((rows, self.cfg.tokenizer.num_latent_tokens), np.int32)
         filled[:, : len(codes)] = codes
-        count = np.arange(1, size.num_latent_tokens + 1, dtype=np.int32)
+        count = np.arange(1, rows + 1, dtype=np.int32)
         features = None
         if encoded.features is not None:
             features = np.repeat(np.asarray(encoded.features)[None], len(filled), axis=0)
         logits = self.method("decode_codes")(self.params["tokenizer"], filled, count, features)
         return np.asarray(jax.nn.sigmoid(logits))[: len(codes)]
+
+    def growth_rows(self) -> list[int]:
+        """The numbers of masks, 8, 16, … L, that `growing` computes at once; a program is compiled for each."""
+        most = self.cfg.tokenizer.num_latent_tokens
+        return [*(8 << step for step in range(max(most - 1, 1).bit_length()) if 8 << step < most), most]
 
     def box_phrase(self, boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> str:
         """Boxes (x1, y1, x2, y2) in pixels of an image of (height, width), as the model reads them.
@@ -231,7 +235,8 @@ class Segmenter(TokenizerModel):
     def inputs(self, image: np.ndarray) -> ImageInputs:
         """An image uint8[H, W, 3] at the model's sizes."""
         sizes = self.cfg.need_vision().image_size, self.cfg.tokenizer.image_size
-        return ImageInputs(image.shape[:2], *(transforms.squash(image, side) for side in sizes))
+        made = {side: transforms.squash(image, side) for side in dict.fromkeys(sizes)}
+        return ImageInputs(image.shape[:2], *(made[side] for side in sizes))
 
     def encode_inputs(self, given: Sequence[ImageInputs], rows: int = 1) -> list[EncodedImage]:
         """What the model sees of images, `rows` at most; fewer are filled up to as many, so that one program serves."""

@@ -58,7 +58,8 @@ class Engine:
             for width in self.widths:
                 self.answer(encoded, [Question(ids, width, settings)] * size)
                 tell(f"compiled: batches of {size}, questions of {width} tokens")
-        self.grow(encoded[0], [0])
+        for rows in self.model.growth_rows():
+            self.grow(encoded[0], [0] * rows)
         self._seen.clear()
 
     def encode(self, images: Sequence[tuple[str, ImageInputs]]) -> list[EncodedImage]:
