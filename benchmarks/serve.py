@@ -2,8 +2,8 @@
 
 Starts `python -m alto_jax.serve` three times, one after the other: with its batches, one by one (--batch_sizes 1), and
 with its batches and bad requests in between. All are asked the same mix of phrases, several phrases, boxes and streams
-about built-in pictures; the bad requests are those of tests/serve/bad_requests.py. Each answer is compared with what the
-model says when it is asked directly, in this process, beforehand; each refusal with the status and code that it is
+about built-in pictures; the bad requests are those of tests/serve/bad_requests.py. Each answer is compared with what
+the model says when it is asked directly, in this process, beforehand; each refusal with the status and code that it is
 owed. The memory of the server is read from its metrics. At the end of each: SIGTERM, with a request of every client in
 flight. Writes benchmarks/results/serve.md.
 """
@@ -303,12 +303,12 @@ def report(options: argparse.Namespace, modes: dict[str, dict], command: str) ->
     lines = [
         "# The service under load",
         "",
-        f"`{command}`, on {len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), which the clients use as well,",
-        f"{datetime.date.today()}, jax {jax.__version__}, {options.checkpoint}. {options.clients} clients; each asks again as",
-        "soon as it has its answer. Good requests: one phrase, 2 to 4 phrases, boxes, streams, about",
+        f"`{command}`, on {len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), which the clients use too,",
+        f"{datetime.date.today()}, jax {jax.__version__}, {options.checkpoint}. {options.clients} clients; each asks",
+        "again as soon as it has its answer. Good requests: one phrase, 2 to 4 phrases, boxes, streams, about",
         f"{PICTURES} pictures of 384 x 384. Each answer is compared with the model's own, asked directly beforehand.",
         "",
-        "| | seconds | masks/s | requests/s | p50 | p99 | masks a batch | answers wrong | memory, first → last quarter |",
+        "| | seconds | masks/s | requests/s | p50 | p99 | masks a batch | wrong | memory, first → last quarter |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, m in modes.items():
@@ -344,9 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", default="alto-tiny")
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument(
-        "--seconds", type=float, default=120.0, help="of the mixed load; each of the others takes a third"
-    )
+    parser.add_argument("--seconds", type=float, default=120.0, help="of the mixed load; a third for the others")
     parser.add_argument("--flags", nargs="*", default=[], help="more flags of the service")
     parser.add_argument("--out", default=str(ROOT / "benchmarks/results/serve.md"))
     parser.add_argument("--verbose", action="store_true")
