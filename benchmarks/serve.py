@@ -1,7 +1,7 @@
 """The service under load: `python benchmarks/serve.py [--clients 32] [--seconds 120]`.
 
-Starts `python -m alto_jax.serve` three times, one after the other: with its batches, one by one (--batch_sizes 1), and
-with its batches and bad requests in between. All are asked the same mix of phrases, several phrases, boxes and streams
+Starts `python -m alto_jax.serve` five times, one after the other: with its batches and one by one (--batch_sizes 1), both
+also without images that stay encoded, and with batches and bad requests in between. All are asked the same mix of phrases, several phrases, boxes and streams
 about built-in pictures; the bad requests are those of tests/serve/bad_requests.py. Each answer is compared with what
 the model says when it is asked directly, in this process, beforehand; each refusal with the status and code that it is
 owed. The memory of the server is read from its metrics. At the end of each: SIGTERM, with a request of every client in
@@ -37,7 +37,8 @@ sys.path.insert(0, str(ROOT))
 from tests.serve.bad_requests import Bad, bad_requests  # noqa: E402
 
 BATCHED, SINGLE, MIXED = "batched", "one by one", "batched, with bad requests"
-PICTURES = 48  # more than the service keeps encoded
+BATCHED_UNSEEN, SINGLE_UNSEEN = "batched, no image kept", "one by one, no image kept"
+PICTURES = 32  # one for each client; the service keeps as many encoded
 BAD_SHARE = 0.25
 CODES_APART = 2  # of an answer's codes, the most that may differ by rounding alone
 
@@ -284,7 +285,8 @@ def measure(
         drained = drain(server, good, options.clients)
         return {
             "warm-up": server.warm_up, "requests": len(load.seconds), "masks": load.masks, "took": took,
-            "wrong": load.wrong, "exact": load.exact, "rounded": load.rounded, "kinds": load.kinds, "busy": load.refused[503],
+            "wrong": load.wrong, "exact": load.exact, "rounded": load.rounded, "kinds": load.kinds,
+            "busy": load.refused[503],
             "latency": np.percentile(load.seconds, [50, 99]), "memory": memory,
             "batch": change("alto_batch_masks_sum") / max(change("alto_batch_masks_count"), 1),
             "model": change("alto_batch_seconds_sum") / took, "cpu": change("process_cpu_seconds_total") / took,
@@ -320,10 +322,15 @@ def report(options: argparse.Namespace, modes: dict[str, dict], command: str) ->
             f"{m['latency'][0]:.2f} s | {m['latency'][1]:.2f} s | {m['batch']:.1f} | {len(m['wrong'])} of {asked} | "
             f"{first:.0f} → {last:.0f} MiB ({last / first - 1:+.1%}) |"
         )
-    batched, single = modes.get(BATCHED), modes.get(SINGLE)
-    if batched and single:
-        ratio = (batched["masks"] / batched["took"]) / (single["masks"] / single["took"])
-        lines += ["", f"Batched throughput: **{ratio:.2f} x** one by one.", ""]
+    if SINGLE_UNSEEN in modes:
+        rate = {name: m["masks"] / m["took"] for name, m in modes.items()}
+        lines += [
+            "",
+            f"Batched throughput: **{rate[BATCHED] / rate[SINGLE]:.2f} x** one by one; with every image new, "
+            f"**{rate[BATCHED_UNSEEN] / rate[SINGLE_UNSEEN]:.2f} x**;",
+            f"batched with images kept against one by one with every image new: {rate[BATCHED] / rate[SINGLE_UNSEEN]:.2f} x.",
+            "",
+        ]
     for name, m in modes.items():
         flying, answered, code, seconds, wrong = m["drained"]
         lines += [
@@ -358,6 +365,8 @@ def main() -> None:
     for name, flags, seconds, share in (
         (BATCHED, (), third, 0.0),
         (SINGLE, ("--batch_sizes=1",), third, 0.0),
+        (BATCHED_UNSEEN, ("--cached_images=0",), third, 0.0),
+        (SINGLE_UNSEEN, ("--batch_sizes=1", "--cached_images=0"), third, 0.0),
         (MIXED, (), options.seconds, BAD_SHARE),
     ):
         modes[name] = measure(options, good, flags, seconds, share)

@@ -268,14 +268,14 @@ class Segmenter(TokenizerModel):
           encoded: B images, `rows` at most; fewer are filled up to as many, so that one program serves.
           beginning, asked: of each prompt, as `prompt` gives them; asked has G of each image.
           settings: of each image; alike in what is compiled in (`GenerateConfig.static`) and in what is forced.
-          width: the questions are padded to the bucket of so many tokens, or a longer one where they need it.
+          width: the questions are padded to so many tokens; 0: to the bucket of the longest one.
         """
         count = len(asked[0])
         at_once = next(n for n in _AT_ONCE if n >= count)
         filled = [[*ids, *[ids[-1]] * (at_once - count)] for ids in asked]
         filled += [filled[-1]] * (rows - len(filled))
         seen = [*encoded, *[encoded[-1]] * (rows - len(encoded))]
-        length = bucket_length(max(width, *(len(ids) for row in filled for ids in row)))
+        length = width or bucket_length(max(len(ids) for row in filled for ids in row))
         pad = lambda ids: [self.text.ids.pad] * (length - len(ids)) + ids
         questions = (
             np.array([[pad(ids) for ids in row] for row in filled], np.int32),

@@ -61,11 +61,11 @@ def main() -> int:
     parser.add_argument("--batch_sizes", default="1,4,16", help="programs are compiled for these; 1: one by one")
     parser.add_argument(
         "--question_buckets",
-        default="32,64,128",
+        default="40,64,128",
         help="tokens that questions are padded to; programs are compiled for these, the last is the most",
     )
     parser.add_argument("--window_ms", type=float, default=5.0, metavar="MS", help="that a mask waits for company")
-    parser.add_argument("--cached_images", type=int, default=32, metavar="N", help="that stay encoded")
+    parser.add_argument("--cached_images", type=int, default=64, metavar="N", help="that stay encoded")
     parser.add_argument("--threads", type=int, metavar="N", help="that decode images (default: processors, at most 4)")
     parser.add_argument("--api_key_file", metavar="FILE", help="keys, one a line (default: ALTO_API_KEY, or none)")
     parser.add_argument("--cors_origin", action="append", default=[], metavar="ORIGIN",
@@ -79,7 +79,7 @@ def main() -> int:
     sizes = parse_ascending("--batch_sizes", options.batch_sizes, "1,4,16")
     if sizes[0] != 1:
         raise ConfigError(f"--batch_sizes={options.batch_sizes}: expected 1 as the first")
-    widths = parse_ascending("--question_buckets", options.question_buckets, "32,64,128", step=32)
+    widths = parse_ascending("--question_buckets", options.question_buckets, "40,64,128", step=8)
     keys = read_keys(options.api_key_file)
     if not 0 <= options.port < 65536:
         raise ConfigError(f"--port={options.port}: expected 0..65535")

@@ -35,8 +35,8 @@ def batch_size(waiting: int, sizes: Sequence[int]) -> int:
 class Engine:
     """Runs batches of fixed sizes; one thread may use it."""
 
-    def __init__(self, model: Segmenter, sizes: Sequence[int], widths: Sequence[int], cached_images: int = 32):
-        """Takes batch sizes (ascending, from 1), lengths that questions are padded to (ascending, multiples of 32), and
+    def __init__(self, model: Segmenter, sizes: Sequence[int], widths: Sequence[int], cached_images: int = 64):
+        """Takes batch sizes (ascending, from 1), lengths that questions are padded to (ascending), and
         how many images stay encoded."""
         self.model, self.sizes, self.widths = model, tuple(sizes), tuple(widths)
         self._seen: OrderedDict[str, EncodedImage] = OrderedDict()

@@ -25,7 +25,7 @@ from tests.serve.serving import KEY, ask, connect, wait_until
         (["--port=99999"], "--port=99999: expected 0..65535"),
         (["--batch_sizes=4,1"], "--batch_sizes=4,1: expected ascending numbers above 0, such as 1,4,16"),
         (["--batch_sizes=2"], "--batch_sizes=2: expected 1 as the first"),
-        (["--question_buckets=32,48"], "--question_buckets=32,48: expected ascending multiples of 32 above 0"),
+        (["--question_buckets=32,44"], "--question_buckets=32,44: expected ascending multiples of 8 above 0"),
         (["--window_ms=nan"], "--window_ms=nan: expected 0..10000"),
         (["--max_queue=0"], "--max_queue=0: expected a finite number above 0"),
         (["--max_queue=4"], "--max_queue=4: expected at least --max_phrases, 16"),
