@@ -1,11 +1,11 @@
 """The service under load: `python benchmarks/serve.py [--clients 32] [--seconds 120]`.
 
-Starts `python -m alto_jax.serve` five times, one after the other: with its batches and one by one (--batch_sizes 1), both
-also without images that stay encoded, and with batches and bad requests in between. All are asked the same mix of phrases, several phrases, boxes and streams
-about built-in pictures; the bad requests are those of tests/serve/bad_requests.py. Each answer is compared with what
-the model says when it is asked directly, in this process, beforehand; each refusal with the status and code that it is
-owed. The memory of the server is read from its metrics. At the end of each: SIGTERM, with a request of every client in
-flight. Writes benchmarks/results/serve.md.
+Starts `python -m alto_jax.serve` five times, one after the other: with its batches and one by one (--batch_sizes 1),
+both also without images that stay encoded, and with batches and bad requests in between. All are asked the same mix of
+phrases, several phrases, boxes and streams about built-in pictures; the bad requests are those of
+tests/serve/bad_requests.py. Each answer is compared with what the model says when asked directly, in this process,
+beforehand; each refusal with the status and code that it is owed. The memory of the server is read from its metrics. At
+the end of each: SIGTERM, with a request of every client in flight. Writes benchmarks/results/serve.md.
 """
 
 import argparse
@@ -322,13 +322,14 @@ def report(options: argparse.Namespace, modes: dict[str, dict], command: str) ->
             f"{m['latency'][0]:.2f} s | {m['latency'][1]:.2f} s | {m['batch']:.1f} | {len(m['wrong'])} of {asked} | "
             f"{first:.0f} → {last:.0f} MiB ({last / first - 1:+.1%}) |"
         )
-    if SINGLE_UNSEEN in modes:
+    if {BATCHED, SINGLE, BATCHED_UNSEEN, SINGLE_UNSEEN} <= modes.keys():
         rate = {name: m["masks"] / m["took"] for name, m in modes.items()}
         lines += [
             "",
             f"Batched throughput: **{rate[BATCHED] / rate[SINGLE]:.2f} x** one by one; with every image new, "
             f"**{rate[BATCHED_UNSEEN] / rate[SINGLE_UNSEEN]:.2f} x**;",
-            f"batched with images kept against one by one with every image new: {rate[BATCHED] / rate[SINGLE_UNSEEN]:.2f} x.",
+            f"batched with images kept against one by one with every image new: "
+            f"{rate[BATCHED] / rate[SINGLE_UNSEEN]:.2f} x.",
             "",
         ]
     for name, m in modes.items():
