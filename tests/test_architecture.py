@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 # From the top; the README's tree has the same order. A room is a folder or a file of alto_jax/.
 ROOMS = (
-    "__init__", "plan", "main", "quickstart", "demo", "tokenize", "predict", "inference", "evaluate", "train",
+    "__init__", "plan", "main", "quickstart", "demo", "serve", "tokenize", "predict", "inference", "evaluate", "train",
     "stages", "experiment", "data", "checkpoint", "lora", "report", "figures", "losses", "rewards", "metrics", "mllm",
     "tokenizer", "layers", "attention", "batch", "params", "cli", "parallel", "config",
 )  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
+import io
 import logging
 import os
 import stat
@@ -85,26 +86,52 @@ def load(path: str | os.PathLike, what: str = "image") -> Loaded:
     """
     name = f"{what} {os.fspath(path)}"
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):  # Note: to open a pipe would wait for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):  # Note: to open a pipe would wait for ever.
             raise RecordError(f"{name} cannot be read: no regular file", "unreadable file")
-        with Image.open(path, formats=_formats()) as image:
-            check_pixels(*image.size, name)
+        return _decode(path, path, name, MAX_PIXELS)
+    except RecordError:
+        raise
+    except FileNotFoundError as error:
+        missing: Kind = "missing image" if what == "image" else "missing mask"
+        raise RecordError(f"{name} does not exist", missing) from error
+    except Exception as error:  # such as a path with a null character
+        raise _unreadable(path, name, error) from error
+
+
+def _decode(source: "str | os.PathLike | io.BytesIO", path: str | os.PathLike, name: str, most: int) -> Loaded:
+    """A file or its content, of `most` pixels; path and name are for messages. FileNotFoundError or RecordError."""
+    try:
+        with Image.open(source, formats=_formats()) as image:
+            check_pixels(*image.size, name, most)
             before = _orientation(image, path) if image.format == "TIFF" else None
             image.load()
             image_format, orientation = image.format or "", _orientation(image, path)
             if before is not None and before != orientation:  # Pillow turns TIFF files, and them alone.
                 return Loaded(_turn_back(image, before), image_format, before)
             return Loaded(image, image_format, orientation)
-    except RecordError:
+    except (RecordError, FileNotFoundError):
         raise
-    except FileNotFoundError as error:
-        missing: Kind = "missing image" if what == "image" else "missing mask"
-        raise RecordError(f"{name} does not exist", missing) from error
     except Image.DecompressionBombError as error:
         raise RecordError(f"{name} is too large: {one_line(error)}", "image too large") from error
     except Exception as error:  # Note: a broken file makes decoders raise nearly anything.
         raise _unreadable(path, name, error) from error
+
+
+def read_bytes(content: bytes, name: str = "given", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The content of an image file as uint8[H, W, 3], turned upright.
+
+    Args:
+      content: of the file.
+      name: for messages ("image NAME …").
+      max_pixels: width times height accepted; told before anything is decoded.
+
+    Raises:
+      RecordError: as `open_image`.
+    """
+    if not content:
+        raise RecordError(f"image {name} cannot be read: 0 bytes", "file of 0 bytes")
+    loaded = _decode(io.BytesIO(content), name, f"image {name}", max_pixels)
+    return check_size(turn(to_rgb(loaded.image, name), loaded.orientation), name)
 
 
 @functools.cache
@@ -228,10 +255,10 @@ def check_size(array: np.ndarray, name: str | os.PathLike, min_side: int = MIN_S
     return array
 
 
-def check_pixels(width: int, height: int, name: str) -> None:
-    """Raises RecordError naming `name` and the size if there are more than MAX_PIXELS."""
-    if width * height > MAX_PIXELS:
-        message = f"{name} is {width}x{height}: {width * height} pixels, at most {MAX_PIXELS} can be read"
+def check_pixels(width: int, height: int, name: str, most: int = MAX_PIXELS) -> None:
+    """Raises RecordError naming `name` and the size if there are more than `most`."""
+    if width * height > most:
+        message = f"{name} is {width}x{height}: {width * height} pixels, at most {most} can be read"
         raise RecordError(message, "image too large")
 
 

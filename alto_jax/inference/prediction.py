@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax import report
+from alto_jax import metrics, report
 from alto_jax.data import rle
+from alto_jax.mllm import text as words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,3 +59,42 @@ class Prediction:
         names = ("text", "token_ids", "codes", "length", "num_masks", "score", "token_probability", "confidence",
                  "seconds", "iou")  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Answers to G questions about each of B images, on the host, as the model gave them.
+
+    tokenizer: of the text. prefix: ids of a forced start. ids, mask, logps [B, G, T]: the tokens, which of them are
+    there, their log-probabilities. codes int32[B, G, L], length and num_masks int32[B, G]: of the first mask, and their
+    number. probability float32[B, G, h, w]: its pixels, at the size of the de-tokenizer.
+    """
+
+    tokenizer: words.TextTokenizer = dataclasses.field(repr=False)
+    prefix: list[int]
+    ids: np.ndarray
+    mask: np.ndarray
+    logps: np.ndarray
+    codes: np.ndarray
+    length: np.ndarray
+    num_masks: np.ndarray
+    probability: np.ndarray = dataclasses.field(repr=False)
+
+    def at(self, row: int, column: int, size: tuple[int, int]) -> Prediction:
+        """The answer to a question about image `row`, which has (height, width) `size`; its seconds are 0."""
+        at = (row, column)
+        chosen, length = self.ids[at][self.mask[at]].tolist(), int(self.length[at])
+        pixels = metrics.resize_probability(self.probability[at], *size)
+        mask = (pixels > 0.5) & bool(length)
+        return Prediction(
+            mask=mask,
+            probability=pixels,
+            text=words.answer_text(self.tokenizer, self.prefix + chosen),
+            token_ids=self.prefix + chosen,
+            codes=self.codes[at][:length].tolist(),
+            length=length,
+            num_masks=int(self.num_masks[at]),
+            seconds=0.0,
+            token_probability=float(np.exp(self.logps[at][self.mask[at]]).mean()),
+            confidence=float(pixels[mask].mean()) if mask.any() else 0.0,
+        )

@@ -9,7 +9,6 @@ box = model.segment(image, boxes=[(12, 30, 55, 80)])          # what is in a box
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
-import math
 import os
 import time
 from typing import Any
@@ -22,13 +21,14 @@ from alto_jax.batch import PromptBatch
 from alto_jax.checkpoint import loading
 from alto_jax.config import Quantize
 from alto_jax.data import images, transforms
-from alto_jax.inference.prediction import Prediction
-from alto_jax.inference.tokenizer import TokenizerModel, is_whole, token_count
+from alto_jax.inference.prediction import Answers, Prediction
+from alto_jax.inference.settings import Settings
+from alto_jax.inference.tokenizer import TokenizerModel, is_whole
 from alto_jax.layers import apply_module, told_precision
 from alto_jax.mllm import boxes as box_text
 from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM, segment
-from alto_jax.mllm.generate import GenerateConfig, bucket_length
+from alto_jax.mllm.generate import bucket_length
 
 _AT_ONCE = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32)  # requests about an image; few numbers are ever compiled
 
@@ -40,6 +40,15 @@ class EncodedImage:
     size: tuple[int, int]
     image_tokens: jax.Array = dataclasses.field(repr=False)
     features: jax.Array | None = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageInputs:
+    """What of an image goes into the model: its size (height, width), image uint8[V, V, 3], pixels uint8[S, S, 3]."""
+
+    size: tuple[int, int]
+    image: np.ndarray = dataclasses.field(repr=False)
+    pixels: np.ndarray = dataclasses.field(repr=False)
 
 
 class Segmenter(TokenizerModel):
@@ -59,7 +68,7 @@ class Segmenter(TokenizerModel):
         Raises:
           ValueError: it is no such image.
         """
-        return self._encode([images.as_array(image)])[0]
+        return self.encode_inputs([self.inputs(images.as_array(image))])[0]
 
     def segment(
         self,
@@ -95,26 +104,26 @@ class Segmenter(TokenizerModel):
             raise ValueError("text, boxes, prompt: expected one of them")
         several = not isinstance(text, str)
         if boxes is not None:
-            requests: list[str] = [self._box_phrase(boxes, size)]
+            requests: list[str] = [self.box_phrase(boxes, size)]
         else:
             requests = list(text) if several else [str(text)]
         if several and (target is not None or not requests):
             raise ValueError("text: expected at least one request, and no target beside several")
         if target is not None and np.shape(target) != tuple(size):
             raise ValueError(f"target: expected the image's size {tuple(size)}, got {np.shape(target)}")
-        settings = _Settings.of(self.cfg.tokenizer.num_latent_tokens, prompt, options)
+        settings = Settings.of(self.cfg.tokenizer.num_latent_tokens, prompt, options)
         questions = [settings.question(request) if prompt is None else prompt for request in requests]
         found: dict[int, Prediction] = {}
         groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for index, question in enumerate(questions):
-            beginning, rest = self._prompt(question, settings)
+            beginning, rest = self.prompt(question, settings)
             groups.setdefault(beginning, []).append((index, rest))
-        encoded = image if isinstance(image, EncodedImage) else self._encode([image])[0]
+        encoded = image if isinstance(image, EncodedImage) else self.encode_inputs([self.inputs(image)])[0]
         for beginning, asked in groups.items():
             for part in range(0, len(asked), _AT_ONCE[-1]):
                 rows = asked[part : part + _AT_ONCE[-1]]
-                answers = self._answer([encoded], beginning, [[ids for _, ids in rows]], settings)
-                found |= {index: answer for (index, _), answer in zip(rows, answers[0], strict=True)}
+                answers = self.ask([encoded], beginning, [[ids for _, ids in rows]], [settings])
+                found |= {index: answers.at(0, column, size) for column, (index, _) in enumerate(rows)}
         seconds = round((time.monotonic() - began) / len(found), 4)
         done = [dataclasses.replace(found[index], seconds=seconds) for index in range(len(found))]
         if target is not None:
@@ -160,35 +169,48 @@ class Segmenter(TokenizerModel):
             raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
         options = {"length": length, "max_new_tokens": max_new_tokens, "min_length": min_length,
                    "max_length": max_length, "end_bias": end_bias, "forced_prefix": forced_prefix}  # fmt: skip
-        settings = _Settings.of(self.cfg.tokenizer.num_latent_tokens, None, options)
-        prompts = [self._prompt(settings.question(text), settings) for text in texts]
+        settings = Settings.of(self.cfg.tokenizer.num_latent_tokens, None, options)
+        prompts = [self.prompt(settings.question(text), settings) for text in texts]
         for start in range(0, len(prompts), batch_size):
             began = time.monotonic()
             rows = prompts[start : start + batch_size]
-            encoded = self._encode([images.as_array(p) for p in pictures[start : start + batch_size]], batch_size)
-            answers = self._answer(encoded, rows[0][0], [[ids] for _, ids in rows], settings, batch_size)
+            seen = [self.inputs(images.as_array(p)) for p in pictures[start : start + batch_size]]
+            encoded, asked = self.encode_inputs(seen, batch_size), [[ids] for _, ids in rows]
+            answers = self.ask(encoded, rows[0][0], asked, [settings] * len(rows), batch_size)
+            done = [answers.at(row, 0, image.size) for row, image in enumerate(encoded)]
             seconds = round((time.monotonic() - began) / len(rows), 4)
-            yield from (dataclasses.replace(answer, seconds=seconds) for [answer] in answers)
+            yield from (dataclasses.replace(answer, seconds=seconds) for answer in done)
 
     def growth(self, image: Any, prediction: Prediction) -> np.ndarray:
         """A prediction's mask after 1, 2, … of its codes, bool[length, H, W]; image: as for `segment`."""
         encoded = image if isinstance(image, EncodedImage) else self.encode_image(image)
-        size = self.cfg.tokenizer
-        if not prediction.length:
-            return np.zeros((0, *encoded.size), bool)
-        # Note: one program for all lengths.
-        codes = np.zeros((size.num_latent_tokens, size.num_latent_tokens), np.int32)
-        codes[:, : prediction.length] = prediction.codes
-        count = np.arange(1, size.num_latent_tokens + 1, dtype=np.int32)
+        small = self.growing(encoded, prediction.codes) if prediction.length else ()
+        grown = [metrics.resize_probability(p, *encoded.size) > 0.5 for p in small]
+        return np.stack(grown) if grown else np.zeros((0, *encoded.size), bool)
+
+    def growing(self, encoded: EncodedImage, codes: Sequence[int]) -> np.ndarray:
+        """Probabilities of the mask of the first 1, 2, … of L codes at most, float32[len(codes), h, w]."""
+        rows = next(rows for rows in self.growth_rows() if rows >= len(codes))
+        filled = np.zeros((rows, self.cfg.tokenizer.num_latent_tokens), np.int32)
+        filled[:, : len(codes)] = codes
+        count = np.arange(1, rows + 1, dtype=np.int32)
         features = None
         if encoded.features is not None:
-            features = np.repeat(np.asarray(encoded.features)[None], len(codes), axis=0)
-        logits = self.method("decode_codes")(self.params["tokenizer"], codes, count, features)
-        probability = np.asarray(jax.nn.sigmoid(logits))[: prediction.length]
-        return np.stack([metrics.resize_probability(p, *encoded.size) > 0.5 for p in probability])
+            features = np.repeat(np.asarray(encoded.features)[None], len(filled), axis=0)
+        logits = self.method("decode_codes")(self.params["tokenizer"], filled, count, features)
+        return np.asarray(jax.nn.sigmoid(logits))[: len(codes)]
 
-    def _box_phrase(self, boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> str:
-        """Boxes (x1, y1, x2, y2) in pixels, as the model reads them."""
+    def growth_rows(self) -> list[int]:
+        """The numbers of masks, 8, 16, … L, that `growing` computes at once; a program is compiled for each."""
+        most = self.cfg.tokenizer.num_latent_tokens
+        return [*(8 << step for step in range(max(most - 1, 1).bit_length()) if 8 << step < most), most]
+
+    def box_phrase(self, boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> str:
+        """Boxes (x1, y1, x2, y2) in pixels of an image of (height, width), as the model reads them.
+
+        Raises:
+          ValueError: none, or one that is not inside of the image.
+        """
         height, width = size
         for box in boxes:
             x1, y1, x2, y2 = box if len(box) == 4 else (0, 0, 0, 0)
@@ -197,8 +219,12 @@ class Segmenter(TokenizerModel):
         corners = [(x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes]
         return box_text.format_boxes(corners, size, self._box_step)
 
-    def _prompt(self, question: str, settings: "_Settings") -> tuple[tuple[int, ...], list[int]]:
-        """The ids of a prompt, up to the end of its image and from there."""
+    def prompt(self, question: str, settings: Settings) -> tuple[tuple[int, ...], list[int]]:
+        """The ids of a prompt, up to the end of its image and from there.
+
+        Raises:
+          ValueError: a special token is written out in the question.
+        """
         begin = words.FORCED_ANSWER_PREFIX if settings.forced else ""
         count = self.cfg.num_image_tokens
         ids = words.render_prompt(self.text, question, count, system=self.system, answer_prefix=begin)
@@ -206,11 +232,16 @@ class Segmenter(TokenizerModel):
         cut = max(index for index, token in enumerate(ids) if token in image) + 1
         return tuple(ids[:cut]), ids[cut:]
 
-    def _encode(self, pictures: Sequence[np.ndarray], rows: int = 1) -> list[EncodedImage]:
-        """What the model sees of images uint8[H, W, 3], `rows` at most; fewer are filled up to as many."""
-        filled = [*pictures, *[pictures[-1]] * (rows - len(pictures))]
-        size = self.cfg.need_vision().image_size, self.cfg.tokenizer.image_size
-        image, pixels = (np.stack([transforms.squash(p, s) for p in filled]) for s in size)
+    def inputs(self, image: np.ndarray) -> ImageInputs:
+        """An image uint8[H, W, 3] at the model's sizes."""
+        sizes = self.cfg.need_vision().image_size, self.cfg.tokenizer.image_size
+        made = {side: transforms.squash(image, side) for side in dict.fromkeys(sizes)}
+        return ImageInputs(image.shape[:2], *(made[side] for side in sizes))
+
+    def encode_inputs(self, given: Sequence[ImageInputs], rows: int = 1) -> list[EncodedImage]:
+        """What the model sees of images, `rows` at most; fewer are filled up to as many, so that one program serves."""
+        filled = [*given, *[given[-1]] * (rows - len(given))]
+        image, pixels = np.stack([one.image for one in filled]), np.stack([one.pixels for one in filled])
         cfg = self.cfg
 
         def run(params: dict, image: jax.Array, pixels: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -220,23 +251,31 @@ class Segmenter(TokenizerModel):
 
         tokens, features = self._compiled("encode", lambda: run)(self.params, image, pixels)
         at = lambda index: None if features is None else features[index]
-        return [EncodedImage(p.shape[:2], tokens[i], at(i)) for i, p in enumerate(pictures)]
+        return [EncodedImage(one.size, tokens[i], at(i)) for i, one in enumerate(given)]
 
-    def _answer(
+    def ask(
         self,
         encoded: Sequence[EncodedImage],
         beginning: tuple[int, ...],
         asked: Sequence[Sequence[list[int]]],
-        settings: "_Settings",
+        settings: Sequence[Settings],
         rows: int = 1,
-    ) -> list[list[Prediction]]:
-        """Answers as many questions about each image, whose prompts begin alike; `rows` images at once."""
+        width: int = 0,
+    ) -> Answers:
+        """Answers as many questions about each image, whose prompts begin alike.
+
+        Args:
+          encoded: B images, `rows` at most; fewer are filled up to as many, so that one program serves.
+          beginning, asked: of each prompt, as `prompt` gives them; asked has G of each image.
+          settings: of each image; alike in what is compiled in (`GenerateConfig.static`) and in what is forced.
+          width: the questions are padded to so many tokens; 0: to the bucket of the longest one.
+        """
         count = len(asked[0])
         at_once = next(n for n in _AT_ONCE if n >= count)
         filled = [[*ids, *[ids[-1]] * (at_once - count)] for ids in asked]
         filled += [filled[-1]] * (rows - len(filled))
         seen = [*encoded, *[encoded[-1]] * (rows - len(encoded))]
-        length = bucket_length(max(len(ids) for row in filled for ids in row))
+        length = width or bucket_length(max(len(ids) for row in filled for ids in row))
         pad = lambda ids: [self.text.ids.pad] * (length - len(ids)) + ids
         questions = (
             np.array([[pad(ids) for ids in row] for row in filled], np.int32),
@@ -247,99 +286,29 @@ class Segmenter(TokenizerModel):
         prompt = np.tile(np.array(beginning, np.int32), (rows, 1))
         batch = PromptBatch(empty, empty, prompt, np.ones(prompt.shape, bool), np.zeros((rows, 0, 0), np.float32),
                             features=stacked([e.features for e in seen]))  # fmt: skip
-        cfg, config, special = self.cfg, settings.generate, self.text.ids
+        cfg, special, static = self.cfg, self.text.ids, settings[0].generate.static()
+        each = [s.generate.controls() for s in [*settings, *[settings[-1]] * (rows - len(settings))]]
+        controls = jax.tree.map(lambda *values: np.stack(values), *each)  # of each image
 
         def run(
             params: dict, batch: PromptBatch, tokens: jax.Array, questions: tuple, key: jax.Array, controls: Any
         ) -> Any:
-            found = segment(cfg, params, batch, config.static(), special, key, controls=controls, image_tokens=tokens,
+            found = segment(cfg, params, batch, static, special, key, controls=controls, image_tokens=tokens,
                             questions=questions)  # fmt: skip
             return found.generated, found.codes, found.length, found.masks.num_masks, jax.nn.sigmoid(found.mask_logits)
 
-        call = self._compiled(config.static(), lambda: run)
+        call = self._compiled(static, lambda: run)
         tokens = stacked([e.image_tokens for e in seen])
-        given = self.params, batch, tokens, questions, jax.random.key(0), config.controls()
-        generated, codes, lengths, num_masks, probability = jax.device_get(call(*given))
-        prefix = self.text.encode(words.FORCED_ANSWER_PREFIX) if settings.forced else []
-        result = []
-        for row, image in enumerate(encoded):
-            answers = []
-            for column in range(count):
-                at = (row, column)
-                chosen = generated.ids[at][generated.mask[at]].tolist()
-                pixels = metrics.resize_probability(probability[at], *image.size)
-                mask = (pixels > 0.5) & bool(lengths[at])
-                answers.append(
-                    Prediction(
-                        mask=mask,
-                        probability=pixels,
-                        text=words.answer_text(self.text, prefix + chosen),
-                        token_ids=prefix + chosen,
-                        codes=codes[at][: lengths[at]].tolist(),
-                        length=int(lengths[at]),
-                        num_masks=int(num_masks[at]),
-                        seconds=0.0,
-                        token_probability=float(np.exp(generated.per_token_logps[at][generated.mask[at]]).mean()),
-                        confidence=float(pixels[mask].mean()) if mask.any() else 0.0,
-                    )
-                )
-            result.append(answers)
-        return result
+        given = self.params, batch, tokens, questions, jax.random.key(0), controls
+        generated, *found = jax.device_get(call(*given))
+        prefix = self.text.encode(words.FORCED_ANSWER_PREFIX) if settings[0].forced else []
+        return Answers(self.text, prefix, generated.ids, generated.mask, generated.per_token_logps, *found)
 
     def _compiled(self, name: Any, make: Callable[[], Callable]) -> Any:
         """The function `make()`, compiled once a shape; the first of each name is kept."""
         if name not in self._functions:
             self._functions[name] = jax.jit(make())
         return self._functions[name]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """How a request is answered, whether the answer's start is forced, and whether all mask tokens are asked for."""
-
-    generate: GenerateConfig
-    forced: bool
-    fixed: bool
-
-    @classmethod
-    def of(cls, num_tokens: int, prompt: str | None, options: dict[str, Any]) -> "_Settings":
-        """The options of `Segmenter.segment_batch`, checked."""
-        default = {"length": "adaptive", "max_new_tokens": None, "min_length": 1, "max_length": None, "end_bias": 0.0,
-                   "forced_prefix": None}  # fmt: skip
-        if unknown := options.keys() - default.keys():
-            raise TypeError(f"segment() got an unexpected keyword argument {min(unknown)!r}")
-        given = default | options
-        if prompt is not None and not prompt.strip():
-            raise ValueError(f"prompt: expected a question, got {prompt!r}")
-        exact = token_count(given["length"], num_tokens)
-        limits = {"max_new_tokens": 1 << 16, "min_length": num_tokens, "max_length": num_tokens}
-        for name, most in limits.items():
-            if given[name] is not None and not is_whole(given[name], 1, most):
-                raise ValueError(f"{name}: expected a whole number in 1..{most}, got {given[name]!r}")
-        if not math.isfinite(given["end_bias"]):
-            raise ValueError(f"end_bias: expected a finite number, got {given['end_bias']!r}")
-        forced = prompt is None if given["forced_prefix"] is None else bool(given["forced_prefix"])
-        longest = num_tokens + (1 if forced else 32)
-        generate = GenerateConfig(
-            max_new_tokens=longest if given["max_new_tokens"] is None else int(given["max_new_tokens"]),
-            grammar=True,
-            min_length=int(given["min_length"]),
-            max_length=num_tokens if given["max_length"] is None else int(given["max_length"]),
-            forced_length=exact,
-            end_logit_bias=given["end_bias"],
-            stop_at_mask_end=forced,
-        )
-        return cls(generate, forced, given["length"] == "full")
-
-    def question(self, phrase: str) -> str:
-        """The built-in wording of a request.
-
-        Raises:
-          ValueError: no object named.
-        """
-        if not any(c.isalnum() for c in phrase):
-            raise ValueError(f"text: expected the name or description of an object, got {phrase!r}")
-        return words.question(phrase, adaptive=not self.fixed)
 
 
 def _iou(mask: np.ndarray, target: np.ndarray) -> float:

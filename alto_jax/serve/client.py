@@ -1,0 +1,146 @@
+"""A client of the service, of Python's standard library alone: copy it where you need it.
+
+python -m alto_jax.serve.client photo.jpg "the red apple" [--url http://127.0.0.1:8000] [--stream]
+
+client = Client("http://127.0.0.1:8000", key="…")
+answer = client.segment("photo.jpg", phrase="the red apple", returns=["png", "score"])
+png = base64.b64decode(answer["results"][0]["png"])
+"""
+
+import argparse
+import base64
+from collections.abc import Iterator
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+import urllib.error
+import urllib.request
+
+
+class ServiceError(Exception):
+    """What the service refused: status of HTTP, code, field of the request or None; the message is the exception's."""
+
+    def __init__(self, status: int, code: str, message: str, field: str | None, retry_after: float | None = None):
+        super().__init__(message)
+        self.status, self.code, self.field, self.retry_after = status, code, field, retry_after
+
+
+class Client:
+    """Asks a service."""
+
+    def __init__(self, url: str = "http://127.0.0.1:8000", key: str | None = None, timeout: float = 60.0):
+        """Takes where it is, its API key, and the seconds to wait for an answer."""
+        self.url, self.key, self.timeout = url.rstrip("/"), key, timeout
+
+    def segment(self, image: str | os.PathLike | bytes, *, retries: int = 0, **asked: Any) -> dict[str, Any]:
+        """Masks of an image.
+
+        Args:
+          image: a file, or its content.
+          retries: how often to ask again where the service is busy, after the time that it names.
+          **asked: phrase, phrases or boxes; length, end_bias, returns (docs/serve.md).
+
+        Returns:
+          The response's JSON: {"model", "size", "results", "seconds"}.
+
+        Raises:
+          ServiceError: the service refused, or could not.
+        """
+        while True:
+            try:
+                with self._open("/v1/segment", _body(image, asked)) as response:
+                    return json.load(response)
+            except ServiceError as error:
+                if not retries or error.status != 503:
+                    raise
+                retries -= 1
+                time.sleep(error.retry_after or 1.0)
+
+    def stream(self, image: str | os.PathLike | bytes, **asked: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields ("token", {"result", "index", "code", "change", …}) for each mask token, then ("answer", the answer).
+
+        Raises:
+          ServiceError: as `segment`, also after some tokens.
+        """
+        with self._open("/v1/segment/stream", _body(image, asked)) as response:
+            event, done = "", False
+            for line in response:
+                name, _, value = line.decode().rstrip("\n").partition(": ")
+                if name == "event":
+                    event = value
+                elif name == "data" and event == "error":
+                    raise _error(response.status, json.loads(value))
+                elif name == "data":
+                    done = event == "answer"
+                    yield event, json.loads(value)
+            if not done:
+                raise ServiceError(response.status, "cut_off", "the stream ended before its answer", None)
+
+    def model(self) -> dict[str, Any]:
+        """What answers, and its limits."""
+        with self._open("/v1/model") as response:
+            return json.load(response)
+
+    def is_ready(self) -> bool:
+        """Whether the service takes requests; False also where nothing listens."""
+        try:
+            with self._open("/readyz"):
+                return True
+        except (ServiceError, OSError):
+            return False
+
+    def _open(self, path: str, body: bytes | None = None) -> Any:
+        headers = {"content-type": "application/json"} if body is not None else {}
+        if self.key:
+            headers["authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(self.url + path, body, headers)
+        try:
+            return urllib.request.urlopen(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            with error:
+                content, after = error.read(), error.headers.get("retry-after")
+            try:
+                told = json.loads(content)
+            except ValueError:  # such as a proxy's own page
+                told = {}
+            raise _error(error.code, told, None if after is None else float(after)) from error
+
+
+def _error(status: int, told: dict[str, Any], after: float | None = None) -> ServiceError:
+    found = told.get("error", {})
+    return ServiceError(status, found.get("code", "unknown"), found.get("message", f"HTTP status {status}"),
+                        found.get("field"), after)  # fmt: skip
+
+
+def _body(image: str | os.PathLike | bytes, asked: dict[str, Any]) -> bytes:
+    content = image if isinstance(image, bytes) else pathlib.Path(image).read_bytes()
+    return json.dumps({"image": base64.b64encode(content).decode("ascii"), **asked}).encode()
+
+
+def main() -> int:
+    """The command; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m alto_jax.serve.client", description=__doc__.splitlines()[0])
+    parser.add_argument("image", metavar="IMAGE", help="a file")
+    parser.add_argument("phrase", metavar="PHRASE", help='such as "the red apple"')
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--key", default=os.environ.get("ALTO_API_KEY"), help="(default: ALTO_API_KEY)")
+    parser.add_argument("--stream", action="store_true", help="token by token")
+    options = parser.parse_args()
+    client = Client(options.url, options.key)
+    try:
+        if options.stream:
+            for event, value in client.stream(options.image, phrase=options.phrase):
+                print(event, json.dumps(value))
+        else:
+            print(json.dumps(client.segment(options.image, phrase=options.phrase), indent=1))
+    except (ServiceError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
