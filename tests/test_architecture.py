@@ -1,6 +1,7 @@
 """The house: an import points down the list of rooms, never up or round, also where it is late."""
 
 import ast
+import functools
 import pathlib
 import re
 
@@ -29,27 +30,33 @@ def read_sources() -> dict[str, str]:
     return {name: path.read_text() for path, name in names.items()}
 
 
-def imports(name: str, text: str, modules: set[str]) -> list[tuple[str, int, bool]]:
-    """(what is imported, line, whether late) of a module: our modules without the leading "alto_jax.", others whole."""
+@functools.cache
+def import_nodes(text: str) -> list[tuple[ast.stmt, bool]]:
+    """(import, whether it is late) of a module; remembered, since each test reads all modules."""
     tree = ast.parse(text)
     late = {id(node) for function in ast.walk(tree) if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
             for node in ast.walk(function)}  # fmt: skip
+    return [(node, id(node) in late) for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
+def imports(name: str, text: str, modules: set[str]) -> list[tuple[str, int, bool]]:
+    """(what is imported, line, whether late) of a module: our modules without the leading "alto_jax.", others whole."""
     found = []
-    for node in ast.walk(tree):
+    for node, is_late in import_nodes(text):
         if isinstance(node, ast.Import):
-            found += [(alias.name.removeprefix("alto_jax."), node.lineno, id(node) in late) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+            found += [(alias.name.removeprefix("alto_jax."), node.lineno, is_late) for alias in node.names]
+        else:
             assert not node.level, f"{name}:{node.lineno}: relative imports hide their room"
             module = node.module
             if module.split(".")[0] != "alto_jax":
-                found.append((module, node.lineno, id(node) in late))
+                found.append((module, node.lineno, is_late))
                 continue
             base = module.removeprefix("alto_jax").lstrip(".")
             for alias in node.names:
                 inner = f"{base}.{alias.name}".lstrip(".")
                 target = inner if inner in modules else base if base in modules else f"{inner}.__init__".lstrip(".")
                 target = target if target in modules else f"{base}.__init__".lstrip(".")
-                found.append((target, node.lineno, id(node) in late))
+                found.append((target, node.lineno, is_late))
     return found
 
 
