@@ -40,9 +40,11 @@ _USAGE = "usage: python -m alto_jax.main --config=FILE[:SIZE] --workdir=DIR [--c
 
 
 def load_config(spec: str) -> Any:
-    """The ConfigDict of "FILE" or "FILE:ARGUMENT", completed with the defaults of all fields.
+    """The ConfigDict of a configuration file, completed with the defaults of all fields.
 
-    FILE: a path; or NAME.py, also configs/NAME.py, of the package's own where there is no such file.
+    Args:
+      spec: FILE or FILE:SIZE; FILE is a path, or NAME.py or configs/NAME.py of the package's own where there is no such
+        file.
 
     Raises:
       ConfigError: no such file, no `get_config` in it, or values that do not fit.
