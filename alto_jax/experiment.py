@@ -105,7 +105,7 @@ def _require_place(source: str, root: str, meta: str, group: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop: number of updates, global batch (images; prompts in stage 3), and how often to do what (0: never).
+    """The loop: steps (updates), batch_size (global; stage 3: prompts), log_every and checkpoint_every (in updates).
 
     accumulate: micro-batches of an update, one after the other; the same gradient with less memory.
     keep_checkpoints: the newest so many are kept, and beside them the keep_best whose best_metric (a name in
@@ -142,7 +142,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation in training: every how many updates (0: only at the end), on how many samples, in batches of.
+    """Evaluation in training: every so many updates (0: only at the end), on num_samples, batch_size at once.
 
     source, root, meta: a data set of its own, as in `data` ("referring": also other splits, such as refcoco_val); "":
     the images that `data.validation_fraction` keeps from training, else the shapes that the built-in data keep from it,
@@ -171,7 +171,7 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerStageConfig:
-    """Stages 1 and 1.5.
+    """Stages 1 and 1.5, with the weights of loss and the commitment_cost of latents that are far from their codes.
 
     keep_tokens: "random" draws the number of kept tokens uniformly from 1..L per mask, "adaptive" takes
     the length predictor's, "full" keeps all. unquantized_steps: updates at the start without
@@ -202,7 +202,7 @@ class SftStageConfig:
     """Stage 2. max_supervised: 0 scores every supervised token, however long an answer is: SUPERVISED_AT_ONCE of a
     conversation at a time, in as many turns as the longest answer of a batch needs. A number is a bound (in packed
     rows: on average), and a longer answer ends the run. mask_loss_weight: weight of the loss of the mask decoded from
-    the soft tokens (0: not computed)."""
+    the soft tokens (0: not computed), mask_loss: its terms."""
 
     max_supervised: int = 0
     mask_loss_weight: float = 1.0
@@ -220,7 +220,7 @@ class SftStageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GrpoStageConfig:
-    """Stage 3.
+    """Stage 3: how answers are sampled (generate), what they are worth (reward, advantage_normalization), and the loss.
 
     num_generations: G, completions per prompt. updates_per_rollout: optimizer steps on each rollout. minibatches: parts
     of a rollout (by prompts); each update takes the next one. max_rollouts: DAPO's dynamic sampling: groups
@@ -255,7 +255,7 @@ class GrpoStageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule.
+    """AdamW (b1, b2, eps, weight_decay) and its schedule: lr is the highest rate, after warmup_steps updates.
 
     schedule: "cosine" (one warm-up, then cosine to `final_ratio`), "constant" (no warm-up), or
     "reference" (the reference's stage 1, with its second warm-up). trainable, no_decay: regexes on
@@ -298,8 +298,10 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """One stage's run. init_from: directory of the run (or converted checkpoint) that it starts from. tokenizer_from:
-    one that the mask tokenizer is taken from, if it is another one (a stage 2 from stage 0, which has none)."""
+    """One stage's run: stage, model, seed of all random numbers, and a group of fields for each of data, optim, mesh,
+    train, eval, tokenizer (stages 1, 1.5), sft (0, 2), grpo (3) and lora. init_from: directory of the run (or converted
+    checkpoint) that it starts from. tokenizer_from: one that the mask tokenizer is taken from, if it is another one
+    (a stage 2 from stage 0, which has none)."""
 
     stage: Literal["stage0", "stage1", "stage1_5", "stage2", "stage3"]
     model: ModelConfig
@@ -331,12 +333,8 @@ class ExperimentConfig:
         if self.stage == "stage0":
             require(self.sft.mask_loss_weight == 0, "sft.mask_loss_weight", self.sft.mask_loss_weight, "0 in stage0")
         if self.stage in ("stage0", "stage2", "stage3"):
-            require(
-                self.model.language_model is not None,
-                "model.language_model",
-                None,
-                f"the sizes that {self.stage} needs",
-            )
+            is_whole = self.model.language_model is not None
+            require(is_whole, "model.language_model", None, f"the sizes that {self.stage} needs")
         if self.stage == "stage3":
             parts, rows = self.grpo.minibatches, self.train.batch_size
             require(rows % parts == 0, "grpo.minibatches", parts, f"a divisor of train.batch_size {rows}")
@@ -371,7 +369,7 @@ _FREE_FIELDS = (
 
 
 def make_experiment(values: Any) -> ExperimentConfig:
-    """Builds the configuration from what `get_config` returned (with the command line's changes).
+    """Builds the configuration from the values that `get_config` returned (with the command line's changes).
 
     Raises:
       ConfigError: naming the field and the value.

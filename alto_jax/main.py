@@ -2,15 +2,18 @@
 
     python -m alto_jax.main --config=configs/stage1.py:tiny --workdir=DIR [--config.optim.lr=1e-3] [--mode=evaluate]
 
-The configuration file's `get_config(size)` gives the fields; every field, also one that the file leaves at
+FILE is a path, or the name of a configuration that comes with the package (`--config=stage1.py:tiny`). Its
+`get_config(size)` gives the fields; every field, also one that the file leaves at
 its default, can be set with --config.GROUP.FIELD=VALUE.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import importlib.util
 import pathlib
 import sys
+import types
 import typing
 from typing import Any
 
@@ -37,7 +40,11 @@ _USAGE = "usage: python -m alto_jax.main --config=FILE[:SIZE] --workdir=DIR [--c
 
 
 def load_config(spec: str) -> Any:
-    """The ConfigDict of "FILE" or "FILE:ARGUMENT", completed with the defaults of all fields.
+    """The ConfigDict of a configuration file, completed with the defaults of all fields.
+
+    Args:
+      spec: FILE or FILE:SIZE; FILE is a path, or NAME.py or configs/NAME.py of the package's own where there is no such
+        file.
 
     Raises:
       ConfigError: no such file, no `get_config` in it, or values that do not fit.
@@ -45,20 +52,18 @@ def load_config(spec: str) -> Any:
     import ml_collections  # late: keeps the start fast
 
     file, _, argument = spec.partition(":")
-    path = pathlib.Path(file)
-    if not path.is_file():
+    path = _find_config(file)
+    if path is None:
         raise ConfigError(f"--config={spec}: no such file {file}")
-    root = str(path.resolve().parent.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)  # Note: configuration files import their neighbours as `configs.NAME`.
     module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise ConfigError(f"--config={spec}: expected a Python file, got {file}")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"--config={spec}: {file} has no function get_config")
-    values = module.get_config(argument) if argument else module.get_config()
+    with _neighbours(path):
+        module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ConfigError(f"--config={spec}: {file} has no function get_config")
+        values = module.get_config(argument) if argument else module.get_config()
     plain = values.to_dict()
     if "stages" in plain:
         for name in plain["stages"]:
@@ -66,6 +71,46 @@ def load_config(spec: str) -> Any:
     else:
         plain = _completed(plain, "config")
     return ml_collections.ConfigDict(plain)
+
+
+def _shipped() -> pathlib.Path:
+    """The folder of the configurations that come with the package: of its checkout, or inside an installed wheel."""
+    package = pathlib.Path(__file__).resolve().parent
+    installed = package / "_configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _find_config(file: str) -> pathlib.Path | None:
+    """A file by its path, else NAME.py or configs/NAME.py of those that come with the package; None: no such file."""
+    path = pathlib.Path(file)
+    if not path.is_file() and path.parent in (pathlib.Path(), pathlib.Path("configs")):
+        path = _shipped() / path.name
+    return path.resolve() if path.is_file() else None
+
+
+@contextlib.contextmanager
+def _neighbours(path: pathlib.Path) -> Iterator[None]:
+    """While a configuration file is read, `configs.NAME` is its neighbour, or comes with the package.
+
+    An installed package has no module `configs` of its own, which would be in the way of other people's.
+    """
+    folders, places = [_shipped()], []
+    if path.parent != folders[0]:
+        places = [str(path.parent.parent)]
+        folders = [path.parent.parent / "configs", pathlib.Path("configs").resolve(), *folders]
+    package = types.ModuleType("configs")
+    package.__path__ = [str(folder) for folder in dict.fromkeys(folders) if folder.is_dir()]
+    ours = lambda name: name.partition(".")[0] == "configs"
+    others = {name: sys.modules.pop(name) for name in list(sys.modules) if ours(name)}
+    before = list(sys.path)
+    sys.modules["configs"], sys.path[:0] = package, places
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+        for name in [name for name in sys.modules if ours(name)]:
+            del sys.modules[name]
+        sys.modules.update(others)
 
 
 def _completed(plain: dict, where: str) -> dict:
@@ -195,5 +240,10 @@ def _own_help() -> str:
     return flags.FLAGS.module_help(sys.modules[__name__])
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The installed command: `main`, with one line for bad input."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

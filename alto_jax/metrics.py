@@ -29,7 +29,7 @@ def intersection_union(prediction: Any, target: Any) -> tuple[Any, Any]:
 
 
 def mask_iou(prediction: Any, target: Any) -> Any:
-    """IoU of bool[..., H, W] masks; float[...] in 0..1, and 1 where both are empty."""
+    """IoU of prediction and target, bool[..., H, W] masks; float[...] in 0..1, and 1 where both are empty."""
     intersection, union = intersection_union(prediction, target)
     is_empty = union == 0
     return (intersection + is_empty) / (union + is_empty)
@@ -55,7 +55,8 @@ def _boundary_width(mask: Any, dilation_ratio: float) -> int:
 
 
 def boundary_iou(prediction: Any, target: Any, dilation_ratio: float = 0.02) -> Any:
-    """IoU of the `mask_boundary` of two bool[..., H, W] masks (numpy or jax); float[...], 1 where both are empty.
+    """IoU of the `mask_boundary` of prediction and target, bool[..., H, W] masks (numpy or jax), as wide as
+    dilation_ratio of the diagonal; float[...], 1 where both are empty.
 
     Single masks of numpy are eroded within their boxes alone: the same number for a fraction of the work.
     """
@@ -306,7 +307,7 @@ def bootstrap_ci(
 
     Args:
       statistic: maps the resampled arrays to a number, e.g. `np.mean`, or `lambda i, u: i.sum() / u.sum()`.
-      *samples: arrays [N, ...] resampled together along their first axis.
+      *samples: float[N, ...], arrays that are resampled together along their first axis.
       level: coverage, in 0..1.
       num_resamples: number of resamples.
       seed: seed of the resampling.

@@ -21,14 +21,15 @@ from alto_jax.mllm.mask_tokens import ParsedMask
 class RewardConfig:
     """Form and weights of `compute_rewards`.
 
-    kind: "paper": `format_weight * format + iou_weight * IoU - length_weight * n`, where format is 1 for a
-        well-formed completion and else 0; a malformed one gets 0 in all. Several masks are malformed, for both
-        kinds: the request names one target.
-      "reference": Compat: `0.1 * (number of the four format checks passed) + (L - n) * length_weight + IoU`;
-        a malformed completion keeps its length bonus.
-    length_weight: lambda of the paper, reward per mask token; the reference's script uses 1e-3.
-    boundary_weight: of the IoU of both masks' boundaries, 2 % of the diagonal wide (`metrics.boundary_iou`).
-    token_weight: of the share of an answer's codes that are the tokenizer's own for the target (`token_match`).
+    Attributes:
+      kind: "paper": `format_weight * format + iou_weight * IoU - length_weight * n`, where format is 1 for a
+        well-formed completion and else 0; a malformed one gets 0 in all. Several masks are malformed, for both kinds:
+        the request names one target. "reference": Compat: `0.1 * (number of the four format checks passed) + (L - n) *
+        length_weight + IoU`; a malformed completion keeps its length bonus.
+      format_weight, iou_weight: see kind.
+      length_weight: lambda of the paper, reward per mask token; the reference's script uses 1e-3.
+      boundary_weight: of the IoU of both masks' boundaries, 2 % of the diagonal wide (`metrics.boundary_iou`).
+      token_weight: of the share of an answer's codes that are the tokenizer's own for the target (`token_match`).
     """
 
     kind: Literal["paper", "reference"] = "paper"

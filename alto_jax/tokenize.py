@@ -75,5 +75,10 @@ def _decode(options: argparse.Namespace) -> None:
     print(f"{int(mask.sum())} pixels of {width}x{height} in {options.out}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The installed command: `main`, with one line for bad input."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

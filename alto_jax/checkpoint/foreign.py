@@ -31,5 +31,6 @@ def explain(path: pathlib.Path) -> str | None:
         return (
             f"{path}: PyTorch weights, no checkpoint of alto_jax; import it first:"
             f" python -m tools.convert_torch_weights import {path} OUT"
+            " (alto-convert, outside of a checkout)"
         )
     return None

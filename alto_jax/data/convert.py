@@ -60,7 +60,15 @@ class Annotated:
 
 
 def read_coco(annotations: pathlib.Path, folder: pathlib.Path) -> Iterator[Annotated | RecordError]:
-    """COCO's instances: {"images", "annotations", "categories"}; crowds count where a name has nothing else."""
+    """COCO's instances: {"images", "annotations", "categories"}; crowds count where a name has nothing else.
+
+    Args:
+      annotations: the JSON file.
+      folder: of the images.
+
+    Raises:
+      RecordError: the file is no such JSON; what is wrong with an entry is given in its place.
+    """
     content = _json(annotations)
     if not isinstance(content, dict) or not all(isinstance(content.get(n), list) for n in ("images", "annotations")):
         raise RecordError(f"{annotations}: expected COCO's lists 'images' and 'annotations'")
@@ -92,7 +100,17 @@ def read_coco(annotations: pathlib.Path, folder: pathlib.Path) -> Iterator[Annot
 def read_pairs(
     folder: pathlib.Path, of_masks: pathlib.Path, label: str, rule: str
 ) -> Iterator[Annotated | RecordError]:
-    """Mask files that are named as their images are, up to the ending."""
+    """Mask files that are named as their images are, up to the ending.
+
+    Args:
+      folder: of the images.
+      of_masks: the masks' folder.
+      label: what they show.
+      rule: which values are foreground (data/masks.py).
+
+    Raises:
+      RecordError: when a mask is drawn, that cannot be read or has another size than its image.
+    """
     found = {path.stem: path for path in sorted(of_masks.iterdir()) if path.suffix.lower() in _PICTURES}
     for path in _pictures(folder):
         mask = found.get(path.stem)
@@ -110,7 +128,7 @@ def read_pairs(
 
 
 def read_labelme(folder: pathlib.Path) -> Iterator[Annotated | RecordError]:
-    """LabelMe's JSON beside images: polygons, rectangles and circles, in pixels."""
+    """LabelMe's JSON beside images, anywhere in `folder`: polygons, rectangles and circles, in pixels."""
     for file in sorted(folder.rglob("*.json")):
         try:
             content = _json(file)
@@ -128,7 +146,16 @@ def read_labelme(folder: pathlib.Path) -> Iterator[Annotated | RecordError]:
 
 
 def read_yolo(folder: pathlib.Path, of_images: pathlib.Path, names: list[str]) -> Iterator[Annotated | RecordError]:
-    """YOLO's segments: a text file an image, lines of a class and x y x y … in 0..1."""
+    """YOLO's segments: a text file an image, lines of a class and x y x y … in 0..1.
+
+    Args:
+      folder: of the text files.
+      of_images: of the images, laid out as the text files.
+      names: of the classes.
+
+    Raises:
+      RecordError: never; what is wrong with a file is given in its place.
+    """
     for path in _pictures(of_images):
         file = folder / path.relative_to(of_images).with_suffix(".txt")
         if not file.exists():
@@ -160,7 +187,15 @@ def read_yolo(folder: pathlib.Path, of_images: pathlib.Path, names: list[str]) -
 
 
 def read_cvat(file: pathlib.Path, folder: pathlib.Path) -> Iterator[Annotated | RecordError]:
-    """CVAT's XML for images 1.1: polygons, boxes and masks."""
+    """CVAT's XML for images 1.1: polygons, boxes and masks.
+
+    Args:
+      file: the XML.
+      folder: of the images.
+
+    Raises:
+      RecordError: it is no XML; what is wrong with an entry is given in its place.
+    """
     try:
         root = ElementTree.parse(file).getroot()
     except (ElementTree.ParseError, OSError) as error:
@@ -382,5 +417,10 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The installed command: `main`, with one line for bad input."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

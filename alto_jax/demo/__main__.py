@@ -32,5 +32,10 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The installed command: `main`, with one line for bad input."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -97,5 +97,5 @@ class EvaluateOptions:
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "0..1")
 
     def replace(self, **changes: Any) -> "EvaluateOptions":
-        """The same options with some changed."""
+        """The same options with some changes, by their names."""
         return dataclasses.replace(self, **changes)

@@ -21,7 +21,7 @@ class TokenizerModel:
         self._functions: dict = {}
 
     def method(self, name: str) -> Any:
-        """A method of the tokenizer as a function of (parameters, *arguments), compiled once per shape."""
+        """The tokenizer's method `name` as a function of (parameters, *arguments), compiled once per shape."""
         if name not in self._functions:
             model, precision = ALTo(self.cfg.tokenizer), self.cfg.matmul_precision
 

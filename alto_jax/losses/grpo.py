@@ -13,15 +13,16 @@ from alto_jax.config import require
 class GrpoLossConfig:
     """Form of `grpo_loss`.
 
-    objective:
-      "paper": clipped importance ratio, mean over the tokens of each completion, then over completions.
-      "reference": Compat: the PyTorch code: no old policy, no clipping, padding up to the longest
-        completion of the group counts, and a group's loss is capped at `loss_cap`, with no gradient above.
-      "dr_grpo": as "paper", but a completion's sum is divided by the constant T, not by its length.
-      "dapo": as "paper", but the mean is over all tokens of the batch; use a larger `epsilon_high`.
-      "gspo": one ratio per completion, the geometric mean of its tokens' ratios.
-    epsilon_low, epsilon_high: the ratio is clipped to 1 - epsilon_low .. 1 + epsilon_high.
-    beta: weight of the KL to the reference policy; 0 needs no reference.
+    Attributes:
+      objective: "paper": clipped importance ratio, mean over the tokens of each completion, then over completions.
+        "reference": Compat: the PyTorch code: no old policy, no clipping, padding up to the longest completion of the
+        group counts, and a group's loss is capped at `loss_cap`, with no gradient above.
+        "dr_grpo": as "paper", but a completion's sum is divided by the constant T, not by its length.
+        "dapo": as "paper", but the mean is over all tokens of the batch; use a larger `epsilon_high`.
+        "gspo": one ratio per completion, the geometric mean of its tokens' ratios.
+      epsilon_low, epsilon_high: the ratio is clipped to 1 - epsilon_low .. 1 + epsilon_high.
+      beta: weight of the KL to the reference policy; 0 needs no reference.
+      loss_cap: of "reference".
     """
 
     objective: Literal["paper", "reference", "dr_grpo", "dapo", "gspo"] = "paper"

@@ -16,10 +16,12 @@ class ReconstructionLossConfig:
     """Weights of the terms of `reconstruction_loss`; the defaults give the reference's stage-1 total.
 
     Terms of weight 0 are not computed, save `mse`, which is always reported. The paper's own form is
-    `mse=1, edge_weighted_mse=0, edge=0`; `bce` and `dice` on logits are what trains fastest from scratch.
+    `mse=1, edge_weighted_mse=0, edge=0`; `bce` and `dice` on logits are what trains fastest from scratch; `quantizer`
+    and `length` weigh the quantizer's and the length predictor's own losses.
 
-    bce_dice_on_probabilities: Compat: the reference applies the sigmoid of its BCE and dice terms to
-      values that already went through one.
+    Attributes:
+      bce_dice_on_probabilities: Compat: the reference applies the sigmoid of its BCE and dice terms to values that
+        already went through one.
     """
 
     edge_weighted_mse: float = 1.0

@@ -135,9 +135,11 @@ def _in_turns(sums: Callable, chosen: tuple, at_once: int) -> tuple[jax.Array, j
 class MaskLossConfig:
     """Terms of `mask_loss`. The reference's form is `dice_reduction="batch", probability_clamp=1e-6`.
 
-    dice_reduction: "sample" (mean of each sample's dice) or "batch" (one dice over all valid pixels).
-    probability_clamp: Compat: with c > 0, BCE and dice are taken of probabilities clipped to c..1-c in
-      float32; 0 is the exact BCE on logits, whose gradient does not vanish on saturated wrong pixels.
+    Attributes:
+      bce, dice: weights.
+      dice_reduction: "sample" (mean of each sample's dice) or "batch" (one dice over all valid pixels).
+      probability_clamp: Compat: with c > 0, BCE and dice are taken of probabilities clipped to c..1-c in float32; 0 is
+        the exact BCE on logits, whose gradient does not vanish on saturated wrong pixels.
     """
 
     bce: float = 1.0

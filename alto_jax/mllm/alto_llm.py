@@ -34,11 +34,14 @@ Array = jax.Array
 class ModelConfig:
     """A mask tokenizer, and with `vision` and `language_model` a whole ALToLLM.
 
-    pixel_input: "mllm" gives the SAM encoder the MLLM's image, resized up (Compat: what the reference
-      does in stages 2 and 3); "native" gives it the image at its own resolution, as in stage 1.
-    matmul_precision: of float32 matrix products on GPUs and TPUs. "": parts of the model whose dtype is float32 compute
-      in float32, the others as the device likes; "default", "high", "highest": JAX's names, for all parts alike.
-      The quantizer and the length predictor compute in float32 in any case.
+    Attributes:
+      tokenizer, vision, language_model: sizes of the parts.
+      pixel_input: "mllm" gives the SAM encoder the MLLM's image, resized up (Compat: what the reference does in stages
+        2 and 3); "native" gives it the image at its own resolution, as in stage 1.
+      pixel_shuffle_version: order in which four patches become one image token; InternVL2.5's is "v2".
+      matmul_precision: of float32 matrix products on GPUs and TPUs. "": parts of the model whose dtype is float32
+        compute in float32, the others as the device likes; "default", "high", "highest": JAX's names, for all parts
+        alike. The quantizer and the length predictor compute in float32 in any case.
     """
 
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -60,13 +63,21 @@ class ModelConfig:
         return (self.need_vision().grid // 2) ** 2
 
     def need_vision(self) -> InternViTConfig:
-        """The vision tower of a whole model; ConfigError if this is a mask tokenizer alone."""
+        """The vision tower of a whole model.
+
+        Raises:
+          ConfigError: this is a mask tokenizer alone.
+        """
         if self.vision is None:
             raise ConfigError("config.model.vision: expected the vision tower of a whole model, got None")
         return self.vision
 
     def need_language_model(self) -> LanguageModelConfig:
-        """The language model of a whole model; ConfigError if this is a mask tokenizer alone."""
+        """The language model of a whole model.
+
+        Raises:
+          ConfigError: this is a mask tokenizer alone.
+        """
         if self.language_model is None:
             raise ConfigError("config.model.language_model: expected that of a whole model, got None")
         return self.language_model

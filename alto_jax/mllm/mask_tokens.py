@@ -25,14 +25,14 @@ class ParsedMask:
     """What `parse_completion` read from each completion, for rewards, which ask for exactly one mask; all fields share
     the leading axes `...`.
 
-    codes: int32[..., L], the codes in order, 0 from `length` on (and everywhere if not valid).
-    code_mask: bool[..., L], True for the first `length` entries.
-    length: int32[...], number of codes, in 1..L where valid, else 0.
-    valid: bool[...], well formed: one start, one end after it, 1..L tokens between, all of them codes.
-    num_starts, num_ends: int32[...], counts of the two delimiters.
-    num_between: int32[...], tokens between the delimiters, 0 unless there is exactly one of each
-      (may exceed L).
-    in_range: bool[...], one start, one end and 1 <= num_between <= L; the tokens may be any.
+    Attributes:
+      codes: int32[..., L], the codes in order, 0 from `length` on (and everywhere if not valid).
+      code_mask: bool[..., L], True for the first `length` entries.
+      length: int32[...], number of codes, in 1..L where valid, else 0.
+      valid: bool[...], well formed: one start, one end after it, 1..L tokens between, all of them codes.
+      num_starts, num_ends: int32[...], counts of the two delimiters.
+      num_between: int32[...], tokens between the delimiters, 0 unless there is exactly one of each (may exceed L).
+      in_range: bool[...], one start, one end and 1 <= num_between <= L; the tokens may be any.
     """
 
     codes: jax.Array

@@ -73,7 +73,7 @@ UNEVEN = ("vocab",)
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1: whatever remains.
+    """Devices along each axis, data, fsdp and tensor; one of them may be -1: whatever remains.
 
     auto: choose all three from the number of devices and the model (`choose_sizes`), whatever the other fields say.
     """

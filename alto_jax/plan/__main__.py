@@ -73,5 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
     return int(plan.fits is False)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The installed command: `main`, with one line for bad input."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

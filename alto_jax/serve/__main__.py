@@ -145,5 +145,10 @@ def _serve(
     return code
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The installed command: `main`, with one line for bad input."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

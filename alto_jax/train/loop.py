@@ -372,7 +372,15 @@ def _result(config: ExperimentConfig, path: pathlib.Path, evaluation: dict, seco
 def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
     """Evaluates the newest checkpoint of a run, on held-out data if there are some, and prints the numbers.
 
+    Args:
+      config: the run's configuration.
+      workdir: the run's directory.
+
+    Returns:
+      {metric: value}, with names of the stage.
+
     Raises:
+      ConfigError: the directory belongs to another configuration, or nothing is to be evaluated.
       FileNotFoundError: the directory holds no checkpoint.
     """
     runs.find_run(workdir)

@@ -10,23 +10,24 @@
 
 SOURCE is a Hugging Face directory, a .safetensors file or a pickle (.pth, .bin; needs torch). OUT is a
 directory as a training run leaves it: `alto_jax.load(OUT)` and `--config.init_from=OUT` work.
+An installed package has this command as `alto-convert`.
 """
 
 import argparse
 import json
 from pathlib import Path
-import sys
 from typing import Any
 
 from alto_jax import cli
 from alto_jax.config import ConfigError, local_path
-from tools.convert_torch_weights.files import read_json
+
+from .files import read_json
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.convert_torch_weights",
+        prog=f"python -m {__package__}",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_import(options: argparse.Namespace) -> int:
-    from tools.convert_torch_weights import importer, report
+    from . import importer, report
 
     composite = [name for name in ("titok", "sam", "internvl", "alto") if getattr(options, name)]
     if composite not in ([], ["titok", "sam"], ["internvl", "alto"]):
@@ -88,13 +89,13 @@ def run_import(options: argparse.Namespace) -> int:
         raise ConfigError(f"import: expected {names}, got {[str(p) for p in options.paths]}")
     out = None if wanted == (0 if composite else 1) else options.paths[-1]
     if out is not None:
-        from tools.convert_torch_weights.staging import check_free
+        from .staging import check_free
 
         check_free(out)
     if options.adapter is not None and not composite and is_checkpoint(options.paths[0]):
         if out is None:
             raise ConfigError("--dry-run: not known for adapters of a checkpoint of alto_jax")
-        from tools.convert_torch_weights import lora_run
+        from . import lora_run
 
         print(f"wrote {out}: {lora_run.write(options.paths[0], options.adapter, out)}")
         return 0
@@ -109,7 +110,7 @@ def run_import(options: argparse.Namespace) -> int:
         )
     print(f"wrote {out}")
     if options.verify:
-        from tools.convert_torch_weights import verify
+        from . import verify
 
         return verify.run(plan, out)
     return 0
@@ -122,8 +123,8 @@ def is_checkpoint(path: Path) -> bool:
 
 def _plan(options: argparse.Namespace, composite: list[str]) -> Any:
     """Opens the sources and plans the import."""
-    from tools.convert_torch_weights import plans
-    from tools.convert_torch_weights.sources import open_source
+    from . import plans
+    from .sources import open_source
 
     changes: dict[str, Any] = {"config": _config(options.config), "dtype": options.dtype}
     paths = [getattr(options, name) for name in composite] or [options.paths[0]]
@@ -161,7 +162,7 @@ def _tokenizer_folder(options: argparse.Namespace, source: Any, is_whole: bool =
     Raises:
       FileNotFoundError: none in the directory that --tokenizer names.
     """
-    from tools.convert_torch_weights import text
+    from . import text
 
     if options.tokenizer == "none":
         return None
@@ -179,7 +180,7 @@ def _tokenizer_folder(options: argparse.Namespace, source: Any, is_whole: bool =
 
 def _tokenizer_writer(options: argparse.Namespace, plan: Any) -> Any:
     """What writes tokenizer.json into a directory, or None where there is no text."""
-    from tools.convert_torch_weights import text
+    from . import text
 
     if plan.vocabulary is not None:
         return plan.vocabulary.save
@@ -195,7 +196,7 @@ def _tokenizer_writer(options: argparse.Namespace, plan: Any) -> Any:
 
 
 def run_export(options: argparse.Namespace) -> int:
-    from tools.convert_torch_weights import exporter, report
+    from . import exporter, report
 
     with report.late_progress("export") as (begin, advance):
         kind = exporter.export(
@@ -215,7 +216,7 @@ def _size(text: str) -> int:
 
 
 def run_inspect(options: argparse.Namespace) -> int:
-    from tools.convert_torch_weights import inspector
+    from . import inspector
 
     first = inspector.tensors_of(options.checkpoint, options.step)
     if options.other is None:
@@ -226,6 +227,10 @@ def run_inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, "")
+def command() -> None:
+    """The installed command: `main`, with one line for bad input."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

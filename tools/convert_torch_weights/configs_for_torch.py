@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from alto_jax.config import ConfigError, to_dict
-from tools.convert_torch_weights import configs_from_torch
-from tools.convert_torch_weights.plans import mapping_config
+
+from . import configs_from_torch
+from .plans import mapping_config
 
 # Field of the mask tokenizer → the only value that the PyTorch code has.
 _FORMS = {

@@ -12,9 +12,10 @@ import re
 from typing import Any
 
 from alto_jax.config import ConfigError
-from tools.convert_torch_weights.files import short
-from tools.convert_torch_weights.rules import MappingError
-from tools.convert_torch_weights.stated import Stated
+
+from .files import short
+from .rules import MappingError
+from .stated import Stated
 
 Shapes = Mapping[str, tuple[int, ...]]
 _VIT_HEADS = {512: 8, 768: 12, 1024: 16}  # TiTok's three sizes

@@ -17,12 +17,13 @@ import numpy as np
 from alto_jax.checkpoint import rows, runs
 from alto_jax.config import ConfigError, build
 from alto_jax.mllm.alto_llm import ModelConfig
-from tools.convert_torch_weights import configs_for_torch, mapping, rules
-from tools.convert_torch_weights.files import read_json
-from tools.convert_torch_weights.importer import TORCH_FILES
-from tools.convert_torch_weights.plans import PREFIXES, mapping_config, prefixed
-from tools.convert_torch_weights.safetensors_files import DTYPE_NAMES
-from tools.convert_torch_weights.staging import staged
+
+from . import configs_for_torch, mapping, rules
+from .files import read_json
+from .importer import TORCH_FILES
+from .plans import PREFIXES, mapping_config, prefixed
+from .safetensors_files import DTYPE_NAMES
+from .staging import staged
 
 # Parameters of our runs that are no part of a model.
 _REFERENCE_POLICY = "reference/"

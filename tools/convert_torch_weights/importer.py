@@ -19,11 +19,12 @@ from alto_jax.config import to_dict
 from alto_jax.experiment import DataConfig, ExperimentConfig
 from alto_jax.mllm.alto_llm import init_params
 from alto_jax.mllm.text import SYSTEM_MESSAGE
-from tools.convert_torch_weights import rules
-from tools.convert_torch_weights.plans import Part, Plan
-from tools.convert_torch_weights.rules import MappingError
-from tools.convert_torch_weights.sources import Source, has_nonfinite, is_float
-from tools.convert_torch_weights.staging import staged
+
+from . import rules
+from .plans import Part, Plan
+from .rules import MappingError
+from .sources import Source, has_nonfinite, is_float
+from .staging import staged
 
 TORCH_FILES = "torch_files"
 _KEPT = (".json", ".model", ".txt", ".py", ".jinja", ".md")

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from alto_jax.checkpoint import rows, runs
-from tools.convert_torch_weights.sources import open_source
+
+from .sources import open_source
 
 
 def tensors_of(path: Path, step: int | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from tools.convert_torch_weights.files import Entry, SourceError
+from .files import Entry, SourceError
 
 # Segments that a wrapper adds, wherever it stands: data-parallel and FSDP wrappers, torch.compile, PEFT.
 _WRAPPERS = re.compile(

@@ -21,11 +21,12 @@ from alto_jax.lora.adapters import LoraConfig
 from alto_jax.mllm.alto_llm import ModelConfig
 from alto_jax.mllm.language_model import LanguageModelConfig
 from alto_jax.params import kernel_dims
-from tools.convert_torch_weights import exporter, mapping, mllm_rules, peft
-from tools.convert_torch_weights.files import SourceError
-from tools.convert_torch_weights.plans import mapping_config
-from tools.convert_torch_weights.rules import Rule, Shape, Table
-from tools.convert_torch_weights.staging import staged
+
+from . import exporter, mapping, mllm_rules, peft
+from .files import SourceError
+from .plans import mapping_config
+from .rules import Rule, Shape, Table
+from .staging import staged
 
 
 @dataclasses.dataclass(frozen=True)

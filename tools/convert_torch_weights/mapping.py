@@ -17,8 +17,9 @@ from alto_jax.mllm.intern_vit import InternViT, InternViTConfig, Projector
 from alto_jax.mllm.language_model import LanguageModel, LanguageModelConfig
 from alto_jax.tokenizer.alto import ALTo, TokenizerConfig
 from alto_jax.tokenizer.sam_encoder import SamEncoder, SamEncoderConfig
-from tools.convert_torch_weights import mllm_rules, rules, tokenizer_rules
-from tools.convert_torch_weights.rules import MappingError, Table
+
+from . import mllm_rules, rules, tokenizer_rules
+from .rules import MappingError, Table
 
 LANGUAGE_RULES = {"internlm2": mllm_rules.internlm2_rules, "qwen2": mllm_rules.qwen2_rules}
 _BUFFERS = (

@@ -4,7 +4,8 @@ import numpy as np
 
 from alto_jax.mllm.intern_vit import InternViTConfig
 from alto_jax.mllm.language_model import LanguageModelConfig
-from tools.convert_torch_weights.rules import Rule, conv, dense, norm, reshaped
+
+from .rules import Rule, conv, dense, norm, reshaped
 
 
 def vision_rules(cfg: InternViTConfig) -> list[Rule]:

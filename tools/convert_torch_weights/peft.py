@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from tools.convert_torch_weights import layouts, pickles
-from tools.convert_torch_weights.files import Entry, SourceError, read_json, short
-from tools.convert_torch_weights.safetensors_files import safetensors_entries
+from . import layouts, pickles
+from .files import Entry, SourceError, read_json, short
+from .safetensors_files import safetensors_entries
 
 CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")

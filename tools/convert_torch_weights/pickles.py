@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tools.convert_torch_weights.files import Entry, SourceError, check_weights, short
+from .files import Entry, SourceError, check_weights, short
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 # Names under which training code puts the weights, the likeliest first.

@@ -16,9 +16,10 @@ import numpy as np
 
 from alto_jax.config import build
 from alto_jax.mllm.alto_llm import ModelConfig
-from tools.convert_torch_weights import configs_from_torch, mapping, rules, text
-from tools.convert_torch_weights.rules import MappingError, Table
-from tools.convert_torch_weights.sources import Source, is_float
+
+from . import configs_from_torch, mapping, rules, text
+from .rules import MappingError, Table
+from .sources import Source, is_float
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 PREFIXES = {"alto": "tokenizer/", "titok": "tokenizer/", "sam": "tokenizer/sam_encoder/", "internvit": "vision/",

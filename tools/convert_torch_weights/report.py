@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 import contextlib
 from typing import Any
 
-from tools.convert_torch_weights.inspector import size_text
-from tools.convert_torch_weights.plans import Plan
+from .inspector import size_text
+from .plans import Plan
 
 
 def print_plan(plan: Plan, full: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tools.convert_torch_weights.files import Entry, SourceError, check_weights, short
+from .files import Entry, SourceError, check_weights, short
 
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,

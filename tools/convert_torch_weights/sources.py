@@ -14,9 +14,9 @@ import re
 import ml_dtypes
 import numpy as np
 
-from tools.convert_torch_weights import layouts, peft, pickles
-from tools.convert_torch_weights.files import Entry, SourceError, read_json, short
-from tools.convert_torch_weights.safetensors_files import safetensors_entries
+from . import layouts, peft, pickles
+from .files import Entry, SourceError, read_json, short
+from .safetensors_files import safetensors_entries
 
 SAFETENSORS, PICKLES = (".safetensors",), pickles.SUFFIXES
 CHECKPOINTS = "checkpoints"

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from alto_jax.config import ConfigError
-from tools.convert_torch_weights.files import short
+
+from .files import short
 
 
 class Stated:

@@ -11,7 +11,8 @@ import re
 from typing import Any
 
 from alto_jax.mllm.text import TextTokenizer
-from tools.convert_torch_weights.files import SourceError, check_content, read_json, short
+
+from .files import SourceError, check_content, read_json, short
 
 # How Qwen2 splits a text before merging.
 _QWEN2_SPLIT = (

@@ -6,7 +6,8 @@ from alto_jax.tokenizer.alto import TokenizerConfig
 from alto_jax.tokenizer.encoder import ViTConfig, latent_attn_mask
 from alto_jax.tokenizer.pixel_decoder import PixelDecoderConfig
 from alto_jax.tokenizer.sam_encoder import SamEncoderConfig
-from tools.convert_torch_weights.rules import MappingError, Rule, Table, constant, conv, dense, norm, reshaped
+
+from .rules import MappingError, Rule, Table, constant, conv, dense, norm, reshaped
 
 
 def _vit_rules(vit: ViTConfig, side: str) -> list[Rule]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from tools.convert_torch_weights.sources import Source
+from .sources import Source
 
 
 class Weights:

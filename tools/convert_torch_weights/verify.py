@@ -20,7 +20,8 @@ from alto_jax.mllm.intern_vit import InternViT
 from alto_jax.mllm.language_model import DecoderBlock, LanguageModel, ntk_inv_freq
 from alto_jax.tokenizer.encoder import latent_attn_mask
 from alto_jax.tokenizer.sam_encoder import SamBlock, SamEncoder
-from tools.convert_torch_weights import plans, rules
+
+from . import plans, rules
 
 TOLERANCE = 2e-4  # of the largest value; float32 noise of deep models is about a tenth of it
 _LENGTH = 16
@@ -87,7 +88,7 @@ def run(plan: plans.Plan, out: Path) -> int:
 
 def _weights(plan: plans.Plan, suffixes: tuple[str, ...]) -> Any:
     """The source tensors of a part of the model, found by a key that only this part has; None without it."""
-    from tools.convert_torch_weights.torch_reference import Weights
+    from .torch_reference import Weights
 
     for part in plan.parts:
         for key in part.source:
@@ -106,7 +107,7 @@ def _config(plan: plans.Plan, *path: str) -> Any:
 
 
 def _language(plan: plans.Plan, params: _Params, comparison: _Comparison) -> None:
-    from tools.convert_torch_weights import torch_reference as theirs
+    from . import torch_reference as theirs
 
     cfg = _config(plan, "language_model")
     family = "qwen2" if plan.kind.endswith("qwen2") else "internlm2"
@@ -152,7 +153,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _vision(plan: plans.Plan, params: _Params, comparison: _Comparison) -> None:
-    from tools.convert_torch_weights import torch_reference as theirs
+    from . import torch_reference as theirs
 
     cfg = _config(plan, "vision")
     weights = _weights(plan, ("embeddings.patch_embedding.weight",))
@@ -177,7 +178,7 @@ def _vision(plan: plans.Plan, params: _Params, comparison: _Comparison) -> None:
 
 
 def _sam(plan: plans.Plan, params: _Params, comparison: _Comparison) -> None:
-    from tools.convert_torch_weights import torch_reference as theirs
+    from . import torch_reference as theirs
 
     cfg = _config(plan, "tokenizer", "sam")
     weights = _weights(plan, ("patch_embed.proj.weight",))
@@ -217,7 +218,7 @@ def _sam(plan: plans.Plan, params: _Params, comparison: _Comparison) -> None:
 
 def _tokenizer(plan: plans.Plan, params: _Params, comparison: _Comparison) -> None:
     """The transformers of mask encoder and decoder; transformers has no class for the rest."""
-    from tools.convert_torch_weights import torch_reference as theirs
+    from . import torch_reference as theirs
 
     weights = _weights(plan, ("encoder.conv_out.weight",))
     if weights is None:
