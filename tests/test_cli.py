@@ -51,7 +51,7 @@ def run_main(*arguments: str) -> str:
         ([DEBUG, "--stpes=3"], r"'stpes'"),
         ([DEBUG, "steps=3"], r"unexpected argument 'steps=3'"),
         (["--config=configs/stage9.py"], r"--config=configs/stage9.py: no such file"),
-        (["--config=configs/stage1.py:huge"], r"stage1.py:huge: unknown size; expected one of base, tiny, debug"),
+        (["--config=configs/stage1.py:huge"], r"py:huge: unknown size; expected one of base, tiny, small, debug"),
         ([], r"--config is required"),
     ],
 )

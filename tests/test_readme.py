@@ -154,7 +154,7 @@ def test_requests_run(pictures, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [words[2], *words[3:]])
         assert not modules[words[2]].main(), words
     names = {"image": pictures}
-    found = blocks("python")
+    found = [block for block in blocks("python") if "http://" not in block]  # Note: tests/serve/ has a service to ask.
     assert len(found) >= 4
     for block in found:
         exec(compile(f"import jax\nimport jax.numpy as jnp\n{block}", "README or docs", "exec"), names)
