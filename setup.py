@@ -66,6 +66,7 @@ setup(
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.22",
         "transformers>=5",
+        "zstandard>=0.23",  # JAX packs compiled programs with it; with zlib that takes as long as compiling some
     ],
     extras_require={
         "demo": DEMO,
