@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import re
 from typing import Any, Literal
 
-from alto_jax.config import ConfigError, build, local_path, require, to_dict, write_whole
+from alto_jax.config import ConfigError, build, local_path, require
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.lessons import LessonConfig
 from alto_jax.data.masks import AUTO, parse_rule
@@ -47,7 +45,9 @@ class DataConfig:
     are kept, up to so many GB a process, and given again in later epochs as they were. allow_changed: go on from a
     checkpoint of another data set, at the same place of its order. validation_fraction: share of the images, by a hash
     of their names (data/split.py), that training leaves out and evaluation takes (0: none; the built-in data hold out
-    shapes of their own). exif: EXIF orientation of images: "stored" (annotations are of the pixels as stored),
+    shapes of their own). replay: share of the conversations of stage 2 that are built-in ones in place of the source's
+    (scenes, scene_chats), so that what a model knows of them is not lost; evaluated on its own as "replay/…".
+    exif: EXIF orientation of images: "stored" (annotations are of the pixels as stored),
     "upright" (images and their masks are turned) or "masks_upright" (images are turned, masks were drawn on the upright
     image), see data/reading.py. mask_rule: which values of a mask file are foreground, see data/masks.py.
     """
@@ -72,6 +72,7 @@ class DataConfig:
     use_caches: bool = True
     allow_changed: bool = False
     validation_fraction: float = 0.0
+    replay: float = 0.0
     exif: Exif = "stored"
     mask_rule: str = AUTO
 
@@ -81,6 +82,8 @@ class DataConfig:
         fits = self.validation_fraction == 0 or (self.source != "scenes" and 0 < self.validation_fraction < 1)
         expected = "0 with source 'scenes'" if self.source == "scenes" else "at least 0 and below 1"
         require(fits, "validation_fraction", self.validation_fraction, expected)
+        fits = self.replay == 0 or (self.source != "scenes" and 0 < self.replay < 1)
+        require(fits, "replay", self.replay, expected)
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "0..1")
         for name, least in {"num_threads": 0, "num_workers": -1, "memory_gb": 0, "pack_samples": 1, "max_length": 8,
                             "max_masks": 1}.items():  # fmt: skip
@@ -113,6 +116,8 @@ class TrainConfig:
     max_bad_steps: the run ends with an error after so many skipped updates in a row. spike_sigmas: also skip updates
     whose loss is so many standard deviations above the mean of the last ones (0: off); see `alto_jax.train.step`.
     profile_steps: updates that are traced into WORKDIR/profile, from the third one on (0: none).
+    patience: the run ends after so many evaluations in a row (every eval.every updates) whose best_metric is no better
+    than the best before, and in any case with the parameters of the best (0: it ends at its last update, with those).
     """
 
     steps: int = 1000
@@ -127,6 +132,7 @@ class TrainConfig:
     max_bad_steps: int = 10
     spike_sigmas: float = 0.0
     profile_steps: int = 0
+    patience: int = 0
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", self.steps, "at least 1")
@@ -135,7 +141,7 @@ class TrainConfig:
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
         divides = self.accumulate >= 1 and self.batch_size % self.accumulate == 0
         require(divides, "accumulate", self.accumulate, f"a divisor of batch_size {self.batch_size}")
-        for name in ("keep_best", "spike_sigmas", "profile_steps"):
+        for name in ("keep_best", "spike_sigmas", "profile_steps", "patience"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "at least 1")
 
@@ -143,6 +149,8 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation in training: every so many updates (0: only at the end), on num_samples, batch_size at once.
+
+    at_start: also before the first update; the end then prints both beside each other.
 
     source, root, meta: a data set of its own, as in `data` ("referring": also other splits, such as refcoco_val); "":
     the images that `data.validation_fraction` keeps from training, else the shapes that the built-in data keep from it,
@@ -159,6 +167,7 @@ class EvalConfig:
     source: Literal["", "scenes", "sa1b", "jsonl", "prepared", "referring", "mixture"] = ""
     root: str = ""
     meta: str = ""
+    at_start: bool = False
 
     def __post_init__(self) -> None:
         _require_place(self.source, self.root, self.meta, "eval")
@@ -325,6 +334,9 @@ class ExperimentConfig:
         require(allowed, "tokenizer_from", self.tokenizer_from, f"empty in {self.stage}")
         if self.lora.rank:
             require(self.stage in ("stage2", "stage3"), "lora.rank", self.lora.rank, f"0 in {self.stage}")
+        if self.train.patience:
+            self._require_best()
+        require(not self.data.replay or self.stage == "stage2", "data.replay", self.data.replay, "0 but in stage2")
         if self.train.accumulate > 1:
             whole = {"sft.mask_loss.dice_reduction": self.sft.mask_loss.dice_reduction == "batch",
                      "grpo.loss.objective": self.stage == "stage3" and self.grpo.loss.objective == "dapo"}  # fmt: skip
@@ -339,33 +351,22 @@ class ExperimentConfig:
             parts, rows = self.grpo.minibatches, self.train.batch_size
             require(rows % parts == 0, "grpo.minibatches", parts, f"a divisor of train.batch_size {rows}")
 
+    def _require_best(self) -> None:
+        """Raises ConfigError if a run with patience would have no evaluation, or no checkpoint of the best one."""
+        train, every = self.train, self.eval.every
+        measured = train.best_metric.startswith("eval") and self.eval.num_samples
+        require(bool(measured), "train.best_metric", train.best_metric, "an evaluation's, with train.patience")
+        require(every > 0, "eval.every", every, "above 0 with train.patience")
+        require(train.keep_best > 0, "train.keep_best", train.keep_best, "at least 1 with train.patience")
+        saved = train.checkpoint_every > 0 and every % train.checkpoint_every == 0
+        require(saved, "train.checkpoint_every", train.checkpoint_every, f"a divisor of eval.every {every}")
+        updates = self.grpo.updates_per_rollout if self.stage == "stage3" else 1
+        require(every % updates == 0, "eval.every", every, f"a multiple of grpo.updates_per_rollout {updates}")
+
     @property
     def trainable(self) -> str:
         """Regex of the trained parameters: `optim.trainable`, or the adapters alone if there are some."""
         return r"/lora_[ab]$" if self.lora.rank else self.optim.trainable
-
-
-# Fields that may change between two runs of the same command line: they do not change what is learned.
-_FREE_FIELDS = (
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_",
-    "train.best_",
-    "train.accumulate",
-    "train.max_bad_steps",
-    "train.spike_sigmas",
-    "train.profile_steps",
-    "eval.",
-    "grpo.log_samples",
-    "sft.max_supervised",
-    "mesh.",
-    "data.num_threads",
-    "data.num_workers",
-    "data.memory_gb",
-    "data.allow_changed",
-    "data.max_bad_fraction",
-    "data.length_buckets",
-)
 
 
 def make_experiment(values: Any) -> ExperimentConfig:
@@ -376,72 +377,3 @@ def make_experiment(values: Any) -> ExperimentConfig:
     """
     plain = json.loads(values.to_json_best_effort()) if hasattr(values, "to_json_best_effort") else values
     return build(ExperimentConfig, plain)
-
-
-def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig, *, is_training: bool = True) -> pathlib.Path:
-    """Makes the run's directory, or checks that it belongs to this configuration.
-
-    A run may be given another number of updates (`train.steps`), as long as it has not done more already: it goes on
-    from its newest checkpoint, with the learning rate that the schedule of the new length has there.
-
-    Args:
-      workdir: the run's directory.
-      config: the configuration.
-      is_training: False: only reads there, so that `train.steps` may differ and nothing is written.
-
-    Raises:
-      ConfigError: the directory holds a run of another configuration, names the fields that differ; or one that has
-        done more updates than `train.steps`.
-    """
-    path = local_path(workdir, "--workdir")
-    path.mkdir(parents=True, exist_ok=True)
-    file, plain = path / "config.json", to_dict(config)
-    # Note: a run that failed before its first checkpoint leaves nothing to protect.
-    done = max((int(p.name) for p in path.glob("checkpoints/*") if p.name.isdigit()), default=None)
-    if file.exists() and done is not None:
-        try:
-            old = _completed(json.loads(file.read_text()))
-        except ValueError as error:
-            raise ConfigError(f"{file}: not readable as JSON: {error}") from error
-        differences = [
-            f"{name}: {before!r} there, {now!r} here"
-            for name, before, now in _differences(old, json.loads(json.dumps(plain)))
-            if not name.startswith((*_FREE_FIELDS, "train.steps"))
-        ]
-        if differences:
-            raise ConfigError(
-                f"--workdir={workdir} holds a run of another configuration ({'; '.join(differences[:3])});"
-                " choose another directory or the same configuration"
-            )
-        if is_training and old["train"].get("steps") != config.train.steps:
-            if config.train.steps < done:
-                raise ConfigError(
-                    f"config.train.steps: expected at least the {done} updates that {workdir} has done, got"
-                    f" {config.train.steps}"
-                )
-            # Note: in this order, so that a run which is stopped in between is not taken for complete.
-            (path / "result.json").unlink(missing_ok=True)
-            old["train"]["steps"] = config.train.steps
-            write_whole(file, json.dumps(old, indent=2) + "\n")
-        return path
-    # Note: every process of a run writes the same.
-    write_whole(file, json.dumps(plain, indent=2) + "\n")
-    return path
-
-
-def _completed(plain: dict) -> dict:
-    """A saved configuration with the defaults of fields that its version did not have; as it is, if it has others."""
-    try:
-        return json.loads(json.dumps(to_dict(make_experiment(plain))))
-    except ConfigError:
-        return plain
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted name, old, new) of the leaves that differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted({*old, *new}):
-            found += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-        return found
-    return [] if old == new else [(name, old, new)]

@@ -2,8 +2,10 @@
 
     python -m alto_jax.tokenize encode --checkpoint DIR --mask mask.png --out codes.json [--length adaptive|full|N]
     python -m alto_jax.tokenize decode --checkpoint DIR --codes codes.json --out mask.png [--image FILE]
+    python -m alto_jax.tokenize check  --checkpoint DIR --meta meta.json --out DIR    # or --images DIR --masks DIR
 
-The JSON file holds codes, length, and size ([height, width] of the mask).
+The JSON file holds codes, length, and size ([height, width] of the mask). `check` says how well one's own masks come
+back from their codes: IoU in summary.json (mean, quantiles, by number of tokens), the worst as pictures in worst.html.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import numpy as np
 
 import alto_jax
 from alto_jax import cli, predict
+from alto_jax.config import ConfigError, require
 
 
 def main() -> int:
@@ -30,14 +33,24 @@ def main() -> int:
     decode.add_argument("--codes", required=True, metavar="FILE", help="the JSON file that encode wrote")
     decode.add_argument("--image", metavar="FILE", help="the image, whose features sharpen the mask")
     decode.add_argument("--exif", choices=("upright", "stored"), default="upright", help="EXIF orientation of --image")
-    for action in (encode, decode):
+    check = actions.add_parser("check", help="how well one's own masks come back from their codes")
+    check.add_argument("--meta", metavar="FILE", help="the meta.json of alto_jax.data.convert")
+    check.add_argument("--images", metavar="DIR", help="in place of --meta, with --masks: files of equal names")
+    check.add_argument("--masks", metavar="DIR")
+    check.add_argument("--mask_rule", default=AUTO, metavar="RULE", help=f"of --masks: {RULES} (docs/data.md)")
+    check.add_argument("--samples", type=int, default=1000, metavar="N", help="the first N masks")
+    check.add_argument("--worst", type=int, default=12, metavar="N", help="masks that are shown")
+    for action in (encode, decode, check):
         action.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory (any stage)")
         action.add_argument("--step", type=int, metavar="N", help="of the run's checkpoints (default: the newest)")
-        action.add_argument("--out", required=True, metavar="FILE")
+        action.add_argument("--out", required=True, metavar="DIR" if action is check else "FILE")
     options = parser.parse_args()
-    cli.check_paths({f"--{name}": getattr(options, name, None) for name in ("mask", "codes", "image", "out")})
+    given = ("mask", "codes", "image", "out", "meta", "images", "masks")
+    cli.check_paths({f"--{name}": getattr(options, name, None) for name in given})
     if options.action == "encode":
         _encode(options)
+    elif options.action == "check":
+        _check(options)
     else:
         _decode(options)
     return 0
@@ -73,6 +86,37 @@ def _decode(options: argparse.Namespace) -> None:
     mask = alto_jax.load(options.checkpoint, step=options.step).decode(codes, (height, width), image)
     Image.fromarray(mask.astype(np.uint8) * 255).save(options.out)
     print(f"{int(mask.sum())} pixels of {width}x{height} in {options.out}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    # late: keeps the start fast
+    from alto_jax.data import masks
+    from alto_jax.evaluate import shapes
+
+    masks.parse_rule(options.mask_rule, "--mask_rule")
+    for name, least in (("samples", 1), ("worst", 0)):
+        require(getattr(options, name) >= least, f"--{name}", getattr(options, name), f"at least {least}")
+    by_folders = bool(options.images and options.masks)
+    if bool(options.meta) == by_folders or bool(options.images) != bool(options.masks):
+        raise ConfigError("tokenize check: expected either --meta=FILE or both --images=DIR and --masks=DIR")
+    for name in ("images", "masks"):
+        folder = getattr(options, name)
+        require(not folder or pathlib.Path(folder).is_dir(), f"--{name}", folder, "a folder")
+    out = pathlib.Path(options.out)
+    require(not out.exists() or out.is_dir(), "--out", options.out, "a folder")
+    if by_folders:
+        source = shapes.OfFolders(options.images, options.masks, options.mask_rule, options.samples)
+    else:
+        source = shapes.OfConversations(options.meta, options.samples)
+    model = alto_jax.load(options.checkpoint, step=options.step)
+    lines = shapes.reconstruct(model, source)
+    found = shapes.summarize(lines, shapes.token_counts(model.cfg.tokenizer.num_latent_tokens))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "masks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shapes.write_worst(out / "worst.html", model, source, lines, options.worst)
+    print("\n".join(f"{name:<20}{value:>10.3f}" for name, value in found.items()))
+    print(f"summary.json, masks.jsonl, worst.html in {out}")
 
 
 def command() -> None:

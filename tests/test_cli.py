@@ -16,8 +16,9 @@ from alto_jax.checkpoint import runs
 from alto_jax.config import ConfigError, keep_programs, local_path
 from alto_jax.data import open_vocab, prepare, sources
 from alto_jax.evaluate import __main__ as evaluate
-from alto_jax.experiment import claim_workdir, make_experiment
+from alto_jax.experiment import make_experiment
 from alto_jax.lora import __main__ as lora
+from alto_jax.train.workdir import claim_workdir
 from tests.conftest import ROOT, run_python
 from tools.convert_torch_weights import __main__ as convert
 

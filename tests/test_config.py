@@ -7,8 +7,9 @@ from typing import Any, Literal
 import pytest
 
 from alto_jax.config import ConfigError, build, require, to_dict
-from alto_jax.experiment import claim_workdir, make_experiment
+from alto_jax.experiment import make_experiment
 from alto_jax.main import load_config
+from alto_jax.train.workdir import claim_workdir
 from tests.conftest import ROOT
 
 SIZES = {

@@ -361,7 +361,9 @@ def identity(directory: str | os.PathLike) -> str:
     return f"step {step} {hashlib.sha256(saved).hexdigest()[:12]}"
 
 
-def load_params(directory: str | os.PathLike, abstract: dict, *, only: str | None = None) -> dict:
+def load_params(
+    directory: str | os.PathLike, abstract: dict, *, only: str | None = None, step: int | None = None
+) -> dict:
     """Reads parameters alone (no optimizer state), onto the shapes, dtypes and shardings of `abstract`.
 
     Trained parameters are those of the moving average, if the run has one. If the newest checkpoint cannot be read,
@@ -372,6 +374,7 @@ def load_params(directory: str | os.PathLike, abstract: dict, *, only: str | Non
       abstract: nested dict of ShapeDtypeStructs (with shardings); leaves that the checkpoint lacks are
         left out of the result.
       only: a top-level name ("tokenizer") to restrict to.
+      step: this one and no other.
 
     Returns:
       A nested dict with the leaves found.
@@ -380,7 +383,7 @@ def load_params(directory: str | os.PathLike, abstract: dict, *, only: str | Non
       ValueError: a parameter has another shape in the checkpoint, or no checkpoint can be read.
     """
     root, _ = find_run(directory)
-    found, _ = newest_readable(root, functools.partial(read_params, str(directory), abstract, only))
+    found, _ = newest_readable(root, functools.partial(read_params, str(directory), abstract, only), step)
     return joined(found)
 
 

@@ -61,6 +61,8 @@ def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = Fa
         return scenes.SceneChats(_scenes(config, held_out), chats)
     max_masks = 0 if config.stage == "stage0" else None if adaptive_only else data.max_masks
     if data.source == "jsonl":
+        if not os.path.isfile(data.meta):
+            raise ValueError(f"{field}.meta: no file {data.meta}; python -m alto_jax.data.convert writes one")
         lines = Conversations(data.meta, once=held_out, max_masks=max_masks, reading=_reading(data))
         found = _part(lines, split)
         return Prompts(found, f"{field}.meta {data.meta}") if adaptive_only else found
@@ -76,6 +78,13 @@ def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = Fa
         f"{field}.source: {config.stage} reads 'scenes', 'jsonl', 'prepared', 'referring' or 'mixture', "
         f"got {data.source!r}"
     )
+
+
+def replayed(config: Any) -> Any:
+    """The configuration whose data are the built-in ones that `config.data.replay` mixes in."""
+    changes = {"source": "scenes", "root": "", "meta": "", "replay": 0.0, "validation_fraction": 0.0}
+    evaluation = dataclasses.replace(config.eval, source="", root="", meta="")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes), eval=evaluation)
 
 
 def evaluated_on(config: Any) -> str:
@@ -248,6 +257,9 @@ def chat_iterator(
 ) -> Batches[ChatBatch]:
     """Endless ChatBatches of stage 2, see `mask_iterator`."""
     source = chat_source(config)
+    if config.data.replay:
+        known, weight = chat_source(replayed(config)), config.data.replay
+        source = Mixture({"data": (source, 1 - weight), "replay": (known, weight)}, seed=config.seed)
     _check_caches(source, config, "chat", directory)
     return iter(
         pipeline.chat_batches(

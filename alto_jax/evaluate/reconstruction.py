@@ -1,5 +1,6 @@
 """The mask tokenizer alone: how well masks come back from their tokens, at every length and at the predicted one."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,9 +23,18 @@ class Reconstruction:
     family = "tokenizer"
 
     def __init__(
-        self, cfg: ModelConfig, params: dict, name: str, source: Records, read: dict[str, Any], programs: Programs
+        self,
+        cfg: ModelConfig,
+        params: dict,
+        name: str,
+        source: Records,
+        read: dict[str, Any],
+        programs: Programs,
+        counts: Sequence[int] = (),
     ):
-        """`read`: how the source is read, and how far, for the options."""
+        """`read`: how the source is read, and how far, for the options. counts: numbers of leading tokens at which IoU
+        is taken, with image features alone; (): every number, also without them."""
+        self._counts = tuple(counts)
         self._cfg, self._params, self.source = cfg.tokenizer, {"tokenizer": params["tokenizer"]}, source
         self.name = self.benchmark = name
         self.options = {
@@ -75,17 +85,15 @@ class Reconstruction:
         return {"giou of batch": float(np.mean(good))} if good else {}
 
     def _reconstruct(self, params: dict, batch: MaskBatch) -> dict[str, jax.Array]:
-        """iou [B, L + 1] at 1..L tokens and at the predicted number; iou_plain without image features."""
+        """iou [B, L + 1] at 1..L tokens (or `counts`) and at the predicted number; iou_plain without image features."""
         apply = tokenizer_apply(ALTo(self._cfg), params)
         encoded = apply(batch.mask, method="encode")
         codes, length = apply(encoded.z, method="quantize").codes, apply(encoded, method="predict_length").num_kept
-        count = self._cfg.num_latent_tokens
-        lengths = jnp.concatenate(
-            [jnp.broadcast_to(jnp.arange(1, count + 1)[:, None], (count, len(length))), length[None]]
-        )
+        counts = jnp.array(self._counts or range(1, self._cfg.num_latent_tokens + 1))
+        lengths = jnp.concatenate([jnp.broadcast_to(counts[:, None], (len(counts), len(length))), length[None]])
         found = {"length": length}
         for name, features in (("iou", apply(batch.image, method="image_features")), ("iou_plain", None)):
-            if features is None and name == "iou":
+            if features is None and (name == "iou" or (self._counts and "iou" in found)):
                 continue
             decode = lambda k, f=features: mask_iou(apply(codes, k, f, method="decode_codes"), batch.mask)
             found[name] = jax.lax.map(decode, lengths).T

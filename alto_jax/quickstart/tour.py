@@ -9,7 +9,7 @@ import pathlib
 import time
 from typing import Any
 
-from alto_jax import experiment, figures, metrics, report
+from alto_jax import figures, metrics, report
 from alto_jax.checkpoint import loading
 from alto_jax.config import local_path, write_whole
 from alto_jax.data.composition import ScenesConfig
@@ -19,6 +19,7 @@ from alto_jax.experiment import make_experiment
 from alto_jax.inference import segmenter
 from alto_jax.mllm import text
 from alto_jax.train.loop import train
+from alto_jax.train.workdir import claim_workdir
 
 _NUM_PICTURES = 3
 _STEPS_SHOWN = (1, 2, 4, 8, 16, 32)
@@ -39,7 +40,7 @@ def run(values: dict, workdir: str) -> dict:
     root = local_path(workdir, "--workdir")
     configs = {name: make_experiment({**values[name], "init_from": values["checkpoint"]}) for name in values["stages"]}
     for name, config in configs.items():
-        experiment.claim_workdir(root / name, config)
+        claim_workdir(root / name, config)
     samples, strips = _pictures(values["checkpoint"], root / "pictures", began)
     model = loading.load_model(values["checkpoint"], for_inference=True)
     summary: dict[str, Any] = {"scenes": {}, "lengths": {}, "stage3": {}, "seconds": {}}

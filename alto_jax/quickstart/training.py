@@ -10,13 +10,14 @@ import time
 
 import numpy as np
 
-from alto_jax import experiment, figures, report
+from alto_jax import figures, report
 from alto_jax.config import local_path
 from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig, make_experiment
 from alto_jax.inference import segmenter
 from alto_jax.inference.tokenizer import TokenizerModel
 from alto_jax.train.loop import train
+from alto_jax.train.workdir import claim_workdir
 
 # What each stage begins with.
 STARTS: dict[str, dict[str, str]] = {
@@ -46,7 +47,7 @@ def run(values: dict, workdir: str) -> dict:
     for name in values["stages"]:
         starts = {field: str(root / previous) for field, previous in STARTS[name].items()}
         configs[name] = make_experiment({**values[name], **starts})
-        experiment.claim_workdir(root / name, configs[name])
+        claim_workdir(root / name, configs[name])
     for name, config in configs.items():
         results[name] = train(config, root / name)
     summary = summarize(results)

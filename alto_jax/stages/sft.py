@@ -225,9 +225,10 @@ def make_text_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.M
 def make_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) -> Any:
     """Greedy answers to held-out adaptive prompts, as the model gives them (no grammar).
 
-    The result holds giou (of the first mask; an answer without a well-formed one counts 0), format_rate (answers with
-    one), several_masks_rate (with more), distinct (share of different answers), giou_no_codes (the mask decoded from no
-    codes, the baseline that an MLLM must beat), mean_length, std_length and the lengths.
+    The result holds giou and ciou (of the first mask; an answer without a well-formed one is empty), format_rate
+    (answers with one), several_masks_rate (with more), distinct (share of different answers), giou_no_codes (the mask
+    decoded from no codes, the baseline that an MLLM must beat), mean_length, std_length and the lengths; the same under
+    "replay/…" for held-out built-in data, if `config.data.replay` mixes some in.
 
     Raises:
       ValueError: the evaluation data hold no request for one mask; now, not when the training is over.
@@ -245,16 +246,19 @@ def make_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) 
         features = apply_module(ALToLLM(config.model), params, *images, method="image_features")
         empty = jnp.zeros((batch.mask.shape[0], size.num_latent_tokens, size.token_size))
         baseline = tokenizer_apply(ALTo(size), params)(empty, features, method="decode")
+        target, answered = batch.mask > 0.5, (found.mask_logits > 0) & found.valid[:, None, None]
+        pixels = [jnp.sum(m, axis=(1, 2), dtype=jnp.float32) for m in (answered & target, answered | target)]
         iou = jnp.where(found.valid, mask_iou(found.mask_logits, batch.mask), 0.0)
-        return iou, found.valid, found.length, found.masks.num_masks, mask_iou(baseline, batch.mask), found.codes
+        no_codes, count = mask_iou(baseline, batch.mask), found.masks.num_masks
+        return iou, *pixels, found.valid, found.length, count, no_codes, found.codes
 
-    def evaluate(params: dict) -> dict[str, Any]:
-        params = {k: v for k, v in params.items() if k != "reference"}
-        parts = [jax.device_get(answer(params, batch)) for batch in sources.held_out_prompts(config, text)]
-        iou, valid, length, count, baseline, codes = (np.concatenate(p) for p in zip(*parts))
+    def answers(params: dict, batches: Any) -> dict[str, Any]:
+        parts = [_answered(answer, params, batch, config.eval.batch_size) for batch in batches]
+        iou, shared, union, valid, length, count, baseline, codes = (np.concatenate(p) for p in zip(*parts))
         lengths = length[valid]
         return {
             "giou": float(iou.mean()),
+            "ciou": float(shared.sum() / max(union.sum(), 1)),
             "format_rate": float(valid.mean()),
             "several_masks_rate": float((count > 1).mean()),
             "distinct": len({tuple(c[:n]) for c, n in zip(codes, length)}) / len(codes),
@@ -264,4 +268,20 @@ def make_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) 
             "lengths": lengths.tolist(),
         }
 
+    def evaluate(params: dict) -> dict[str, Any]:
+        params = {k: v for k, v in params.items() if k != "reference"}
+        result = answers(params, sources.held_out_prompts(config, text))
+        if config.data.replay:
+            kept = answers(params, sources.held_out_prompts(sources.replayed(config), text))
+            result |= {f"replay/{name}": value for name, value in kept.items()}
+        return result
+
     return evaluate if config.eval.num_samples else None
+
+
+def _answered(answer: Any, params: dict, batch: PromptBatch, rows: int) -> list[np.ndarray]:
+    """The answers to a batch, which is filled up to `rows` for one compiled program whatever the last batch holds."""
+    have = len(batch.prompt_ids)
+    if have < rows:
+        batch = jax.tree.map(lambda a: np.concatenate([a, np.repeat(a[-1:], rows - have, axis=0)]), batch)
+    return [np.asarray(found)[:have] for found in jax.device_get(answer(params, batch))]

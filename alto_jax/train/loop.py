@@ -21,19 +21,20 @@ from alto_jax.checkpoint import loading, runs
 from alto_jax.cli import Progress, Stopped, duration
 from alto_jax.config import ConfigError, to_dict, write_whole
 from alto_jax.data import prefetch, sources
-from alto_jax.experiment import ExperimentConfig, claim_workdir
+from alto_jax.experiment import ExperimentConfig
 from alto_jax.lora import adapters
 from alto_jax.parallel import distributed, sharding
 from alto_jax.params import merge_params
 from alto_jax.stages.stage import Stage
 from alto_jax.stages.table import make_stage
-from alto_jax.train import collapse
+from alto_jax.train import best, collapse
 from alto_jax.train.preemption import StopSignals
 from alto_jax.train.progress import Meter, MetricWriter, Profiler, read_metrics
 from alto_jax.train.rollouts import Rollouts
 from alto_jax.train.start import abstract_state, initial_state, restored_state, write_overview
 from alto_jax.train.state import TrainState, make_optimizer
 from alto_jax.train.step import make_rollout, make_step
+from alto_jax.train.workdir import claim_workdir
 
 
 def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
@@ -85,12 +86,17 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
     try:
         with StopSignals() as signals:
             run = _Run(config, stage, optimizer, checkpointer, iterator, mesh, path, signals, measured)
-            state, logs = _steps(run, state)
+            state, logs, watch = _steps(run, state)
     finally:
         iterator.close()
         checkpointer.close()
-    evaluation = _final_evaluation(config, stage, state, logs, measured)
-    result = _result(config, path, {measured: evaluation}, time.monotonic() - began)
+    # Note: with patience the run has the parameters of the best evaluation, which gives the same numbers again.
+    evaluation = (config.train.patience and watch.found) or _final_evaluation(config, stage, state, logs, measured)
+    logs.close()
+    result = _result(config, path, int(state.step), {measured: evaluation}, time.monotonic() - began)
+    result |= watch.result(measured)
+    if jax.process_index() == 0:
+        print(watch.comparison(measured, evaluation), end="", flush=True)
     if jax.process_index() == 0:
         write_whole(path / "result.json", json.dumps(result, indent=2) + "\n")
     return result
@@ -199,14 +205,20 @@ class _Run:
     measured: str
 
 
-def _steps(run: _Run, state: TrainState) -> tuple[TrainState, _Logs]:
-    """Steps until config.train.steps, or until a signal; returns the state, which is saved, and the open logs."""
+def _steps(run: _Run, state: TrainState) -> tuple[TrainState, _Logs, best.Watch]:
+    """Steps until config.train.steps, until `train.patience` is over, or until a signal.
+
+    Returns:
+      The state, which is saved, the open logs, and what the evaluations have shown.
+    """
     config, stage, path = run.config, run.stage, run.path
     total, start, name = config.train.steps, int(state.step), f"[{config.stage}]"
     step_fn = make_step(config, stage, run.optimizer, jax.tree.map(lambda a: a.sharding, state))
     rollouts, repeats = None, 1
     saver = _Saver(config, run.checkpointer, run.iterator)
     logs, meter = _Logs(config, path, start), Meter(config)
+    # Note: after _Logs, which drops what a killed run wrote after its last checkpoint.
+    watch = best.Watch(config.train, distributed.from_first(lambda: read_metrics(path)))
     profiler = Profiler(path / "profile", start + 3, config.train.profile_steps if jax.process_index() == 0 else 0)
     pending: list[dict] = []
     counters: collections.deque = collections.deque(maxlen=2)
@@ -218,7 +230,21 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, _Logs]:
     if stage.rollout is not None:
         rollouts = Rollouts(config.grpo, stage, make_rollout(config, stage), next_batch, run.mesh)
         repeats = config.grpo.updates_per_rollout
-    for step in range(start + 1, total + 1):
+
+    def evaluate(step: int) -> None:
+        with meter.aside():
+            found = _evaluate(config, stage, state)
+        scalars = {f"{run.measured}/{k}": v for k, v in found.items() if isinstance(v, (int, float))}
+        logs.write(step, scalars, tuple(scalars))
+        watch.see(step, scalars, found)
+
+    if stage.evaluate is not None and config.eval.at_start and not watch.has(0) and start == 0:
+        evaluate(0)
+        if config.train.patience:
+            saver.save(0, state, logs)
+    if watch.is_over():
+        logs.say(f"{name} ends at step {start}: {watch} (config.train.patience {config.train.patience})")
+    for step in () if watch.is_over() else range(start + 1, total + 1):
         profiler.before(step)
         batch = next_batch() if rollouts is None else rollouts.batch(state, step)
         state, metrics = step_fn(state, batch)
@@ -244,24 +270,44 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, _Logs]:
                 rollouts.log_histograms(step, logs.writer)
         if rollouts is not None:
             rollouts.log_samples(state, step, path)
-        if stage.evaluate is not None and config.eval.every and step % config.eval.every == 0 and step < total:
-            with meter.aside():
-                found = _evaluate(config, stage, state)
-            scalars = {f"{run.measured}/{k}": v for k, v in found.items() if isinstance(v, (int, float))}
-            logs.write(step, scalars, tuple(scalars))
+        is_watched = step < total or config.train.patience
+        if stage.evaluate is not None and config.eval.every and step % config.eval.every == 0 and is_watched:
+            evaluate(step)
         # Note: a rollout in progress is not part of the checkpoint, so saves (and stops) fall between rollouts.
         if step % repeats == 0 or step == total:
             why = run.signals.stop_after(step)
             is_due = config.train.checkpoint_every and step % config.train.checkpoint_every == 0
-            is_last = why is not None or step == total
+            is_over = step == total or watch.is_over()
+            is_last = why is not None or is_over
+            if is_over and config.train.patience:
+                state = _best_state(run, state, watch, logs)
             if is_last or is_due:
                 with meter.aside():
                     saver.save(step, state, logs, is_last=is_last)
-            if why is not None and step < total:
+            if is_over:
+                break
+            if why is not None:
                 logs.close()
                 raise Stopped(f"{name} {why}: saved step {step} of {path}; the same command goes on from there")
     profiler.close()
-    return state, logs
+    return state, logs, watch
+
+
+def _best_state(run: _Run, state: TrainState, watch: best.Watch, logs: _Logs) -> TrainState:
+    """The state with the parameters of the best evaluation, which its checkpoint holds."""
+    step = int(state.step)
+    if watch.is_over() and step < run.config.train.steps:
+        logs.say(f"[{run.config.stage}] ends at step {step}: {watch}")
+    if watch.best_step in (None, step):
+        return state
+    run.checkpointer.wait()
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state.params)
+    params = runs.load_params(run.path, shapes, step=watch.best_step)
+    runs.require_complete(params, shapes, str(run.path))
+    logs.latest[run.config.train.best_metric] = watch.best
+    # Note: what a checkpoint gives is the average already, where a run has one.
+    ema = jax.tree.map(lambda a, old: a.astype(old.dtype), params, state.ema) if state.ema else state.ema
+    return dataclasses.replace(state, params=params, ema=ema)
 
 
 class _Saver:
@@ -336,21 +382,20 @@ def _evaluate(config: ExperimentConfig, stage: Stage, state: TrainState) -> dict
 
 
 def _final_evaluation(config: ExperimentConfig, stage: Stage, state: TrainState, logs: _Logs, measured: str) -> dict:
-    """Evaluates at the end, writes and prints it, and closes the logs."""
+    """Evaluates at the end, writes and prints it."""
     evaluation: dict = {}
     if stage.evaluate is not None and config.eval.num_samples:
         began = time.monotonic()
         evaluation = _evaluate(config, stage, state)
         scalars = {k: v for k, v in evaluation.items() if isinstance(v, (int, float))}
-        logs.write(config.train.steps, {f"{measured}/{k}": v for k, v in scalars.items()})
+        logs.write(int(state.step), {f"{measured}/{k}": v for k, v in scalars.items()})
         line = "  ".join(f"{k} {v:.4g}" for k, v in scalars.items())
         where = "" if measured == "eval" else " on training data"
         logs.say(f"[{config.stage}] evaluation{where} ({duration(time.monotonic() - began)}): {line}")
-    logs.close()
     return evaluation
 
 
-def _result(config: ExperimentConfig, path: pathlib.Path, evaluation: dict, seconds: float) -> dict:
+def _result(config: ExperimentConfig, path: pathlib.Path, steps: int, evaluation: dict, seconds: float) -> dict:
     """The run in short; first and last are means over the first and last quarter of the logged steps."""
     records = [r for r in read_metrics(path) if "loss" in r]
     quarter = max(len(records) // 4, 1)
@@ -361,7 +406,7 @@ def _result(config: ExperimentConfig, path: pathlib.Path, evaluation: dict, seco
 
     return {
         "stage": config.stage,
-        "steps": config.train.steps,
+        "steps": steps,
         "seconds": round(seconds, 1),
         "metrics_first": mean(records[:quarter]) if records else {},
         "metrics_last": mean(records[-quarter:]) if records else {},

@@ -1,0 +1,101 @@
+"""A run's directory belongs to one configuration: who may take it, and which fields may change in it."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from alto_jax.config import ConfigError, local_path, to_dict, write_whole
+from alto_jax.experiment import ExperimentConfig, make_experiment
+
+# Fields that may change between two runs of the same command line: they do not change what is learned.
+_FREE_FIELDS = (
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_",
+    "train.best_",
+    "train.accumulate",
+    "train.max_bad_steps",
+    "train.spike_sigmas",
+    "train.profile_steps",
+    "train.patience",
+    "eval.",
+    "grpo.log_samples",
+    "sft.max_supervised",
+    "mesh.",
+    "data.num_threads",
+    "data.num_workers",
+    "data.memory_gb",
+    "data.allow_changed",
+    "data.max_bad_fraction",
+    "data.length_buckets",
+)
+
+
+def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig, *, is_training: bool = True) -> pathlib.Path:
+    """Makes the run's directory, or checks that it belongs to this configuration.
+
+    A run may be given another number of updates (`train.steps`), as long as it has not done more already: it goes on
+    from its newest checkpoint, with the learning rate that the schedule of the new length has there.
+
+    Args:
+      workdir: the run's directory.
+      config: the configuration.
+      is_training: False: only reads there, so that `train.steps` may differ and nothing is written.
+
+    Raises:
+      ConfigError: the directory holds a run of another configuration, names the fields that differ; or one that has
+        done more updates than `train.steps`.
+    """
+    path = local_path(workdir, "--workdir")
+    path.mkdir(parents=True, exist_ok=True)
+    file, plain = path / "config.json", to_dict(config)
+    # Note: a run that failed before its first checkpoint leaves nothing to protect.
+    done = max((int(p.name) for p in path.glob("checkpoints/*") if p.name.isdigit()), default=None)
+    if file.exists() and done is not None:
+        try:
+            old = _completed(json.loads(file.read_text()))
+        except ValueError as error:
+            raise ConfigError(f"{file}: not readable as JSON: {error}") from error
+        differences = [
+            f"{name}: {before!r} there, {now!r} here"
+            for name, before, now in _differences(old, json.loads(json.dumps(plain)))
+            if not name.startswith((*_FREE_FIELDS, "train.steps"))
+        ]
+        if differences:
+            raise ConfigError(
+                f"--workdir={workdir} holds a run of another configuration ({'; '.join(differences[:3])});"
+                " choose another directory or the same configuration"
+            )
+        if is_training and old["train"].get("steps") != config.train.steps:
+            if config.train.steps < done:
+                raise ConfigError(
+                    f"config.train.steps: expected at least the {done} updates that {workdir} has done, got"
+                    f" {config.train.steps}"
+                )
+            # Note: in this order, so that a run which is stopped in between is not taken for complete.
+            (path / "result.json").unlink(missing_ok=True)
+            old["train"]["steps"] = config.train.steps
+            write_whole(file, json.dumps(old, indent=2) + "\n")
+        return path
+    # Note: every process of a run writes the same.
+    write_whole(file, json.dumps(plain, indent=2) + "\n")
+    return path
+
+
+def _completed(plain: dict) -> dict:
+    """A saved configuration with the defaults of fields that its version did not have; as it is, if it has others."""
+    try:
+        return json.loads(json.dumps(to_dict(make_experiment(plain))))
+    except ConfigError:
+        return plain
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of the leaves that differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}):
+            found += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if old == new else [(name, old, new)]
