@@ -91,7 +91,7 @@ def _decode(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     # late: keeps the start fast
     from alto_jax.data import masks
-    from alto_jax.evaluate import shapes
+    from alto_jax.inference import shapes
 
     masks.parse_rule(options.mask_rule, "--mask_rule")
     for name, least in (("samples", 1), ("worst", 0)):

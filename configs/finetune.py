@@ -36,4 +36,5 @@ def get_config(size=None):
     if size == "debug":
         config.train.update({"steps": 4, "batch_size": 2, "log_every": 1, "checkpoint_every": 2})
         config.eval.update({"every": 2, "num_samples": 4, "batch_size": 4})
+        config.sft.mask_loss_weight = 0.0
     return config

@@ -14,8 +14,8 @@ class Watch:
     """What the evaluations of a run have shown.
 
     Attributes:
-      best, best_step: the best value of `train.best_metric` and its step (of equal ones the first), or None.
-      waited: evaluations since then.
+      best, best_step: the best value of `train.best_metric` and its step (of equal ones the newest), or None.
+      waited: evaluations since one was better than all before.
       found: all that the best evaluation gave; None: a process of before made it.
     """
 
@@ -41,8 +41,12 @@ class Watch:
             return
         sign = 1 if self._cfg.best_mode == "max" else -1
         self.waited += 1
-        if value == value and (self.best is None or sign * value > sign * self.best):  # Note: NaN is never the best.
-            self.best, self.best_step, self.waited, self.found = value, step, 0, found
+        if value != value:  # Note: NaN is never the best.
+            return
+        if self.best is None or sign * value > sign * self.best:
+            self.waited = 0
+        if not self.waited or value == self.best:  # Note: of equal ones the newest, as the checkpoints are kept.
+            self.best, self.best_step, self.found = value, step, found
 
     def has(self, step: int) -> bool:
         """Whether an evaluation at a step was seen."""

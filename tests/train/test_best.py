@@ -26,7 +26,7 @@ def watch(values, **changes):
     "values, changes, step, waited",
     [
         ({0: 0.5, 2: 0.6, 4: 0.55}, {}, 2, 1),
-        ({0: 0.5, 2: 0.5, 4: 0.5}, {}, 0, 2),
+        ({0: 0.5, 2: 0.5, 4: 0.5}, {}, 4, 2),
         ({0: 0.5, 2: math.nan, 4: 0.6}, {}, 4, 0),
         ({0: 0.5, 2: 0.4, 4: 0.45}, {"best_mode": "min"}, 2, 1),
         ({}, {}, None, 0),
@@ -88,6 +88,11 @@ def test_a_run_that_only_gets_worse_ends_as_it_began(monkeypatch, tmp_path):
     assert result["steps"] == 4 and result["best_step"] == 0 and result["eval"] == {"giou": 0.5}
     saved = runs.load_params(tmp_path / "run", jax.tree.map(abstract, seen[0]))
     jax.tree.map(np.testing.assert_array_equal, saved, seen[0])
+
+
+def test_of_equal_evaluations_the_newest_is_kept(monkeypatch, tmp_path):
+    result, _ = patient(monkeypatch, tmp_path, [0.0, 0.0, 0.0])
+    assert result["steps"] == 4 and result["best_step"] == 4
 
 
 def test_a_killed_run_waits_as_long_as_one_that_never_stopped(monkeypatch, tmp_path):

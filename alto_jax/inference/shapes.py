@@ -1,8 +1,8 @@
 """Is the mask tokenizer good enough for these shapes? Mask → codes → mask of one's own masks, without a language model.
 
 In: the meta.json of alto_jax.data.convert, or a folder of images and one of masks. Out: a summary, {name: number}, and
-the worst masks as pictures. IoU is at the tokenizer's resolution, as in reconstruction.py; that of the pictures at the
-masks' own.
+the worst masks as pictures. IoU is at the tokenizer's resolution, as in evaluate/reconstruction.py; that of the
+pictures at the masks' own.
 """
 
 from collections.abc import Sequence
