@@ -104,6 +104,7 @@ def _check(options: argparse.Namespace) -> None:
         require(not folder or pathlib.Path(folder).is_dir(), f"--{name}", folder, "a folder")
     out = pathlib.Path(options.out)
     require(not out.exists() or out.is_dir(), "--out", options.out, "a folder")
+    source: shapes.OfFolders | shapes.OfConversations
     if by_folders:
         source = shapes.OfFolders(options.images, options.masks, options.mask_rule, options.samples)
     else:

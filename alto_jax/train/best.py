@@ -21,7 +21,8 @@ class Watch:
 
     def __init__(self, cfg: TrainConfig, records: Iterable[Mapping[str, Any]] = ()):
         """Sees the records of a run so far, {"step", metric: value, …}."""
-        self._cfg, self._at_start, self._seen = cfg, {}, set[int]()
+        self._cfg, self._seen = cfg, set[int]()
+        self._at_start: dict[str, float] = {}
         self.best: float | None = None
         self.best_step: int | None = None
         self.waited = 0

@@ -298,7 +298,7 @@ def _best_state(run: _Run, state: TrainState, watch: best.Watch, logs: _Logs) ->
     step = int(state.step)
     if watch.is_over() and step < run.config.train.steps:
         logs.say(f"[{run.config.stage}] ends at step {step}: {watch}")
-    if watch.best_step in (None, step):
+    if watch.best is None or watch.best_step == step:
         return state
     run.checkpointer.wait()
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state.params)
