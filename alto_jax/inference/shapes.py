@@ -85,6 +85,7 @@ def reconstruct(model: TokenizerModel, source: Records, batch_size: int = 32) ->
     counts = token_counts(model.cfg.tokenizer.num_latent_tokens)
     task = Reconstruction(model.cfg, model.params, "masks", source, {}, programs, counts)
     lines: list[dict[str, Any]] = []
+    batch_size = min(batch_size, len(source))
     for start in range(0, len(source), batch_size):
         examples = [task.example(index) for index in range(start, min(start + batch_size, len(source)))]
         filled = examples + [task.blank()] * (batch_size - len(examples))
