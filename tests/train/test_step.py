@@ -6,11 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from alto_jax import experiment
 from alto_jax.experiment import TrainConfig, make_experiment
 from alto_jax.main import load_config
 from alto_jax.parallel import sharding
-from alto_jax.train import step
+from alto_jax.train import step, workdir
 from alto_jax.train.start import abstract_state, initial_state
 from alto_jax.train.state import TrainState, apply_updates, make_optimizer
 from tests import fake_stage
@@ -231,7 +230,7 @@ def test_the_guard_may_be_turned_on_and_off_later():
     empty = {"skipped": 0, "in_a_row": 0, "loss_mean": 0.0, "loss_variance": 0.0}
     found, guard = skipped([*losses, *[3e38] * 8, *losses], 6.0, guard=empty)
     assert 200 in found and len(found) < 15 and np.isfinite(guard["loss_variance"])
-    assert "train.spike_sigmas" in experiment._FREE_FIELDS
+    assert "train.spike_sigmas" in workdir._FREE_FIELDS
 
 
 def test_norms_of_groups():
