@@ -29,11 +29,11 @@ def get_config(size=None):
 
 def tour():
     """Two short runs of stage 3 from alto-tiny, which differ in the length penalty alone."""
-    config = ml_collections.ConfigDict({"checkpoint": "alto-tiny", "num_scenes": 64, "kinds": ("box", "boxes")})
+    config = ml_collections.ConfigDict({"checkpoint": "alto-tiny", "num_scenes": 48, "kinds": ("box", "boxes")})
     config.stages = ("low_penalty", "high_penalty")
-    for name, weight in zip(config.stages, (1e-3, 3e-2)):
+    for name, weight in zip(config.stages, (1e-3, 1e-2)):
         stage = stage3.get_config("small")
-        stage.train.update({"steps": 20, "batch_size": 4, "log_every": 5, "checkpoint_every": 20})
+        stage.train.update({"steps": 16, "batch_size": 4, "log_every": 4, "checkpoint_every": 16})
         stage.eval.num_samples = 0
         stage.grpo.reward.length_weight = weight
         config[name] = stage
