@@ -90,6 +90,7 @@ def quiet() -> Iterator[None]:
         if not _is_late_future(found.exc_value, found.exc_traceback):
             hook(found)
 
+    stays = _is_other_news in logger.filters  # An attempt before this one has failed.
     logger.addFilter(_is_other_news)
     sys.unraisablehook = without_late_ones
     try:
@@ -98,4 +99,5 @@ def quiet() -> Iterator[None]:
         gc.collect()  # Note: a task that failed is told of when it is collected.
         raise
     sys.unraisablehook = hook
-    logger.removeFilter(_is_other_news)
+    if not stays:
+        logger.removeFilter(_is_other_news)

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 import re
 import shutil
 import sys
@@ -135,6 +136,29 @@ def test_other_errors_still_reach_the_hook(monkeypatch):
         Raises(call)
         gc.collect()
     assert [str(error) for error in told] == ["Event loop is closed, says somebody else"]
+
+
+def test_results_that_come_late_stay_unsaid_after_a_read_that_works(monkeypatch, caplog):
+    """A damaged step, the step before it, which can be read, and only then what is left of the first attempt."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(logging.getLogger("asyncio"), "filters", [])
+
+    def come_late():
+        loop_ = asyncio.new_event_loop()
+        loop_.create_future().set_exception(ValueError("an array that nobody waits for"))
+        gc.collect()
+        loop_.close()
+        return [record for record in caplog.records if "never retrieved" in record.getMessage()]
+
+    with damage.quiet():
+        pass
+    assert len(come_late()) == 1  # nothing has failed: asyncio tells as ever
+    caplog.clear()
+    with pytest.raises(ValueError), damage.quiet():
+        raise ValueError("an array cannot be read")
+    with damage.quiet():
+        pass
+    assert come_late() == []
 
 
 def test_what_is_no_run_is_named(tmp_path):
