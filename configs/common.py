@@ -1,5 +1,7 @@
 """Sizes and settings that the stage configurations share: plain values, no code of the package."""
 
+import copy
+
 import ml_collections
 
 LANGUAGE_MODELS = {
@@ -26,6 +28,25 @@ NUM_CODES = 1024
 NUM_SPECIAL = 11  # <img> … </box>, <ALTo_Start>, <ALTo_End>
 SYSTEM = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 DEMO_SIZES = ("debug", "tiny", "small")
+DEMO_MODELS = {
+    "debug": {
+        "vision": {"image_size": 56, "patch_size": 14, "embed_dim": 32, "num_layers": 1, "num_heads": 2, "mlp_dim": 64},
+        "language_model": {"vocab_size": 512, "embed_dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
+                           "mlp_dim": 64},
+    },
+    "tiny": {
+        "vision": {"image_size": 128, "patch_size": 16, "embed_dim": 192, "num_layers": 5, "num_heads": 3,
+                   "mlp_dim": 768},
+        "language_model": {"vocab_size": 1312, "embed_dim": 192, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
+                           "mlp_dim": 512},
+    },
+    "small": {
+        "vision": {"image_size": 128, "patch_size": 8, "embed_dim": 192, "num_layers": 6, "num_heads": 3,
+                   "mlp_dim": 768},
+        "language_model": {"vocab_size": 1312, "embed_dim": 256, "num_layers": 5, "num_heads": 4, "num_kv_heads": 2,
+                           "mlp_dim": 640},
+    },
+}  # fmt: skip
 
 
 def internvit(size: str = "300m") -> dict:
@@ -87,33 +108,8 @@ def tokenizer(size: str = "base") -> dict:
 
 def mllm(size: str) -> dict:
     """Vision tower and language model, with the mask tokenizer that belongs to the size."""
-    if size == "debug":
-        return {
-            "tokenizer": tokenizer("debug"),
-            "vision": {"image_size": 56, "patch_size": 14, "embed_dim": 32, "num_layers": 1, "num_heads": 2,
-                       "mlp_dim": 64},
-            "language_model": {"vocab_size": 512, "embed_dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
-                               "mlp_dim": 64},
-            "pixel_input": "native",
-        }  # fmt: skip
-    if size == "tiny":
-        return {
-            "tokenizer": tokenizer("tiny"),
-            "vision": {"image_size": 128, "patch_size": 16, "embed_dim": 192, "num_layers": 5, "num_heads": 3,
-                       "mlp_dim": 768},
-            "language_model": {"vocab_size": 1312, "embed_dim": 192, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
-                               "mlp_dim": 512},
-            "pixel_input": "native",
-        }  # fmt: skip
-    if size == "small":
-        return {
-            "tokenizer": tokenizer("small"),
-            "vision": {"image_size": 128, "patch_size": 8, "embed_dim": 192, "num_layers": 6, "num_heads": 3,
-                       "mlp_dim": 768},
-            "language_model": {"vocab_size": 1312, "embed_dim": 256, "num_layers": 5, "num_heads": 4, "num_kv_heads": 2,
-                               "mlp_dim": 640},
-            "pixel_input": "native",
-        }  # fmt: skip
+    if size in DEMO_MODELS:
+        return {"tokenizer": tokenizer(size), **copy.deepcopy(DEMO_MODELS[size]), "pixel_input": "native"}
     return {
         "tokenizer": tokenizer(),
         "vision": internvit("6b" if size == "26b" else "300m"),

@@ -3,6 +3,7 @@
 It takes masks over all heads and, for gradients, even lengths: others are padded by one.
 """
 
+import re
 from typing import Any
 
 import jax
@@ -13,10 +14,13 @@ Array = jax.Array
 
 def why_not(q: Any, k: Any, device: Any) -> str:
     """What of cuDNN's conditions does not hold for q [B, T, N, Hd] and k [B, S, K, Hd]; "" if all do."""
-    capability = tuple(int(part) for part in getattr(device, "compute_capability", "0.0").split("."))
+    said = str(getattr(device, "compute_capability", ""))
+    if not re.fullmatch(r"\d+\.\d+", said):  # Note: AMD's devices are JAX's "gpu" too, and say "gfx90a".
+        return f"cuDNN's kernel wants an NVIDIA GPU, this device calls its capability {said!r}"
+    capability = tuple(map(int, said.split(".")))
     widest = 256 if capability >= (9, 0) else 128
     if capability < (8, 0):
-        return f"cuDNN's kernel wants compute capability 8.0, this device has {'.'.join(map(str, capability))}"
+        return f"cuDNN's kernel wants compute capability 8.0, this device has {said}"
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
         return f"cuDNN's kernel wants bfloat16 or float16, got {q.dtype} and {k.dtype}"
     if q.shape[-1] > widest:

@@ -100,7 +100,8 @@ def test_flash_where_nothing_can_says_why():
 @pytest.mark.parametrize(
     "capability, dtype, width, reason",
     [("9.0", jnp.bfloat16, 256, ""), ("8.0", jnp.float16, 128, ""), ("8.0", jnp.bfloat16, 192, "at most 128"),
-     ("7.5", jnp.float16, 64, "7.5"), ("9.0", jnp.float32, 64, "float32")],
+     ("7.5", jnp.float16, 64, "7.5"), ("gfx90a", jnp.bfloat16, 64, "an NVIDIA GPU"),
+     ("", jnp.bfloat16, 64, "NVIDIA"), ("9.0", jnp.float32, 64, "float32")],
 )  # fmt: skip
 def test_what_cudnn_can(capability, dtype, width, reason):
     like = jax.ShapeDtypeStruct((1, 64, 1, width), dtype)
