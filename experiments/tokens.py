@@ -9,6 +9,7 @@ and with them withheld; adaptive length beside a fixed length of the same mean a
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
 import dataclasses
 import json
 import pathlib
@@ -53,39 +54,79 @@ class Table:
     area: np.ndarray
 
 
-def measure(model: loading.LoadedModel, count: int, scenes: ScenesConfig = SCENES, batch_size: int = 64) -> Table:
-    """Encodes and decodes `count` masks at every number of tokens."""
+@dataclasses.dataclass(frozen=True)
+class Prefixes:
+    """A batch of B masks with what the tokenizer makes of them, and IoU [B, K] of its first `counts` [K] tokens.
+
+    mask float[B, m, m] and image uint8[B, S, S, 3] as the tokenizer gets them, latents [B, L, W] and cls [B, 1, W]
+    (what the length predictor reads), length int[B] (what it says), features of the image (None without a SAM encoder).
+    """
+
+    mask: np.ndarray
+    image: np.ndarray
+    latents: np.ndarray
+    cls: np.ndarray
+    length: np.ndarray
+    features: np.ndarray | None
+    iou: np.ndarray
+    iou_withheld: np.ndarray | None
+
+
+def prefixes(
+    model: loading.LoadedModel,
+    source: SceneMasks,
+    counts: Sequence[int],
+    *,
+    withheld: bool = False,
+    batch_size: int = 64,
+) -> Iterator[Prefixes]:
+    """Encodes the masks of a source and decodes them at every number of tokens of `counts` (`withheld`: also without
+    image features)."""
     size = model.cfg.tokenizer
     tokenizer, params = ALTo(size), model.params["tokenizer"]
-    source = SceneMasks(dataclasses.replace(scenes, num_scenes=count), MASKS)
 
     @jax.jit
     def encode(params: dict, mask: Any, image: Any) -> tuple:
         encoded = apply_module(tokenizer, params, mask, method="encode")
         codes = apply_module(tokenizer, params, encoded.z, method="quantize").codes
         length = apply_module(tokenizer, params, encoded, method="predict_length").num_kept
-        return codes, length, apply_module(tokenizer, params, image, method="image_features")
+        features = apply_module(tokenizer, params, image, method="image_features")
+        return codes, length, encoded.latents, encoded.cls, features
 
     @jax.jit
     def decode(params: dict, codes: Any, length: Any, features: Any, mask: Any) -> jax.Array:
         return mask_iou(apply_module(tokenizer, params, codes, length, features, method="decode_codes"), mask)
 
-    parts: list[tuple] = []
     for batch in pipeline.mask_batches(
         source, image_size=size.image_size, mask_size=size.mask_size, batch_size=batch_size, **_ONCE
     ):
-        codes, length, features = encode(params, batch.mask, batch.image)
-        withheld = None if features is None else np.zeros_like(features)
-        each = [np.full(len(codes), k, np.int32) for k in range(1, size.num_latent_tokens + 1)]
+        codes, length, latents, cls, features = encode(params, batch.mask, batch.image)
+        each = [np.full(len(codes), k, np.int32) for k in counts]
         curve = lambda given, codes=codes, each=each, mask=batch.mask: np.stack(
             [np.asarray(decode(params, codes, k, given, mask)) for k in each], axis=1
         )
-        masks = np.asarray(batch.mask) > 0.5
+        without = curve(None if features is None else np.zeros_like(features)) if withheld else None
+        arrays = (batch.mask, batch.image, latents, cls, length)
+        features = None if features is None else np.asarray(features)
+        yield Prefixes(*(np.asarray(array) for array in arrays), features, curve(features), without)
+
+
+def scene_masks(count: int, scenes: ScenesConfig = SCENES) -> tuple[SceneMasks, np.ndarray]:
+    """`count` masks of scenes, and the number of targets of each."""
+    source = SceneMasks(dataclasses.replace(scenes, num_scenes=count), MASKS)
+    return source, np.array([len(source.scenes[i].targets(source[i]["mask"])) for i in range(len(source))])
+
+
+def measure(model: loading.LoadedModel, count: int, scenes: ScenesConfig = SCENES, batch_size: int = 64) -> Table:
+    """Encodes and decodes `count` masks at every number of tokens."""
+    source, targets = scene_masks(count, scenes)
+    counts, parts = range(1, model.cfg.tokenizer.num_latent_tokens + 1), []
+    for part in prefixes(model, source, counts, withheld=True, batch_size=batch_size):
+        masks = part.mask > 0.5
         complexity = [mask_complexity(mask) for mask in masks]
-        parts.append((curve(features), curve(withheld), np.asarray(length), complexity, masks.mean((1, 2))))
-    targets = [len(source.scenes[index].targets(source[index]["mask"])) for index in range(len(source))]
+        parts.append((part.iou, part.iou_withheld, part.length, complexity, masks.mean((1, 2))))
     iou, iou_withheld, length, complexity, area = (np.concatenate(p) for p in zip(*parts, strict=True))
-    return Table(iou, iou_withheld, length, np.array(targets), complexity, area)
+    return Table(iou, iou_withheld, length, targets, complexity, area)
 
 
 def lengths(model: loading.LoadedModel, count: int, scenes: ScenesConfig = SCENES) -> np.ndarray:
