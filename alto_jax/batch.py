@@ -39,6 +39,9 @@ class ChatBatch:
     uint8[B, J, S, S, 3] are their images in order (zeros where there is none), segment_ids int32[B, T] numbers
     the conversations of a row from 1 (0: padding), and mask_image int32[B, M] is each mask's image, in 0..J-1.
 
+    With tiles or several images (data/tiles.py) image is uint8[B, N, V, V, 3]: the tiles of a conversation in the order
+    of their tokens, zeros behind them. A conversation with masks has one, and pixel_image is of it.
+
     Cached (data/caches.py): features bfloat16[B, s*g, s*g, F] (packed: [B, J, …]), and then pixel_image is None;
     codes int32[B, M, L] and code_lengths int32[B, M], the tokenizer's mask tokens.
     """
@@ -60,7 +63,7 @@ class ChatBatch:
 @struct.dataclass
 class PromptBatch:
     """Stage 3 and prediction: prompt_ids int32[B, P], LEFT padded; prompt_mask bool[B, P]; mask
-    float32[B, H, W] in 0..1 is the target; images and cached features as in ChatBatch."""
+    float32[B, H, W] in 0..1 is the target; images and cached features as in ChatBatch (tiles: for answers in words)."""
 
     image: Array
     pixel_image: Array | None
@@ -95,7 +98,8 @@ def abstract_batch(config: Any) -> MaskBatch | ChatBatch | PromptBatch:
     """Shapes and dtypes of the global batch that a run's data gives, without reading any.
 
     Args:
-      config: an ExperimentConfig; rows have `config.data.max_length` tokens, and nothing is cached.
+      config: an ExperimentConfig; rows have `config.data.max_length` tokens and as many tiles as they may have, and
+        nothing is cached.
     """
     import jax  # late: keeps the start fast
     import numpy as np
@@ -114,6 +118,8 @@ def abstract_batch(config: Any) -> MaskBatch | ChatBatch | PromptBatch:
     packed = config.data.pack_samples if config.stage in ("stage0", "stage2") else 1
     if packed > 1:
         image, pixel_image = (array("uint8", packed, *a.shape[1:]) for a in (image, pixel_image))
+    if config.data.tile_slots:
+        image = array("uint8", config.data.tile_slots, *image.shape[1:])
     images = {"image": image, "pixel_image": pixel_image}
     if config.stage in ("stage0", "stage2"):
         masks = config.data.max_masks * packed

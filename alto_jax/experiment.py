@@ -11,6 +11,7 @@ from alto_jax.data.lessons import LessonConfig
 from alto_jax.data.masks import AUTO, parse_rule
 from alto_jax.data.reading import Exif
 from alto_jax.data.scenes import ChatConfig, MaskConfig
+from alto_jax.data.tiles import most_slots
 from alto_jax.lora.adapters import LoraConfig
 from alto_jax.losses.grpo import GrpoLossConfig
 from alto_jax.losses.reconstruction import ReconstructionLossConfig
@@ -47,6 +48,9 @@ class DataConfig:
     of their names (data/split.py), that training leaves out and evaluation takes (0: none; the built-in data hold out
     shapes of their own). replay: share of the conversations of stage 2 that are built-in ones in place of the source's
     (scenes, scene_chats), so that what a model knows of them is not lost; evaluated on its own as "replay/…".
+    max_tiles (stages 0, 2): images of conversations that have no mask and name no <ref> or <box> are cut to up to so
+    many tiles, and a thumbnail, see data/tiles.py (1: one tile, the whole image). max_images: images of a conversation
+    at most; one of more is passed over.
     exif: EXIF orientation of images: "stored" (annotations are of the pixels as stored),
     "upright" (images and their masks are turned) or "masks_upright" (images are turned, masks were drawn on the upright
     image), see data/reading.py. mask_rule: which values of a mask file are foreground, see data/masks.py.
@@ -69,6 +73,8 @@ class DataConfig:
     max_bad_fraction: float = 0.001
     length_buckets: tuple[int, ...] = ()
     pack_samples: int = 1
+    max_tiles: int = 1
+    max_images: int = 1
     use_caches: bool = True
     allow_changed: bool = False
     validation_fraction: float = 0.0
@@ -86,12 +92,21 @@ class DataConfig:
         require(fits, "replay", self.replay, expected)
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "0..1")
         for name, least in {"num_threads": 0, "num_workers": -1, "memory_gb": 0, "pack_samples": 1, "max_length": 8,
-                            "max_masks": 1}.items():  # fmt: skip
+                            "max_masks": 1, "max_tiles": 1, "max_images": 1}.items():  # fmt: skip
             require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         fits = all(8 <= length <= self.max_length for length in self.length_buckets)
         require(fits, "length_buckets", self.length_buckets, f"lengths in 8..{self.max_length}")
         one = self.pack_samples == 1 or not self.length_buckets
         require(one, "length_buckets", self.length_buckets, f"() with pack_samples {self.pack_samples}")
+        for name in ("max_tiles", "max_images"):
+            fits = self.pack_samples == 1 or getattr(self, name) == 1
+            expected = f"1 with pack_samples {self.pack_samples}, as packed rows have no tiles"
+            require(fits, name, getattr(self, name), expected)
+
+    @property
+    def tile_slots(self) -> int:
+        """The most tiles of a row, N of ChatBatch; 0 where rows have one image of one tile, without that axis."""
+        return most_slots(self.max_tiles, self.max_images) if max(self.max_tiles, self.max_images) > 1 else 0
 
 
 def _require_place(source: str, root: str, meta: str, group: str) -> None:
@@ -336,6 +351,8 @@ class ExperimentConfig:
             require(self.stage in ("stage2", "stage3"), "lora.rank", self.lora.rank, f"0 in {self.stage}")
         if self.train.patience:
             self._require_best()
+        if self.data.tile_slots:
+            self._require_room_for_tiles()
         require(not self.data.replay or self.stage == "stage2", "data.replay", self.data.replay, "0 but in stage2")
         if self.train.accumulate > 1:
             whole = {"sft.mask_loss.dice_reduction": self.sft.mask_loss.dice_reduction == "batch",
@@ -350,6 +367,16 @@ class ExperimentConfig:
         if self.stage == "stage3":
             parts, rows = self.grpo.minibatches, self.train.batch_size
             require(rows % parts == 0, "grpo.minibatches", parts, f"a divisor of train.batch_size {rows}")
+
+    def _require_room_for_tiles(self) -> None:
+        """Raises ConfigError in a stage without tiles, or if the image tokens of a row fill it."""
+        for name in ("max_tiles", "max_images"):
+            value = getattr(self.data, name)
+            require(value == 1 or self.stage in ("stage0", "stage2"), f"data.{name}", value, f"1 in {self.stage}")
+        if self.model.vision is not None:
+            tokens, slots = self.model.num_image_tokens, self.data.tile_slots
+            expected = f"more than the {tokens * slots} image tokens of {slots} tiles (data.max_tiles, data.max_images)"
+            require(self.data.max_length > tokens * slots, "data.max_length", self.data.max_length, expected)
 
     def _require_best(self) -> None:
         """Raises ConfigError if a run with patience would have no evaluation, or no checkpoint of the best one."""

@@ -1,7 +1,8 @@
 """Records of conversation files: found, brought into one form, and counted by what they can be used for.
 
 A file is JSONL or one JSON list of {"image": path, "mask": path or [paths], "conversations": turns}. Turns are {"from",
-"value"} or {"role", "content"}, `images` and `messages` other names of the fields; a record without an image is text.
+"value"} or {"role", "content"}, `images` and `messages` other names of the fields; a record without an image is text,
+and one without masks may have several images.
 """
 
 import array
@@ -25,11 +26,11 @@ _log = logging.getLogger(__name__)
 _PARTS = {"image": text.IMAGE, "image_url": text.IMAGE}
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
 GOOD, MALFORMED, UNSUPPORTED = range(3)
-_FORM = 1  # Another number finds the records of all files anew: for changes of what is said of a record.
+_FORM = 2  # Another number finds the records of all files anew: for changes of what is said of a record.
 
 
 class Unsupported(ValueError):
-    """A sound record that the model has no place for, such as one of two images."""
+    """A sound record that the model has no place for, such as a video."""
 
 
 @dataclasses.dataclass
@@ -43,8 +44,9 @@ class Lines:
       unit: what a record's number counts, "line" or "entry" of a list.
       starts, ends: int64[N], in bytes; numbers: int64[N].
       kinds: uint8[N], GOOD, MALFORMED or UNSUPPORTED.
-      num_masks, num_prompts: uint16[N], see source.Chats.
-      image_hashes: uint64[N], see split.py; 0 without an image.
+      num_images, num_masks, num_prompts: uint16[N], see source.Chats.
+      image_hashes: uint64[N], of the first image, see split.py; 0 without one.
+      more_rows, more_hashes: int64[K] rising, uint64[K]: the rows of further images, and their hashes.
       problem: what is wrong with the first record that is not good, "" if all are.
     """
 
@@ -57,20 +59,33 @@ class Lines:
         arrays = self.index.arrays
         self.starts, self.ends, self.numbers = (arrays[name] for name in ("starts", "ends", "numbers"))
         self.kinds, self.num_masks, self.num_prompts = (arrays[n] for n in ("kinds", "num_masks", "num_prompts"))
-        self.image_hashes = arrays["image_hashes"]
+        self.num_images, self.image_hashes = arrays["num_images"], arrays["image_hashes"]
+        self.more_rows, self.more_hashes = arrays["more_rows"], arrays["more_hashes"]
 
     def __reduce__(self) -> tuple:
         return Lines, (self.file, self.index)
 
-    def usable(self, max_masks: int | None = None) -> np.ndarray | range:
-        """The rows of all records but the unsupported ones and those of more than `max_masks` masks, int64[n].
+    def usable(self, max_masks: int | None = None, max_images: int | None = None) -> np.ndarray | range:
+        """The rows of all records but the unsupported ones and those of more masks or images, int64[n].
 
         Malformed ones stay, to be reported when they are read.
         """
         rows = np.flatnonzero(self.kinds != UNSUPPORTED)
         if max_masks is not None:
             rows = self._few_masks(rows, max_masks)
+        if max_images is not None:
+            many = self.num_images[rows] > max_images
+            if many.any():
+                first = f"{self.file} {self.unit} {self.numbers[rows[many.argmax()]]}"
+                _tell(f"{many.sum()} of {len(self.kinds)} records are passed over, as they have more images than "
+                      f"config.data.max_images={max_images}, such as {first}")  # fmt: skip
+            rows = rows[~many]
         return range(len(self.kinds)) if len(rows) == len(self.kinds) else rows
+
+    def hashes(self, row: int) -> tuple[int, ...]:
+        """Hashes of all images of record `row`; () without one."""
+        first, more = int(self.image_hashes[row]), slice(*np.searchsorted(self.more_rows, [row, row + 1]))
+        return (first, *map(int, self.more_hashes[more])) if first else ()
 
     def _few_masks(self, rows: np.ndarray, max_masks: int) -> np.ndarray:
         many = self.num_masks[rows] > max_masks
@@ -119,12 +134,14 @@ def _find_lines(file: pathlib.Path) -> index.Index:
     with open(file, "rb") as stream:
         is_list = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     unit = "entry" if is_list else "line"
-    columns = [array.array(code) for code in "qqqqqqQ"]  # Note: lists of Python's numbers take ten times as much.
+    columns = [array.array(code) for code in "qqqqqqqQ"]  # Note: lists of Python's numbers take ten times as much.
+    more: list[tuple[int, int]] = []
     for number, start, end, content in _list_entries(file) if is_list else _jsonl_lines(file):
-        kind, masks, count, image, where = GOOD, 0, 0, 0, f"{file} {unit} {number}"
+        kind, masks, count, shown, hashes, where = GOOD, 0, 0, 0, [0], f"{file} {unit} {number}"
         try:
             entry = checked(_loads(content, where) if isinstance(content, bytes) else content, where)
-            masks, image = len(entry["mask"]), file_hash(entry["image"]) if entry["image"] else 0
+            masks, shown = len(entry["mask"]), len(entry["images"])
+            hashes = [file_hash(image) for image in entry["images"]] or [0]
             count = len(prompts.requests(entry["conversations"], masks, where))
         except Unsupported as error:
             kind = UNSUPPORTED
@@ -132,14 +149,17 @@ def _find_lines(file: pathlib.Path) -> index.Index:
         except ValueError as error:  # Counted and reported where the record is read.
             kind, masks, count = MALFORMED, 0, 1
             problems.setdefault(kind, str(error))
-        for column, value in zip(columns, (start, end, number, kind, masks, count, image)):
+        more += [(len(columns[0]), image) for image in hashes[1:]]
+        for column, value in zip(columns, (start, end, number, kind, shown, masks, count, hashes[0])):
             column.append(value)
     if len(columns[0]) == 0:
         raise ValueError(f"{file} holds no {unit}")
-    names = ("starts", "ends", "numbers", "kinds", "num_masks", "num_prompts", "image_hashes")
+    names = ("starts", "ends", "numbers", "kinds", "num_images", "num_masks", "num_prompts", "image_hashes")
     arrays = {name: np.asarray(column) for name, column in zip(names, columns, strict=True)}
     arrays["kinds"] = arrays["kinds"].astype(np.uint8)
-    for name in ("num_masks", "num_prompts"):
+    arrays["more_rows"] = np.array([row for row, _ in more], np.int64)
+    arrays["more_hashes"] = np.array([image for _, image in more], np.uint64)
+    for name in ("num_images", "num_masks", "num_prompts"):
         arrays[name] = np.minimum(arrays[name], 65535).astype(np.uint16)
     about = {"unit": unit, "problem": next(iter(problems.values()), ""), "unsupported": problems.get(UNSUPPORTED, "")}
     return index.Index(about, arrays)
@@ -187,10 +207,10 @@ def _loads(content: bytes, where: str) -> Any:
 
 
 def checked(entry: Any, where: str) -> dict[str, Any]:
-    """A record as {"image": path or None, "mask": [path, …], "conversations": [{"from", "value"}, …]}.
+    """A record as {"images": [path, …], "mask": [path, …], "conversations": [{"from", "value"}, …]}.
 
     Raises:
-      Unsupported: several images, or a video.
+      Unsupported: several images and a mask, or a video.
       ValueError: malformed; the message names `where` and the field.
     """
 
@@ -216,8 +236,8 @@ def checked(entry: Any, where: str) -> dict[str, Any]:
         raise refuse("conversations", "a list of turns")
     if entry.get("video") or entry.get("videos"):
         raise Unsupported(f"{where}: a video")
-    if len(images) > 1:
-        raise Unsupported(f"{where}: {len(images)} images in one record, the model takes one")
+    if masks and len(images) > 1:
+        raise Unsupported(f"{where}: {len(images)} images in one record with a mask, which belongs to one image")
     conversations = []
     for turn in turns:
         speaker, said = _turn(turn)
@@ -225,7 +245,7 @@ def checked(entry: Any, where: str) -> dict[str, Any]:
             raise refuse("conversations" if entry.get("conversations") else "messages",
                          'turns {"from": text, "value": text} or {"role", "content"}')  # fmt: skip
         conversations.append({"from": _SPEAKERS.get(speaker, speaker), "value": said})
-    return {"image": images[0] if images else None, "mask": masks, "conversations": conversations}
+    return {"images": images, "mask": masks, "conversations": conversations}
 
 
 def _turn(turn: Any) -> tuple[Any, Any]:

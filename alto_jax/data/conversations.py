@@ -2,7 +2,7 @@
 
 In: `{name: {"root", "annotation", "data_augment", "repeat_time", "length", "exif", "mask_rule"}}`, where `annotation`
 is a JSONL or a JSON list of `{"image": path, "mask": path or [paths], "conversations": [{"from", "value"}, …]}`, see
-chat_lines.py. Out: ChatRecords; a record without an image is text alone, one with several images is passed over.
+chat_lines.py. Out: ChatRecords; a record without an image is text alone, one with several images has "images", too.
 `root` is relative to the meta file, `annotation` to `root` or to the meta file, images and masks to `root`.
 Records are weighted by `repeat_time`: 3 has each record three times, 0.5 a fixed half of them once.
 """
@@ -74,16 +74,19 @@ class _Part:
         """The key of line `row`."""
         return f"{self.name}/{self.lines.file.name}:{self.lines.numbers[row]}"
 
-    def hashes(self, rows: np.ndarray) -> np.ndarray:
-        """Hashes of the images of lines, uint64[n], see split.py; of the line's key where it has no image."""
+    def on_side(self, split: ImageSplit, rows: np.ndarray) -> np.ndarray:
+        """Whether all images of lines are on a side of a split, bool[n]; a line without an image goes by its key."""
         found = self.lines.image_hashes[rows]
         for i in np.flatnonzero(found == 0):
             found[i] = image_hash(self.key(int(rows[i])))
-        return found
+        elsewhere = self.lines.more_rows[~split.has_hashes(self.lines.more_hashes)]
+        return split.has_hashes(found) & ~np.isin(rows, elsewhere)
 
 
 class Conversations:
     """Random access to ChatRecords {"key", "image" (None: text alone), "masks", "conversations"} of a meta file.
+
+    A record of several images has them all as "images"; its "image" is the first.
 
     Lines are found once (index.py) and parsed when read, so that large files cost little memory. A record is a
     function of (seed, index), with `data_augment` also of the epoch.
@@ -96,6 +99,7 @@ class Conversations:
         seed: int = 0,
         once: bool = False,
         max_masks: int | None = None,
+        max_images: int | None = 1,
         reading: Reading = AS_STORED,
     ):
         """Opens all data sets of a meta file.
@@ -103,7 +107,7 @@ class Conversations:
         Args:
           meta: the meta JSON.
           seed: of the subsets that a fractional repeat_time takes, and of JPEG augmentation.
-          max_masks: records of more are passed over, with a warning; None: none is.
+          max_masks, max_images: records of more are passed over, with a warning; None: none is.
           once: every line once and as it is, whatever repeat_time and data_augment say.
           reading: of images and masks, for data sets whose entry has no exif, mask_rule of its own.
 
@@ -119,13 +123,15 @@ class Conversations:
         if not isinstance(content, dict) or not content:
             raise ValueError(f"meta file {meta}: expected a non-empty object of data sets")
         self._seed = seed
-        self._parts = [_open_part(meta, name, entry, seed, max_masks, reading) for name, entry in content.items()]
+        limits = {"max_masks": max_masks, "max_images": max_images}
+        self._parts = [_open_part(meta, name, entry, seed, limits, reading) for name, entry in content.items()]
         if once:
             each = lambda part: _Chosen(part.chosen.usable, 1, np.zeros(0, np.int64))
             self._parts = [dataclasses.replace(part, augment=False, chosen=each(part)) for part in self._parts]
         if not any((part.lines.kinds[part.chosen.rows()] == chat_lines.GOOD).any() for part in self._parts):
             problem = next((part.lines.problem for part in self._parts if part.lines.problem), "")
-            raise ValueError(f"meta file {meta}: none of its records can be used: {problem or 'too many masks'}")
+            problem = problem or "they have more than data.max_masks masks or data.max_images images"
+            raise ValueError(f"meta file {meta}: none of its records can be used: {problem}")
         self._ends = np.cumsum([len(part.chosen) for part in self._parts])
 
     def part(self, split: ImageSplit) -> "Conversations":
@@ -137,7 +143,7 @@ class Conversations:
         found = copy.copy(self)
         found._parts = []
         for part in self._parts:
-            on_side = split.has_hashes(part.hashes(np.asarray(part.chosen.usable)))
+            on_side = part.on_side(split, np.asarray(part.chosen.usable))
             found._parts.append(dataclasses.replace(part, chosen=part.chosen.part(on_side)))
         found._ends = np.cumsum([len(part.chosen) for part in found._parts])
         split.require_some(len(found), len(self), ", ".join(str(part.lines.file) for part in self._parts))
@@ -146,8 +152,7 @@ class Conversations:
     def image_hashes(self, index: int) -> tuple[int, ...]:
         """Hashes of the images of record `index`, see split.py."""
         part, row = self._find(index)
-        found = int(part.lines.image_hashes[row])
-        return (found,) if found else ()
+        return part.lines.hashes(row)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -167,7 +172,7 @@ class Conversations:
         part, row = self._find(index)
         where, entry = part.lines.read(row)
         record = {"key": where, "conversations": entry["conversations"]}
-        return record | ({"image": None} if entry["image"] is None else {})
+        return record | ({} if entry["images"] else {"image": None})
 
     def identity(self) -> identity.Identity:
         """What the data are, see identity.py."""
@@ -184,16 +189,18 @@ class Conversations:
         part, row = self._find(index)
         where, entry = part.lines.read(row)
         try:
-            photo = None if entry["image"] is None else part.reading.photo(part.root / entry["image"])
-            masks = [] if photo is None else [photo.mask(part.root / path) for path in entry["mask"]]
+            photos = [part.reading.photo(part.root / path) for path in entry["images"]]
+            masks = [photos[0].mask(part.root / path) for path in entry["mask"]]
         except ValueError as error:
             raise bad_data.at(where, error) from error
-        image = None if photo is None else photo.image
-        if part.augment and image is not None:
-            image = transforms.jpeg_augment(image, np.random.default_rng((self._seed, index, epoch)))
-        names = {} if image is None else {"image_name": image_name(entry["image"])}
-        record = {"key": part.key(row), "image": image, **names, "masks": masks}
-        return record | {"conversations": entry["conversations"]}
+        images = [photo.image for photo in photos]
+        if part.augment:
+            draws = [(self._seed, index, epoch), *((self._seed, index, epoch, k) for k in range(1, len(images)))]
+            images = [transforms.jpeg_augment(i, np.random.default_rng(draw)) for i, draw in zip(images, draws)]
+        record: dict[str, Any] = {"key": part.key(row), "image": images[0] if images else None}
+        record |= {"image_name": image_name(entry["images"][0])} if images else {}
+        record |= {"images": images} if len(images) > 1 else {}
+        return record | {"masks": masks, "conversations": entry["conversations"]}
 
     def texts(self) -> Iterator[list[str]]:
         """The turns of every line, each line once, without reading images: text to train a tokenizer on.
@@ -209,7 +216,9 @@ class Conversations:
                 yield [turn["value"] for turn in entry["conversations"]]
 
 
-def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int, max_masks: int | None, reading: Reading) -> _Part:
+def _open_part(
+    meta: pathlib.Path, name: str, entry: Any, seed: int, limits: dict[str, int | None], reading: Reading
+) -> _Part:
     """Checks an entry of the meta file and finds the lines of its JSONL."""
 
     def field(key: str, kinds: tuple[type, ...], default: Any = None) -> Any:
@@ -233,7 +242,7 @@ def _open_part(meta: pathlib.Path, name: str, entry: Any, seed: int, max_masks: 
     if file is None:
         raise ValueError(f"meta file {meta}: {name}.annotation {root / annotation} does not exist")
     lines = chat_lines.find_lines(file)
-    usable = lines.usable(max_masks)
+    usable = lines.usable(**limits)
     declared, count = entry.get("length"), len(lines.kinds)
     if declared is not None and declared != count:
         _log.warning("meta file %s: %s.length is %s, but %s has %d records", meta, name, declared, file, count)

@@ -1,7 +1,7 @@
 """From records to examples: one row of a batch, checked, resized and tokenised; tolerant of a few bad records.
 
-In: a random-access source of MaskRecords {"key", "image", "mask"} or ChatRecords {"key", "image" (None: text alone),
-"masks", "conversations"}, raw or prepared. Out: what `pipeline.py` stacks to batches.
+In: a random-access source of MaskRecords {"key", "image", "mask"} or ChatRecords (chat_examples.py), raw or prepared.
+Out: what `pipeline.py` stacks to batches.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +18,6 @@ from alto_jax.data import bad_data, identity, images, transforms
 from alto_jax.data.bad_data import RecordError
 from alto_jax.data.source import Source, read
 from alto_jax.data.workers import Workers
-from alto_jax.mllm import text
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _KEPT_BYTES, _LARGEST_KEPT = 2**30, 2**25
@@ -186,7 +185,7 @@ def mask_fields(record: Mapping[str, Any], image_size: int, mask_size: int) -> d
     if "features" not in record:
         image, mask = mask_example(record, image_size, mask_size)
         return {"image": image, "mask": mask}
-    _check_prepared(record["key"], {"mask_size": (record["mask"], mask_size)})
+    check_prepared(record["key"], {"mask_size": (record["mask"], mask_size)})
     mask = transforms.keep_small(record["mask"], record["mask"])
     return {"features": record["features"], "mask": mask.astype(np.float32) / np.float32(255)}
 
@@ -195,7 +194,7 @@ def mask_arrays(record: Mapping[str, Any], image_size: int, mask_size: int) -> t
     """`mask_example` with the mask as uint8[H, H] in 0..255; a prepared record is taken as it is."""
     image, mask = record["image"], record["mask"]
     if record.get("prepared"):
-        _check_prepared(record["key"], {"image_size": (image, image_size), "mask_size": (mask, mask_size)})
+        check_prepared(record["key"], {"image_size": (image, image_size), "mask_size": (mask, mask_size)})
         return image, transforms.keep_small(mask, mask)
     check_sizes(record["key"], image, mask)
     check_not_empty(record["key"], mask)
@@ -209,191 +208,8 @@ def mask_arrays(record: Mapping[str, Any], image_size: int, mask_size: int) -> t
     return image, transforms.keep_small(transforms.resize_uint8(mask, mask_size, mask_size), mask)
 
 
-def chat_text(
-    record: Mapping[str, Any],
-    tok: text.TextTokenizer,
-    *,
-    max_length: int,
-    num_image_tokens: int,
-    num_latent_tokens: int,
-    max_masks: int,
-    system: str | None,
-) -> tuple[list[int], list[int]]:
-    """The ids and labels of a ChatRecord, unpadded; needs its "key" and "conversations" alone.
-
-    The text has `num_image_tokens` image tokens, or none if the record has "image": None. Without masks, it is cut at
-    `max_length`, as in InternVL's training.
-
-    Raises:
-      ValueError: text with masks longer than `max_length`, no answer in what is left, or too many masks; the message
-        names the record.
-    """
-    try:
-        turns = [
-            {**turn, "value": text.resize_placeholders(turn["value"], num_latent_tokens)}
-            for turn in record["conversations"]
-        ]
-        image_tokens = num_image_tokens if record.get("image", True) is not None else 0
-        ids, labels = text.render_conversation(tok, turns, image_tokens, system=system)
-    except ValueError as error:
-        raise _unfit(record["key"], str(error)) from error
-    placeholders = ids.count(tok.ids.mask_start)
-    has_answer = any(label != text.IGNORE for label in labels[:max_length])
-    if len(ids) > max_length and (placeholders or not has_answer):
-        raise _unfit(record["key"], f"{len(ids)} text tokens, but max_length is {max_length}")
-    if not has_answer:
-        raise _unfit(record["key"], "conversations: there is no answer to learn from")
-    ids, labels = ids[:max_length], labels[:max_length]
-    if placeholders > max_masks:
-        raise _unfit(record["key"], f"{placeholders} masks, but max_masks is {max_masks}")
-    return ids, labels
-
-
-def chat_example(
-    record: Mapping[str, Any],
-    tok: text.TextTokenizer,
-    *,
-    vision_size: int,
-    image_size: int,
-    mask_size: int,
-    max_length: int,
-    num_image_tokens: int,
-    num_latent_tokens: int,
-    max_masks: int,
-    system: str | None,
-) -> dict[str, np.ndarray]:
-    """One example of stage 2: the fields of ChatBatch without their batch axis.
-
-    Raises:
-      ValueError: text longer than `max_length`, an empty mask, or masks that do not match their placeholders in number
-        or the image in size; the message names the record.
-    """
-    key, image, masks = record["key"], record["image"], record["masks"]
-    ids, labels = chat_text(
-        record,
-        tok,
-        max_length=max_length,
-        num_image_tokens=num_image_tokens,
-        num_latent_tokens=num_latent_tokens,
-        max_masks=max_masks,
-        system=system,
-    )
-    placeholders = ids.count(tok.ids.mask_start)
-    if placeholders != len(masks):
-        raise _unfit(key, f"{len(masks)} masks, but {placeholders} mask placeholders in the text")
-    padding = max_length - len(ids)
-    prepared = bool(record.get("prepared"))
-    if prepared:
-        _check_prepared(key, {f"mask {i}": (mask, mask_size) for i, mask in enumerate(masks)})
-    example = _images(record, vision_size, image_size) | {
-        "ids": np.array(ids + [tok.ids.pad] * padding, np.int32),
-        "labels": np.array(list(labels) + [-100] * padding, np.int32),
-        "text_mask": np.arange(max_length) < len(ids),
-        "masks": np.zeros((max_masks, mask_size, mask_size), np.float32),
-        "mask_valid": np.arange(max_masks) < len(masks),
-    }
-    for name in ("codes", "code_lengths"):
-        if name in record:
-            example[name] = np.zeros((max_masks, *record[name].shape[1:]), np.int32)
-            example[name][: len(masks)] = record[name]
-    for i, mask in enumerate(masks):
-        if not prepared:
-            check_sizes(key, image, mask)
-        check_not_empty(key, mask)
-        example["masks"][i] = transforms.soft_mask(mask, mask_size)
-    return example
-
-
-def grpo_question(record: Mapping[str, Any], template: int | None) -> str:
-    """The stage-3 request: the `<ref>` or `<box>` of the human turn in one of the seven adaptive wordings.
-
-    Args:
-      record: a ChatRecord.
-      template: number of the wording, taken modulo 7; None keeps the turn as it is.
-
-    Raises:
-      ValueError: no human turn, or none with a reference.
-    """
-    human = next((turn["value"] for turn in record["conversations"] if turn["from"] == "human"), None)
-    if human is None:
-        raise ValueError("no human turn")
-    if template is None:
-        return human
-    phrase = text.find_reference(human)
-    if phrase is None:
-        raise ValueError(f"no <ref> or <box> in the human turn {human[:80]!r}")
-    return text.question(phrase, adaptive=True, template=template)
-
-
-def prompt_example(
-    record: Mapping[str, Any],
-    tok: text.TextTokenizer,
-    *,
-    vision_size: int,
-    image_size: int,
-    mask_size: int,
-    max_prompt_length: int,
-    num_image_tokens: int,
-    system: str | None,
-    answer_prefix: str,
-    template: int | None,
-) -> dict[str, np.ndarray]:
-    """One example of stage 3: the fields of PromptBatch without their batch axis.
-
-    Args:
-      record: a ChatRecord with one mask; template: see `grpo_question`; the rest: see `prompt_batches`.
-
-    Raises:
-      ValueError: no reference, a number of masks other than one, an empty one (an empty answer would meet it), or a
-        prompt that is too long; names the record.
-    """
-    key, image, masks = record["key"], record["image"], record["masks"]
-    if len(masks) != 1:
-        raise _unfit(key, f"expected one mask, got {len(masks)}")
-    if record.get("prepared"):
-        _check_prepared(key, {"mask_size": (masks[0], mask_size)})
-    else:
-        check_sizes(key, image, masks[0])
-    check_not_empty(key, masks[0])
-    try:
-        question = grpo_question(record, template)
-        ids = text.render_prompt(tok, question, num_image_tokens, system=system, answer_prefix=answer_prefix)
-    except ValueError as error:
-        raise _unfit(key, str(error)) from error
-    padding = max_prompt_length - len(ids)
-    if padding < 0:
-        raise _unfit(key, f"{len(ids)} prompt tokens, but max_prompt_length is {max_prompt_length}")
-    return _images(record, vision_size, image_size) | {
-        "prompt_ids": np.array([tok.ids.pad] * padding + list(ids), np.int32),
-        "prompt_mask": np.arange(max_prompt_length) >= padding,
-        "mask": transforms.soft_mask(masks[0], mask_size),
-    }
-
-
-def _unfit(key: str, what: str) -> RecordError:
-    """A conversation that the model or the stage has no use for."""
-    return RecordError(f"record {key}: {what}", "conversation")
-
-
-def _images(record: Mapping[str, Any], vision_size: int, image_size: int) -> dict[str, np.ndarray]:
-    """The MLLM's image of a ChatRecord, and the SAM encoder's image or, where they are cached, its features."""
-    image = record["image"]
-    if image is None:  # Note: no text refers to it, and a row of a batch must have one.
-        features = {"features": record["features"]} if "features" in record else {}
-        blank = lambda size: np.zeros((size, size, 3), np.uint8)
-        return {"image": blank(vision_size)} | (features or {"pixel_image": blank(image_size)})
-    if not record.get("prepared"):
-        small, large = transforms.squash_all(image, vision_size, image_size)
-        return {"image": small, "pixel_image": large}
-    sizes = {"vision_size": (image, vision_size)}
-    if "features" in record:
-        _check_prepared(record["key"], sizes)
-        return {"image": image, "features": record["features"]}
-    _check_prepared(record["key"], sizes | {"image_size": (record["pixel_image"], image_size)})
-    return {"image": image, "pixel_image": record["pixel_image"]}
-
-
-def _check_prepared(key: str, arrays: Mapping[str, tuple[np.ndarray, int]]) -> None:
+def check_prepared(key: str, arrays: Mapping[str, tuple[np.ndarray, int]]) -> None:
+    """Raises ValueError, naming record `key`, if an array of {name: (array, side)} is of another size."""
     for name, (array, size) in arrays.items():
         if array.shape[:2] != (size, size):
             raise ValueError(

@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from alto_jax.data.examples import Examples, chat_example, chat_text, mask_fields, prompt_example
+from alto_jax.data import tiles
+from alto_jax.data.chat_examples import chat_example, chat_text, prompt_example
+from alto_jax.data.examples import Examples, mask_fields
 from alto_jax.data.source import HasConversations, Records, Source
 from alto_jax.mllm import text
 from alto_jax.parallel.shares import WHOLE, BatchShare
@@ -138,6 +140,8 @@ def chat_batches(
     system: str | None = text.SYSTEM_MESSAGE,
     length_buckets: Sequence[int] = (),
     pack_samples: int = 1,
+    max_tiles: int = 1,
+    max_images: int = 1,
     **options: Any,
 ) -> Any:
     """Batches of stage 2.
@@ -156,6 +160,8 @@ def chat_batches(
         processes, which must agree on a shape without asking each other, it stays at max_length.
       pack_samples: up to so many conversations share a row, see packing.py; more than 1 makes endless, shuffled
         batches and takes no length_buckets.
+      max_tiles, max_images: tiles of a conversation without masks, and images of one at most, see tiles.py; more than 1
+        of either gives images an axis of slots, as many as the batch needs (with several processes: as it may need).
       **options: as in `mask_batches`.
 
     Returns:
@@ -169,9 +175,13 @@ def chat_batches(
         system=system,
     )
     sizes: dict[str, Any] = dict(vision_size=vision_size, image_size=image_size, mask_size=mask_size)
-    transform = lambda _, record: chat_example(record, tok, **sizes, **texts)
+    slots = tiles.most_slots(max_tiles, max_images)
+    shown: dict[str, Any] = {"max_tiles": max_tiles, "max_images": max_images}
+    transform = lambda _, record: chat_example(record, tok, **sizes, **texts, **shown)
     examples, options = _examples(source, transform, options)
     if pack_samples > 1:
+        if max_tiles > 1 or max_images > 1:
+            raise ValueError(f"max_tiles, max_images: expected 1 with pack_samples {pack_samples}, got {shown}")
         if length_buckets:
             raise ValueError(f"length_buckets: expected () with pack_samples {pack_samples}, got {length_buckets!r}")
         return _packed_chat_batches(examples, source, tok, texts, pack_samples, batch_size, seed, options)
@@ -182,6 +192,9 @@ def chat_batches(
     from alto_jax.batch import ChatBatch  # late: readers and their processes run without JAX
 
     def make_batch(rows: Sequence[dict[str, np.ndarray]]) -> ChatBatch:
+        if max_tiles > 1 or max_images > 1:
+            number = tiles.slots_for([len(row["image"]) for row in rows], slots) if is_alone else slots
+            rows = [row | {"image": tiles.padded(row["image"], number)} for row in rows]
         batch = _stack(rows)
         longest = int(batch["text_mask"].sum(1).max())
         length = next(bucket for bucket in buckets if bucket >= longest)

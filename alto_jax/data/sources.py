@@ -60,13 +60,19 @@ def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = Fa
         chats = dataclasses.replace(data.scene_chats, adaptive_only=adaptive_only or data.scene_chats.adaptive_only)
         return scenes.SceneChats(_scenes(config, held_out), chats)
     max_masks = 0 if config.stage == "stage0" else None if adaptive_only else data.max_masks
+    max_images = None if adaptive_only else data.max_images
     if data.source == "jsonl":
         if not os.path.isfile(data.meta):
             raise ValueError(f"{field}.meta: no file {data.meta}; python -m alto_jax.data.convert writes one")
-        lines = Conversations(data.meta, once=held_out, max_masks=max_masks, reading=_reading(data))
+        lines = Conversations(data.meta, once=held_out, max_masks=max_masks, max_images=max_images,
+                              reading=_reading(data))  # fmt: skip
         found = _part(lines, split)
         return Prompts(found, f"{field}.meta {data.meta}") if adaptive_only else found
     if data.source == "prepared":
+        if data.tile_slots and not adaptive_only:
+            given = f"max_tiles {data.max_tiles} and max_images {data.max_images}"
+            expected = f"expected the raw files with {given}, got 'prepared'"
+            raise ValueError(f"{field}.source: prepared sets hold one image of one tile a record; {expected}")
         stored = Prepared(data.root, kind="chat", use_caches=data.use_caches, max_masks=max_masks)
         prepared = _part(stored, split)
         return Prompts(prepared, f"{field}.root {data.root}") if adaptive_only else prepared
@@ -345,6 +351,8 @@ def _chat_sizes(config: Any) -> dict:
         "max_length": config.data.max_length,
         "num_latent_tokens": config.model.tokenizer.num_latent_tokens,
         "max_masks": config.data.max_masks,
+        "max_tiles": config.data.max_tiles,
+        "max_images": config.data.max_images,
     }
 
 

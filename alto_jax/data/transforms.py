@@ -203,6 +203,20 @@ def crop_around(
     return image[window], mask[window]
 
 
+@functools.lru_cache(maxsize=64)
+def _grids(min_tiles: int, max_tiles: int) -> list[tuple[int, int]]:
+    """All (columns, rows) of so many tiles, by their number."""
+    # Compat: the grids stand in the order of a set, sorted (stably) by area: ties depend on it.
+    grids = {
+        (i, j)
+        for n in range(min_tiles, max_tiles + 1)
+        for i in range(1, n + 1)
+        for j in range(1, n + 1)
+        if min_tiles <= i * j <= max_tiles
+    }
+    return sorted(grids, key=lambda grid: grid[0] * grid[1])
+
+
 def tile_grid(
     width: int, height: int, max_tiles: int, size: int = 448, min_tiles: int = 1, thumbnail: bool = False
 ) -> tuple[tuple[int, int], int]:
@@ -218,16 +232,8 @@ def tile_grid(
     Returns:
       ((columns, rows), number of tiles).
     """
-    # Compat: the grids stand in the order of a set, sorted (stably) by area: ties depend on it.
-    grids = {
-        (i, j)
-        for n in range(min_tiles, max_tiles + 1)
-        for i in range(1, n + 1)
-        for j in range(1, n + 1)
-        if min_tiles <= i * j <= max_tiles
-    }
     best, best_gap = (1, 1), float("inf")
-    for i, j in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+    for i, j in _grids(min_tiles, max_tiles):
         gap = abs(width / height - i / j)
         if gap < best_gap or (gap == best_gap and width * height > 0.5 * size * size * i * j):
             best, best_gap = (i, j), gap

@@ -106,7 +106,17 @@ class ALToLLM(nn.Module):
         self.language_model = LanguageModel(language)
 
     def image_tokens(self, image: Array, drop_path_key: Array | None = None) -> Array:
-        """image uint8[B, V, V, 3] → float[B, num_image_tokens, D]."""
+        """image uint8[B, V, V, 3] → float[B, I, D] with I = num_image_tokens.
+
+        N images (tiles) of a row, uint8[B, N, V, V, 3], → float[B, N*I, D], in order. `drop_path_key`: see InternViT,
+        one or one per row.
+        """
+        if image.ndim == 5:
+            rows, number = image.shape[:2]
+            if drop_path_key is not None and drop_path_key.ndim:
+                drop_path_key = jax.vmap(lambda key: jax.random.split(key, number))(drop_path_key).reshape(-1)
+            tokens = self.image_tokens(image.reshape(-1, *image.shape[2:]), drop_path_key)
+            return tokens.reshape(rows, -1, tokens.shape[-1])
         x = cast(Array, self.vision(imagenet_normalise(image), drop_path_key))
         grid = self.cfg.need_vision().grid
         x = pixel_shuffle(x.reshape(x.shape[0], grid, grid, x.shape[-1]), version=self.cfg.pixel_shuffle_version)

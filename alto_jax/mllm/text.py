@@ -10,16 +10,18 @@ nor transformers; `tokenizers` is imported when a tokenizer is loaded or trained
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
-import functools
 from pathlib import Path
 import re
 from typing import Any
 
 from alto_jax.mllm import literals
+from alto_jax.mllm.image_text import IMAGE as IMAGE
+from alto_jax.mllm.image_text import IMG as IMG
+from alto_jax.mllm.image_text import IMG_CONTEXT as IMG_CONTEXT
+from alto_jax.mllm.image_text import IMG_END as IMG_END
+from alto_jax.mllm.image_text import place_images
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-IMAGE = "<image>"  # Where the image stands in a conversation; never a token.
-IMG, IMG_END, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 REF, REF_END = "<ref>", "</ref>"
 BOX, BOX_END = "<box>", "</box>"
 MASK_START, MASK_END = "<ALTo_Start>", "<ALTo_End>"
@@ -308,12 +310,6 @@ def _special_ids(tokenizer: Any, source: str) -> SpecialIds:
     return SpecialIds(pad=find(*PAD_CANDIDATES), bos=vocabulary.get(BOS), num_codes=num_codes, **ids)
 
 
-@functools.lru_cache(maxsize=8)
-def image_text(num_image_tokens: int) -> str:
-    """Returns what `<image>` becomes: `<img>`, `num_image_tokens` x `<IMG_CONTEXT>`, `</img>`."""
-    return IMG + IMG_CONTEXT * num_image_tokens + IMG_END
-
-
 def template_text(conversations: Sequence[Mapping[str, str]], system: str | None = SYSTEM_MESSAGE) -> list[str]:
     """Returns the turn strings of a conversation; a last human turn is followed by an open assistant header.
 
@@ -343,26 +339,31 @@ def template_text(conversations: Sequence[Mapping[str, str]], system: str | None
 
 def render_prompt(
     tok: TextTokenizer,
-    question: str,
-    num_image_tokens: int,
+    question: str | Sequence[Mapping[str, str]],
+    num_image_tokens: int | Sequence[int],
     system: str | None = SYSTEM_MESSAGE,
     answer_prefix: str = "",
 ) -> list[int]:
-    """Returns the ids of a single-turn prompt that ends where the assistant's answer begins.
+    """Returns the ids of a prompt that ends where the assistant's answer begins.
 
     It has exactly `num_image_tokens` image tokens, whatever the question says.
 
     Args:
       tok: tokenizer.
-      question: the human turn; `<image>` and a line break are put in front if it has no `<image>`.
-      num_image_tokens: `<IMG_CONTEXT>` tokens of the image; 0 for a prompt without an image.
+      question: the human turn, or turns as for `template_text`, of which the last is a human one.
+      num_image_tokens: `<IMG_CONTEXT>` tokens of the image, or of each of several; 0 for a prompt without an image.
+        Where no turn says `<image>`, they are put in front, see `image_text.place_images`.
       system: the system message, None leaves the system segment out.
       answer_prefix: start of the answer, e.g. FORCED_ANSWER_PREFIX, so that generation goes on inside a mask.
 
     Raises:
-      ValueError: a special token written out in the question, see `literals.check_turn`.
+      ValueError: a special token written out in a turn, see `literals.check_turn`, another number of `<image>` than of
+        images, or turns that do not end with a question.
     """
-    turns = _with_image(tok, [{"from": "human", "value": question}], num_image_tokens, system)
+    asked = [{"from": "human", "value": question}] if isinstance(question, str) else question
+    if not asked or asked[-1]["from"] != "human":
+        raise ValueError(f"conversations: expected a question as the last turn, got {list(asked)[-1:]!r:.80}")
+    turns = _with_image(tok, asked, num_image_tokens, system)
     texts = template_text(turns, system)
     texts[-1] += answer_prefix
     return _bos(tok) + [i for text in texts for i in tok.encode(text)]
@@ -371,7 +372,7 @@ def render_prompt(
 def render_conversation(
     tok: TextTokenizer,
     conversations: Sequence[Mapping[str, str]],
-    num_image_tokens: int,
+    num_image_tokens: int | Sequence[int],
     system: str | None = SYSTEM_MESSAGE,
 ) -> tuple[list[int], list[int]]:
     """Returns the ids and labels of a conversation.
@@ -382,17 +383,17 @@ def render_conversation(
 
     Args:
       tok: tokenizer.
-      conversations: turns as for `template_text`; `<image>` is put in front of the first human turn if
-        no turn has it.
-      num_image_tokens: `<IMG_CONTEXT>` tokens of the image; 0 for text only.
+      conversations: turns as for `template_text`; the images are put in front of the first human turn if no turn
+        says `<image>`.
+      num_image_tokens: `<IMG_CONTEXT>` tokens of the image, or of each of several; 0 for text only.
       system: the system message, None leaves the system segment out.
 
     Returns:
       (ids, labels), of equal length, unpadded.
 
     Raises:
-      ValueError: turns out of order, `<image>` twice or in an answer, or a special token written out, see
-        `literals.check_turn`.
+      ValueError: turns out of order, another number of `<image>` than of images, one in an answer, or a special token
+        written out, see `literals.check_turn`.
     """
     ids = _bos(tok)
     labels = [IGNORE] * len(ids)
@@ -417,28 +418,17 @@ def _bos(tok: TextTokenizer) -> list[int]:
 
 
 def _with_image(
-    tok: TextTokenizer, conversations: Sequence[Mapping[str, str]], num_image_tokens: int, system: str | None
+    tok: TextTokenizer,
+    conversations: Sequence[Mapping[str, str]],
+    num_image_tokens: int | Sequence[int],
+    system: str | None,
 ) -> list[dict[str, str]]:
-    """Puts the image tokens at `<image>`, which is added to the first human turn where it is missing.
+    """The turns with their image tokens; all that is said, the system message included, is checked before.
 
-    All that is said, the system message included, is checked before: no other image token comes in.
+    So no other image token comes in.
     """
-    turns = [dict(turn) for turn in conversations]
-    for turn in [{"from": "system", "value": system or ""}, *turns]:
+    for turn in [{"from": "system", "value": system or ""}, *conversations]:
         literals.check_turn(tok, turn["from"], turn["value"])
         if IMAGE in turn["value"] and turn["from"] != "human":
             raise ValueError(f"conversation: {IMAGE} stands in the {turn['from']} turn {turn['value'][:60]!r}")
-    count = sum(turn["value"].count(IMAGE) for turn in turns)
-    if count > 1:
-        raise ValueError(f"conversations: expected at most one {IMAGE}, got {count}")
-    if num_image_tokens == 0:
-        if count:
-            raise ValueError(f"conversations: {IMAGE} stands in the text, but there is no image")
-        return turns
-    if count == 0:
-        first = next((turn for turn in turns if turn["from"] == "human"), None)
-        if first is not None:
-            first["value"] = f"{IMAGE}\n{first['value']}"
-    for turn in turns:
-        turn["value"] = turn["value"].replace(IMAGE, image_text(num_image_tokens))
-    return turns
+    return place_images(conversations, num_image_tokens)

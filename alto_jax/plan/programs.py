@@ -229,8 +229,11 @@ def _prompts(config: ExperimentConfig, batch: Any) -> PromptBatch:
     if isinstance(batch, PromptBatch):
         return batch
     size = config.model.tokenizer.mask_size
-    mask = jax.ShapeDtypeStruct((config.train.batch_size, size, size), jnp.float32, sharding=batch.ids.sharding)
-    return PromptBatch(batch.image, batch.pixel_image, batch.ids, batch.text_mask, mask)
+    split = batch.ids.sharding
+    mask = jax.ShapeDtypeStruct((config.train.batch_size, size, size), jnp.float32, sharding=split)
+    # Note: a prompt has one image of one tile, also where rows are packed or have several.
+    one = lambda a: jax.ShapeDtypeStruct((a.shape[0], *a.shape[-3:]), a.dtype, sharding=split)
+    return PromptBatch(one(batch.image), one(batch.pixel_image), batch.ids, batch.text_mask, mask)
 
 
 def _predict(config: ExperimentConfig, mesh: Any) -> Any:

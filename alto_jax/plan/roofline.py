@@ -126,7 +126,8 @@ def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> floa
     if config.stage in ("stage0", "stage2"):
         inner = (3 * vision.embed_dim + vision.mlp_dim) / tensor
         heads = vision.num_heads / tensor
-        total += _stack(vision.num_layers, rows, 1 + vision.grid**2, vision.embed_dim, inner, heads, vision, True)
+        seen = rows * max(config.data.tile_slots, 1)  # images, or as many tiles as rows may have
+        total += _stack(vision.num_layers, seen, 1 + vision.grid**2, vision.embed_dim, inner, heads, vision, True)
         scored = min(config.sft.at_once, tokens - 1) * language.vocab_size
         if config.sft.mask_loss_weight > 0:
             scored += config.data.max_masks * size.num_latent_tokens * size.codebook_size

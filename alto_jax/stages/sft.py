@@ -88,12 +88,7 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
         is_packed = batch.segment_ids is not None
         masks = batch.masks.reshape(-1, size.mask_size, size.mask_size)
         ids, labels, segment_ids, length = written_tokens(config, special, params, batch)
-        # Images of packed rows lie along one axis; a row's image tokens follow each other in order.
-        join = lambda a: a.reshape(-1, *a.shape[2:]) if is_packed and a is not None else a
-        if drawn is not None and is_packed:
-            drawn = jax.vmap(lambda key: jax.random.split(key, batch.image.shape[1]))(drawn).reshape(-1)
-        image_tokens = apply(join(batch.image), drawn, method="image_tokens")
-        image_tokens = image_tokens.reshape(batch_size, -1, image_tokens.shape[-1])
+        image_tokens = apply(batch.image, drawn, method="image_tokens")
         inputs = apply(ids, image_tokens, special.img_context, method="embed")
         if is_packed:
             positions, segments = segment_positions(segment_ids), segment_ids
@@ -116,8 +111,7 @@ def make_loss(config: ExperimentConfig, special: Any) -> Any:
             code_logits = apply(jnp.take_along_axis(hidden, at, axis=1), special, method="code_logits")
             code_logits = code_logits.reshape(batch_size * num_masks, size.num_latent_tokens, -1)
             probs = token_losses.mask_token_probabilities(code_logits, found.length.reshape(-1))
-            images = join(batch.image), join(batch.pixel_image), join(batch.features)
-            features = apply(*images, method="image_features")
+            features = apply(*images_with_masks(batch), method="image_features")
             if features is not None:
                 features = features_of_masks(features, batch)
             mask_logits = tokenizer_apply(ALTo(size), params)(probs, features, method="decode_probs")
@@ -174,6 +168,16 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
     time = jnp.arange(segment_ids.shape[1])
     begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0
     return time - jax.lax.cummax(jnp.where(begins, time, 0), axis=1)
+
+
+def images_with_masks(batch: ChatBatch) -> tuple[Any, Any, Any]:
+    """(image, pixel_image, features) of what may have masks: of packed rows all images, along one axis, of rows with
+    tiles the first, as one with masks has no other."""
+    if batch.segment_ids is not None:
+        join = lambda a: None if a is None else a.reshape(-1, *a.shape[2:])
+        return join(batch.image), join(batch.pixel_image), join(batch.features)
+    image = batch.image[:, 0] if batch.image.ndim == 5 else batch.image
+    return image, batch.pixel_image, batch.features
 
 
 def features_of_masks(features: jax.Array, batch: ChatBatch) -> jax.Array:

@@ -145,7 +145,9 @@ def _sft(config: ExperimentConfig, count: _Counter, length: int) -> StepFlops:
     model, masks, cfg = config.model, config.data.max_masks, config.model.tokenizer
     heads = min(config.sft.at_once, length - 1)
     labels = _times(_encoder(cfg) + _length(cfg), masks if config.stage == "stage2" else 0)
-    chain = _vision(model) + [_language(model, length, length * length)]
+    # Note: as many tiles as a row may have.
+    vision = _times(_vision(model), max(config.data.tile_slots, 1))
+    chain = vision + [_language(model, length, length * length)]
     mask_loss = config.sft.mask_loss_weight > 0
     # Note: the mask loss asks for the logits of codes alone.
     share = cfg.codebook_size / model.need_language_model().vocab_size

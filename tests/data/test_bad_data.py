@@ -8,8 +8,8 @@ from PIL import Image
 import pytest
 
 from alto_jax.data import bad_data, benchmarks, images, pipeline, prepare
+from alto_jax.data.chat_examples import chat_example
 from alto_jax.data.conversations import Conversations
-from alto_jax.data.examples import chat_example
 from alto_jax.data.sa1b import Sa1bMasks
 from alto_jax.mllm.text import TextTokenizer
 from tests.data import replicas

@@ -8,8 +8,8 @@ import pytest
 
 from alto_jax import experiment, main
 from alto_jax.data import chat_lines, pipeline, prepare, sources
+from alto_jax.data.chat_examples import chat_text
 from alto_jax.data.conversations import Conversations
-from alto_jax.data.examples import chat_text
 from alto_jax.data.prepared import Prepared
 from alto_jax.data.prompts import NoPrompts, Prompts, requests
 from alto_jax.mllm import text
@@ -113,8 +113,8 @@ def test_long_text_without_masks_is_cut(debug_model):
 @pytest.mark.parametrize(
     ("record", "what"),
     [
-        ({"image": ["a.png", "b.png"], "conversations": WORDS}, "2 images in one record"),
-        ({"images": ["a.png", "b.png", "c.png"], "messages": WORDS}, "3 images in one record"),
+        ({"image": ["a.png", "b.png"], "mask": "m.png", "conversations": TURNS}, "2 images in one record with a mask"),
+        ({"images": ["a.png", "b.png", "c.png"], "mask": ["m.png"], "messages": TURNS}, "3 images in one record with"),
         ({"video": "v.mp4", "conversations": WORDS}, "a video"),
     ],
 )

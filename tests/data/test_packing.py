@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from alto_jax.data import examples, packing, pipeline
+from alto_jax.data import chat_examples, packing, pipeline
 from alto_jax.data.scenes import SceneChats, ScenesConfig
 from alto_jax.mllm import text
 from alto_jax.parallel.shares import BatchShare
@@ -77,7 +77,7 @@ def test_rows_hold_the_conversations_of_the_stream(tok, kind):
         row = dict(zip(NAMES, row))
         token = mask = 0
         for number, index in enumerate(i for i in row["image"][:, 0, 0, 0].astype(int) - 1 if i >= 0):
-            wanted = examples.chat_example(source[index], tok, **plain)
+            wanted = chat_examples.chat_example(source[index], tok, **plain)
             length, num_masks = int(wanted["text_mask"].sum()), int(wanted["mask_valid"].sum())
             at, of = slice(token, token + length), slice(mask, mask + num_masks)
             for name in ("ids", "labels"):

@@ -6,7 +6,8 @@ import pytest
 
 from alto_jax import rewards
 from alto_jax.data import prepare, transforms
-from alto_jax.data.examples import chat_example, mask_example, prompt_example
+from alto_jax.data.chat_examples import chat_example, prompt_example
+from alto_jax.data.examples import mask_example
 from alto_jax.data.sa1b import Sa1bMasks
 from alto_jax.mllm import text
 from tests.data import replicas

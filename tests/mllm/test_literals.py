@@ -2,7 +2,7 @@
 
 import pytest
 
-from alto_jax.data.examples import chat_text, prompt_example
+from alto_jax.data.chat_examples import chat_text, prompt_example
 from alto_jax.mllm import literals, text
 from tests.data import replicas
 

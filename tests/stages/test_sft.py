@@ -10,7 +10,7 @@ import pytest
 from alto_jax import experiment, main
 from alto_jax.attention import seam
 from alto_jax.batch import ChatBatch
-from alto_jax.data import examples, packing, sources, vocabulary
+from alto_jax.data import chat_examples, packing, sources, vocabulary
 from alto_jax.mllm.alto_llm import init_params
 from alto_jax.stages import sft
 from tests.conftest import ROOT
@@ -53,7 +53,7 @@ def setting():
         num_image_tokens=size.num_image_tokens, num_latent_tokens=size.tokenizer.num_latent_tokens, max_masks=2,
         system=None,
     )  # fmt: skip
-    made = [examples.chat_example(record, tok, max_length=PACKED_LENGTH, **options) for record in records]
+    made = [chat_examples.chat_example(record, tok, max_length=PACKED_LENGTH, **options) for record in records]
     assert sum(int(e["mask_valid"].sum()) for e in made) == NUM_SAMPLES  # 0, 1, 1, 2, 1
     return config, tok, params, made
 
