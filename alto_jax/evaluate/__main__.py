@@ -34,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--length", choices=("adaptive", "fixed", "both"), default="adaptive")
     found.add_argument("--batch-size", type=int, default=8, help="over all devices")
     found.add_argument("--limit", type=int, default=0, help="only the first samples (0: all)")
+    found.add_argument("--max-tiles", type=int, default=1, metavar="N",
+                       help="of an image in POPE, VQAv2 and MME (InternVL 2.5: 12)")  # fmt: skip
     found.add_argument("--max-new-tokens", type=int, default=0, help="longest answer (0: one mask and a sentence)")
     found.add_argument("--grammar", action="store_true", help="allow only well-formed masks")
     found.add_argument(

@@ -28,6 +28,7 @@ class EvaluateOptions:
       length: "adaptive", "fixed", or "both" as two rows.
       batch_size: over all devices.
       limit: only the first samples; 0: all.
+      max_tiles: of an image in POPE, VQAv2 and MME, see data/tiles.py; masks always have one.
       max_new_tokens: of an answer; 0: one mask and a sentence.
       grammar: allow only well-formed masks.
       forced_prefix: the answer's start is given, the mask's end ends it.
@@ -58,6 +59,7 @@ class EvaluateOptions:
     length: Literal["adaptive", "fixed", "both"] = "adaptive"
     batch_size: int = 8
     limit: int = 0
+    max_tiles: int = 1
     max_new_tokens: int = 0
     grammar: bool = False
     forced_prefix: bool = False
@@ -91,7 +93,7 @@ class EvaluateOptions:
         require(math.isfinite(self.end_bias), "end_bias", self.end_bias, "a finite number")
         for name, known in (("protocol", PROTOCOLS), ("length", LENGTHS), ("exif", EXIF), ("quantize", QUANTIZE)):
             require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
-        for name in ("scenes", "fsdp", "tensor", "threads"):
+        for name in ("max_tiles", "scenes", "fsdp", "tensor", "threads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         parse_rule(self.mask_rule, "--mask-rule")
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "0..1")

@@ -130,6 +130,7 @@ def _protocol_flags(task: Mapping[str, Any]) -> list[str]:
         f"end bias {task.get('end_bias', 0):+g}": task.get("end_bias"),
         "reference scoring": task.get("scoring") == "reference",
         f"empty below {task.get('min_pixels')} px": task.get("min_pixels"),
+        f"up to {task.get('max_tiles')} tiles": task.get("max_tiles"),
         f"first {task.get('limit')} samples": task.get("limit"),
         f"exif {task.get('exif')}": task.get("exif", "stored") != "stored",
         f"mask rule {task.get('mask_rule')}": task.get("mask_rule", AUTO) != AUTO,

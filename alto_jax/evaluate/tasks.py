@@ -122,7 +122,7 @@ def _tasks_of(
                           f"tokenizer_{name}")  # fmt: skip
     if found.family in questions.MAX_NEW_TOKENS:
         asked = questions.open_questions(found.family, found.split, options.data, options.images, _reading(options))
-        return [QuestionTask(answerer, found, *_limited(asked, options))]
+        return [QuestionTask(answerer, found, *_limited(asked, options), options.max_tiles)]
     source, read = _limited(mask_source(name, options), options)
     modes = ("adaptive", "fixed") if options.length == "both" else (options.length,)
     return [SegmentationTask(answerer, found, source, read, mode, options) for mode in modes]
@@ -213,7 +213,7 @@ class SegmentationTask:
     def example(self, index: int) -> dict[str, Any]:
         """A sample ready for the device, with its target."""
         record = self.source[index]
-        questions = {"prompt": words.question(record["phrase"], adaptive=self._adaptive)}
+        questions: dict[str, Any] = {"prompt": words.question(record["phrase"], adaptive=self._adaptive)}
         if self._gate:
             questions["gate"] = words.no_target_question(record["phrase"])
         example = self._answerer.example(record, prefix=self._prefix, **questions)
@@ -227,7 +227,7 @@ class SegmentationTask:
     def blank(self) -> dict[str, Any]:
         """An example to fill a batch with."""
         image = np.zeros((8, 8, 3), np.uint8)
-        questions = {name: "nothing" for name in ("prompt", "gate")}
+        questions: dict[str, Any] = {name: "nothing" for name in ("prompt", "gate")}
         example = self._answerer.example({"key": "", "image": image}, prefix=self._prefix, **questions)
         return example | {"target": np.zeros((8, 8), bool), "ignore": None, "phrase": ""}
 
@@ -284,12 +284,17 @@ def says_no(answer: str) -> bool:
 class QuestionTask:
     """POPE, VQAv2 or MME."""
 
-    def __init__(self, answerer: Answerer, found: benchmarks.Benchmark, source: Records, read: dict[str, Any]):
-        self._answerer, self.source = answerer, source
+    def __init__(
+        self, answerer: Answerer, found: benchmarks.Benchmark, source: Records, read: dict[str, Any], max_tiles: int
+    ):
+        self._answerer, self.source, self._max_tiles = answerer, source, max_tiles
         self.family = found.family
         self.name = self.benchmark = found.name
         self._config = GenerateConfig(max_new_tokens=questions.MAX_NEW_TOKENS[found.family])
         self.options = {"max_new_tokens": self._config.max_new_tokens, **read}
+        if max_tiles > 1:
+            self.name += f".tiles{max_tiles}"
+            self.options["max_tiles"] = max_tiles
 
     def __len__(self) -> int:
         return len(self.source)
@@ -297,17 +302,18 @@ class QuestionTask:
     def example(self, index: int) -> dict[str, Any]:
         """A question ready for the device, with its label."""
         record = self.source[index]
-        example = self._answerer.example(record, prompt=record["question"])
+        example = self._answerer.example(record, max_tiles=self._max_tiles, prompt=record["question"])
         return example | {"label": record["label"], "category": record["category"]}
 
     def blank(self) -> dict[str, Any]:
         """An example to fill a batch with."""
         record = {"key": "", "image": np.zeros((8, 8, 3), np.uint8)}
-        return self._answerer.example(record, prompt="nothing") | {"label": "", "category": ""}
+        example = self._answerer.example(record, max_tiles=self._max_tiles, prompt="nothing")
+        return example | {"label": "", "category": ""}
 
     def answer(self, examples: list[dict]) -> Answers:
         """The answers in words."""
-        return self._answerer.answer(self._answerer.batch(examples, "prompt"), self._config)
+        return self._answerer.answer(self._answerer.batch(examples, "prompt", self._max_tiles), self._config)
 
     def line(self, example: dict[str, Any], answers: Answers, row: int) -> dict[str, Any]:
         """The answer to a question."""

@@ -7,7 +7,7 @@ many = model.segment(image, ["the red apple", "the cup"])     # answered togethe
 box = model.segment(image, boxes=[(12, 30, 55, 80)])          # what is in a box
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import os
 import time
@@ -21,6 +21,7 @@ from alto_jax.batch import PromptBatch
 from alto_jax.checkpoint import loading
 from alto_jax.config import Quantize
 from alto_jax.data import images, transforms
+from alto_jax.inference.answering import Reply, reply
 from alto_jax.inference.prediction import Answers, Prediction
 from alto_jax.inference.settings import Settings
 from alto_jax.inference.tokenizer import TokenizerModel, is_whole
@@ -180,6 +181,31 @@ class Segmenter(TokenizerModel):
             done = [answers.at(row, 0, image.size) for row, image in enumerate(encoded)]
             seconds = round((time.monotonic() - began) / len(rows), 4)
             yield from (dataclasses.replace(answer, seconds=seconds) for answer in done)
+
+    def answer(
+        self,
+        pictures: Any,
+        question: str | Sequence[Mapping[str, str]],
+        *,
+        max_tiles: int = 1,
+        max_new_tokens: int = 128,
+    ) -> Reply:
+        """Answers a question in words.
+
+        Args:
+          pictures: an image as for `encode_image`, a list of them, or () for a question about none.
+          question: about them, or turns {"from": "human" | "gpt", "value"} that end with one. Each `<image>` in it is
+            the next picture; without any, the pictures come first.
+          max_tiles: up to so many tiles of all pictures together and a thumbnail of each, as InternVL 2.5 sees them (it
+            was trained with up to 12); questions with `<ref>` or `<box>`, or after a mask, have one tile a picture.
+          max_new_tokens: longest answer.
+
+        Raises:
+          ValueError: no such image, a number that is not at least 1, or a question that does not fit.
+        """
+        several = list(pictures) if isinstance(pictures, Sequence) and not isinstance(pictures, str) else [pictures]
+        return reply(self.cfg, self.params, self.text, self.system, several, question, max_tiles=max_tiles,
+                     max_new_tokens=max_new_tokens)  # fmt: skip
 
     def growth(self, image: Any, prediction: Prediction) -> np.ndarray:
         """A prediction's mask after 1, 2, … of its codes, bool[length, H, W]; image: as for `segment`."""
