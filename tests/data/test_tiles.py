@@ -31,7 +31,7 @@ def test_tiles_are_those_of_the_reference():
     np.testing.assert_array_equal(found, arrays["dyn_tiles"])  # a thumbnail last
     for case, (_, count) in GRIDS.items():
         most, size, thumbnail = case.split("_")
-        if thumbnail == "thumb1":
+        if thumbnail == "thumb1" and most in ("max4", "max12"):
             width, height = map(int, size.split("x"))
             (found,) = tiles.cut([np.zeros((height, width, 3), np.uint8)], int(most.removeprefix("max")), 448)
             assert found.shape == (count, 448, 448, 3), case
