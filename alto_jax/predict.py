@@ -1,6 +1,7 @@
-"""Prediction as a command: image + phrase → mask. The Python call is `alto_jax.load`, see inference/.
+"""Prediction as a command: image + phrase → mask, image + question → words. In Python `alto_jax.load`, see inference/.
 
 python -m alto_jax.predict --checkpoint DIR --image FILE --text "the red apple" --out mask.png
+python -m alto_jax.predict --checkpoint DIR --image FILE --question "What is on the sign?" --max_tiles 12
 """
 
 import argparse
@@ -57,10 +58,38 @@ def _check_request(options: argparse.Namespace, meta: dict[str, Any]) -> None:
         raise ConfigError(f"--max_length={options.max_length}: expected 1..{most}, the mask tokens of the model")
     if not math.isfinite(options.end_bias):
         raise ConfigError(f"--end_bias={options.end_bias}: expected a finite number")
+    if options.question is not None:
+        return
     if options.prompt is not None and not options.prompt.strip():
         raise ConfigError(f"--prompt={options.prompt!r}: expected a question")
     if options.prompt is None and not any(c.isalnum() for c in options.text):
         raise ConfigError(f"--text={options.text!r}: expected the name or description of an object")
+
+
+def _check_question(options: argparse.Namespace) -> None:
+    """Raises ConfigError if a question to be answered in words stands beside what asks for a mask, or tiles without."""
+    if options.max_tiles < 1:
+        raise ConfigError(f"--max_tiles={options.max_tiles}: expected at least 1")
+    if options.question is None:
+        if options.max_tiles > 1:
+            raise ConfigError(f"--max_tiles={options.max_tiles}: expected 1 without --question; masks have one tile")
+        return
+    if not options.question.strip():
+        raise ConfigError(f"--question={options.question!r}: expected some text")
+    of_masks = ("text", "prompt", "target", "out", "overlay", "length", "max_length", "end_bias", "forced_prefix")
+    for name in of_masks:
+        value = getattr(options, name)
+        if value not in ("", None, 0.0, "adaptive"):
+            raise ConfigError(f"--{name}={value}: does not go with --question, whose answer has no mask")
+
+
+def _answer(model: Any, image: np.ndarray, options: argparse.Namespace) -> int:
+    """Prints the answer to --question, and writes --json."""
+    reply = model.answer(image, options.question, max_tiles=options.max_tiles)
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(reply.to_json(), indent=2) + "\n")
+    print(f"{reply.text}\ntiles: {sum(reply.num_tiles)}  {reply.seconds:.2f} s")
+    return 0
 
 
 def main() -> int:
@@ -83,6 +112,9 @@ def main() -> int:
         help="the answer is a mask and nothing else: faster, but never No (default: for --text, not for --prompt)",
     )
     parser.add_argument("--prompt", metavar="RAW", help="the whole question, instead of --text")
+    parser.add_argument("--question", metavar="TEXT", help="answered in words, without a mask, instead of --text")
+    parser.add_argument("--max_tiles", type=int, default=1, metavar="N",
+                        help="with --question: the image in up to so many tiles (InternVL 2.5: 12)")  # fmt: skip
     parser.add_argument("--target", metavar="FILE", help="the true mask, to report the IoU")
     parser.add_argument("--exif", choices=("upright", "stored"), default="upright",
                         help="upright: turn the image as its EXIF orientation says (--target is of the turned image)",
@@ -96,6 +128,7 @@ def main() -> int:
     outputs = {"--out": (options.out, cli.MASK_SUFFIXES), "--overlay": (options.overlay, cli.PICTURE_SUFFIXES),
                "--json": (options.json, (".json",))}  # fmt: skip
     cli.check_outputs(outputs, {"--image": options.image, "--target": options.target})
+    _check_question(options)
     length = parse_length(options.length)
     _check_request(options, describe(options.checkpoint, options.step, length))
     from PIL import Image  # late: keeps the start fast
@@ -109,6 +142,8 @@ def main() -> int:
 
     model = load(options.checkpoint, options.step, options.quantize)
     assert isinstance(model, Segmenter)
+    if options.question is not None:
+        return _answer(model, image, options)
     result = model.segment(
         image, options.text, length=length, prompt=options.prompt, target=target, max_length=options.max_length,
         end_bias=options.end_bias, forced_prefix=options.forced_prefix,
