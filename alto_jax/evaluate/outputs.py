@@ -8,7 +8,7 @@ from typing import Any
 from alto_jax.config import ConfigError, write_whole
 from alto_jax.data.fingerprint import fingerprint_of
 from alto_jax.data.source import Records
-from alto_jax.evaluate import coco, gallery, results, summaries, tables, timing
+from alto_jax.evaluate import coco, gallery, questions, results, summaries, tables, timing
 from alto_jax.evaluate.options import EvaluateOptions
 from alto_jax.evaluate.tasks import Limited, mask_source
 
@@ -106,6 +106,8 @@ def _check(options: EvaluateOptions, header: Mapping[str, Any], name: str) -> No
     given: dict[str, Any] = {option: getattr(options, option) for option in _FIXED if getattr(options, option)}
     if options.reference:
         given["scoring"] = "reference"
+    if options.max_tiles > 1 and header["family"] in questions.MAX_NEW_TOKENS:
+        given["max_tiles"], header = options.max_tiles, {"max_tiles": 1} | dict(header)
     for option, value in given.items():
         if header.get(option, value) != value:
             raise ConfigError(f"--rescore: {name} was evaluated with {option} {header[option]!r}, not {value!r}; only "

@@ -9,7 +9,7 @@ import pytest
 import alto_jax
 from alto_jax.config import ConfigError
 from alto_jax.data import images
-from alto_jax.evaluate import options, results, runner, tasks
+from alto_jax.evaluate import options, outputs, results, runner, tasks
 from alto_jax.evaluate.questions import SUFFIX
 
 
@@ -55,3 +55,12 @@ def test_without_tiles_nothing_is_said_of_them(debug_model, pope, tmp_path):
     assert task.name == "pope_random" and task.options == {"max_new_tokens": 10, "limit": 0}
     with pytest.raises(ConfigError, match="max_tiles: expected at least 1, got 0"):
         ask(debug_model, pope, tmp_path, max_tiles=0)
+
+
+def test_scoring_again_knows_the_tiles(debug_model, pope, tmp_path):
+    header = {"task": "pope_random", "family": "pope", "benchmark": "pope_random", "samples": 0}
+    again = ask(debug_model, pope, tmp_path, max_tiles=4, rescore=True)
+    with pytest.raises(ConfigError, match="pope_random was evaluated with max_tiles 1, not 4"):
+        outputs._check(again, header, "pope_random")
+    outputs._check(again, header | {"max_tiles": 4}, "pope_random.tiles4")
+    outputs._check(again, header | {"family": "refcoco"}, "refcoco_val.joined.adaptive")  # masks have none

@@ -154,5 +154,5 @@ def test_tiles_are_counted_at_their_most(setting):
     assert config.data.tile_slots == SLOTS and abstract_batch(config).image.shape == (3, SLOTS, 56, 56, 3)
     plain = dataclasses.replace(config, data=dataclasses.replace(config.data, max_tiles=1, max_images=1))
     assert abstract_batch(plain).image.shape == (3, 56, 56, 3)
-    vision = [flops.step_flops(c, only="^vision/").forward for c in (config, plain)]
-    assert vision[0] == SLOTS * vision[1]
+    vision = [flops.step_flops(c, only="vision/").forward for c in (config, plain)]
+    assert vision[0] == SLOTS * vision[1] > 0
