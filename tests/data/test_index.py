@@ -29,7 +29,7 @@ def found(file):
     lines = chat_lines.find_lines(file)
     columns = (lines.starts, lines.ends, lines.numbers, lines.kinds, lines.num_masks, lines.num_prompts)
     rows = list(zip(*(column.tolist() for column in (*columns, lines.image_hashes)), strict=True))
-    return rows, [lines.read(row)[1]["image"] for row in range(len(rows))]
+    return rows, [lines.read(row)[1]["images"][0] for row in range(len(rows))]
 
 
 def test_a_kept_index_counts_for_the_same_file_alone(tmp_path, cache, monkeypatch):
@@ -57,7 +57,7 @@ def test_a_kept_index_counts_for_the_same_file_alone(tmp_path, cache, monkeypatc
     assert found(file) == copied and len(calls) == 5
     kept.write_bytes(b"not an index\n")
     assert found(file) == copied and len(calls) == 6
-    monkeypatch.setattr(chat_lines, "_FORM", 2)  # the code that finds records is another one
+    monkeypatch.setattr(chat_lines, "_FORM", chat_lines._FORM + 1)  # the code that finds records is another one
     assert found(file) == copied and len(calls) == 7
 
 
@@ -111,7 +111,7 @@ def test_records_take_no_memory(tmp_path):
     now, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(source) == 2 * count and now < count  # less than a byte each
-    assert sum(array.nbytes for array in chat_lines.find_lines(file).index.arrays.values()) == 37 * count
+    assert sum(array.nbytes for array in chat_lines.find_lines(file).index.arrays.values()) == 39 * count
     assert len(pickle.dumps(source)) < 5000  # another process maps it too
     again = pickle.loads(pickle.dumps(source))
     assert again.conversation(count - 1) == source.conversation(2 * count - 1)

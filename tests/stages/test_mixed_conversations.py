@@ -101,7 +101,9 @@ def test_runs_end_with_a_result_and_no_bad_record(runs, stage):
     root, output, _ = runs
     result = json.loads((root / stage / "result.json").read_text())
     assert 0 < result["eval"]["giou_no_codes"] <= 1 and np.isfinite(result["metrics_last"]["loss"])
-    assert "4 of 40 records are passed over" in output[stage] and "left out" not in output[stage]
+    # In stage 3 a record of several images is one of those without a prompt.
+    assert ("4 of 40 records are passed over" in output[stage]) == (stage == "stage2")
+    assert "left out" not in output[stage]
 
 
 @pytest.mark.parametrize("stage", ["stage2", "stage3"])
