@@ -16,6 +16,7 @@ from alto_jax.data import pipeline, sources, tiles
 from alto_jax.layers import apply_module
 from alto_jax.mllm import text
 from alto_jax.mllm.alto_llm import ALToLLM
+from alto_jax.plan import programs, roofline
 from alto_jax.stages import sft
 from alto_jax.train import flops, loop
 from alto_jax.train.progress import read_metrics
@@ -126,7 +127,8 @@ def test_masks_have_the_features_of_their_one_tile(setting, batches):
     loss = functools.partial(sft.make_loss(config, model.text.ids), drawn=None, step=0)
     batch = batches[1]
     assert batch.image.shape[1] == 1 and batch.mask_valid[:, 0].tolist() == [True, False]
-    image, pixels, _ = sft.images_with_masks(batch)
+    others = np.full_like(batch.image, 7)
+    image, pixels, _ = sft.images_with_masks(batch.replace(image=np.concatenate([batch.image, others], axis=1)))
     np.testing.assert_array_equal(image, batch.image[:, 0])
     assert pixels is batch.pixel_image
     assert "mask_bce" in jax.eval_shape(loss, model.params, batch)[1][0]
@@ -156,3 +158,6 @@ def test_tiles_are_counted_at_their_most(setting):
     assert abstract_batch(plain).image.shape == (3, 56, 56, 3)
     vision = [flops.step_flops(c, only="vision/").forward for c in (config, plain)]
     assert vision[0] == SLOTS * vision[1] > 0
+    assert roofline.activation_bytes(config, 1, 1) > roofline.activation_bytes(plain, 1, 1)
+    prompts = programs._prompts(config, abstract_batch(config))  # of one tile
+    assert prompts.image.shape == (3, 56, 56, 3) and prompts.pixel_image.shape == (3, 64, 64, 3)
