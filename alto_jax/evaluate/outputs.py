@@ -106,7 +106,7 @@ def _check(options: EvaluateOptions, header: Mapping[str, Any], name: str) -> No
     given: dict[str, Any] = {option: getattr(options, option) for option in _FIXED if getattr(options, option)}
     if options.reference:
         given["scoring"] = "reference"
-    if options.max_tiles > 1 and header["family"] in questions.MAX_NEW_TOKENS:
+    if options.max_tiles > 1 and header["family"] in questions.TILED:
         given["max_tiles"], header = options.max_tiles, {"max_tiles": 1} | dict(header)
     for option, value in given.items():
         if header.get(option, value) != value:

@@ -23,6 +23,7 @@ from alto_jax.data.split import image_name
 
 _log = logging.getLogger(__name__)
 SUFFIX = " Answer the question using a single word or phrase."
+TILED = ("pope", "vqav2", "mme")  # Families whose images may be in tiles: their questions name no <ref> or <box>.
 MAX_NEW_TOKENS = {"pope": 10, "vqav2": 10, "mme": 10}
 VAL_FOLDERS = ("coco/val2014", "val2014", "images/val2014", "images/mscoco/images/val2014", "coco/val2017", "val2017")
 # Where MME's categories may lie: the folder that is published, in folders of the usual names or in the data folder.

@@ -122,7 +122,8 @@ def _tasks_of(
                           f"tokenizer_{name}")  # fmt: skip
     if found.family in questions.MAX_NEW_TOKENS:
         asked = questions.open_questions(found.family, found.split, options.data, options.images, _reading(options))
-        return [QuestionTask(answerer, found, *_limited(asked, options), options.max_tiles)]
+        max_tiles = options.max_tiles if found.family in questions.TILED else 1
+        return [QuestionTask(answerer, found, *_limited(asked, options), max_tiles)]
     source, read = _limited(mask_source(name, options), options)
     modes = ("adaptive", "fixed") if options.length == "both" else (options.length,)
     return [SegmentationTask(answerer, found, source, read, mode, options) for mode in modes]
