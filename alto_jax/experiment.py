@@ -10,6 +10,7 @@ from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.lessons import LessonConfig
 from alto_jax.data.masks import AUTO, parse_rule
 from alto_jax.data.reading import Exif
+from alto_jax.data.sa1b_folder import MAX_TARGETS
 from alto_jax.data.scenes import ChatConfig, MaskConfig
 from alto_jax.data.tiles import most_slots
 from alto_jax.lora.adapters import LoraConfig
@@ -29,12 +30,14 @@ SUPERVISED_AT_ONCE = 64  # A mask of 32 tokens and a sentence around it.
 class DataConfig:
     """Where the samples come from.
 
-    source: "scenes" (built in), "sa1b" (a folder of SA-1B images and annotations; stages 1 and 1.5), "jsonl" (a
-    stage-2/3 meta file), "prepared" (what alto_jax.data.prepare wrote), "referring" (training splits of RefCOCO,
-    RefCOCO+, RefCOCOg and gRefCOCO; stages 2 and 3) or "mixture" (a JSON of these with weights). root: the folder;
-    meta: the meta file ("jsonl"), the data sets with commas between ("referring"), the JSON file ("mixture").
+    source: "scenes" (built in), "sa1b" (a folder of SA-1B images and annotations; stages 1 and 1.5), "sa1b_chats" (the
+    same as requests by boxes; stages 2 and 3), "jsonl" (a stage-2/3 meta file), "prepared" (what alto_jax.data.prepare
+    wrote), "referring" (training splits of RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO; stages 2 and 3) or "mixture" (a
+    JSON of these with weights). root: the folder; meta: the meta file ("jsonl"), the data sets with commas between
+    ("referring"), the JSON file ("mixture").
     scenes, scene_masks, scene_chats, scene_lessons (stage 0): what the built-in data looks like. max_length: tokens of
-    a row (stages 0, 2) or prompt (stage 3). max_masks: masks of a conversation. system: system prompt; None: without.
+    a row (stages 0, 2) or prompt (stage 3). max_masks: masks of a conversation. max_targets: most objects whose boxes a
+    request of "sa1b_chats" names. system: system prompt; None: without.
     base_vocab_size: size of the tokenizer that is trained on the built-in data when the start checkpoint
     brings none. max_bad_fraction: share of the records that may be unreadable; they are logged and passed over, more
     are an error. length_buckets: a stage-2 batch is cut to the shortest of these lengths that its rows fit in (one
@@ -56,7 +59,7 @@ class DataConfig:
     image), see data/reading.py. mask_rule: which values of a mask file are foreground, see data/masks.py.
     """
 
-    source: Literal["scenes", "sa1b", "jsonl", "prepared", "referring", "mixture"] = "scenes"
+    source: Literal["scenes", "sa1b", "sa1b_chats", "jsonl", "prepared", "referring", "mixture"] = "scenes"
     root: str = ""
     meta: str = ""
     scenes: ScenesConfig = ScenesConfig()
@@ -65,6 +68,7 @@ class DataConfig:
     scene_lessons: LessonConfig = LessonConfig()
     max_length: int = 1024
     max_masks: int = 1
+    max_targets: int = MAX_TARGETS
     system: str | None = None
     base_vocab_size: int = 512
     num_threads: int = 0
@@ -92,7 +96,7 @@ class DataConfig:
         require(fits, "replay", self.replay, expected)
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "0..1")
         for name, least in {"num_threads": 0, "num_workers": -1, "memory_gb": 0, "pack_samples": 1, "max_length": 8,
-                            "max_masks": 1, "max_tiles": 1, "max_images": 1}.items():  # fmt: skip
+                            "max_masks": 1, "max_targets": 1, "max_tiles": 1, "max_images": 1}.items():  # fmt: skip
             require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         fits = all(8 <= length <= self.max_length for length in self.length_buckets)
         require(fits, "length_buckets", self.length_buckets, f"lengths in 8..{self.max_length}")
@@ -113,7 +117,8 @@ def _require_place(source: str, root: str, meta: str, group: str) -> None:
     """Raises ConfigError if a source of `config.{group}` lacks its root or meta, or has a URL there."""
     local_path(root, "root")
     local_path(meta, "meta")
-    require(source != "sa1b" or bool(root), "root", root, f"the SA-1B folder (--config.{group}.root=DIR)")
+    is_sa1b = source in ("sa1b", "sa1b_chats")
+    require(not is_sa1b or bool(root), "root", root, f"the SA-1B folder (--config.{group}.root=DIR)")
     require(source != "jsonl" or bool(meta), "meta", meta, f"the meta file (--config.{group}.meta=FILE)")
     if source in ("prepared", "referring"):
         require(bool(root), "root", root, f"the data folder of source {source!r}")
@@ -179,7 +184,7 @@ class EvalConfig:
     batch_size: int = 32
     token_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     max_new_tokens: int = 64
-    source: Literal["", "scenes", "sa1b", "jsonl", "prepared", "referring", "mixture"] = ""
+    source: Literal["", "scenes", "sa1b", "sa1b_chats", "jsonl", "prepared", "referring", "mixture"] = ""
     root: str = ""
     meta: str = ""
     at_start: bool = False

@@ -14,6 +14,8 @@ from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.open_vocab import OpenVocab
 from alto_jax.data.prepared import Prepared
 from alto_jax.data.reading import AS_STORED, Reading
+from alto_jax.data.sa1b_chats import validation_targets
+from alto_jax.data.sa1b_folder import find_folder
 from alto_jax.data.scenes import ChatConfig, SceneChats, ScenesConfig
 from alto_jax.data.source import Records
 from alto_jax.mllm import text
@@ -64,6 +66,10 @@ def _others() -> dict[str, Benchmark]:
         "test",
         "mme/{category}/*.txt with its image beside it, or as published: "
         "mme/MME_Benchmark_release_version/{category}/images, questions_answers_YN",
+    )
+    name, expects = "multi_target_sa1b_val", "sa1b/ with sa_*.json beside sa_*.jpg, in folders of any depth"
+    found[name] = Benchmark(
+        name, "multi_target_sa1b", "sa1b", "val", f"{expects}; those of the validation list are read"
     )
     found["scenes"] = Benchmark("scenes", "scenes", "scenes", "validation", "nothing: the built-in held-out shapes")
     return found
@@ -178,10 +184,15 @@ def _open_vocab(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any
     return OpenVocab(file, reading=reading)
 
 
+def _open_sa1b(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any, reading: Reading) -> Records:
+    return validation_targets(find_folder(root), reading=reading)
+
+
 _OPENERS: dict[str, Callable[..., Records]] = {
     "refcoco": _open_referring,
     "grefcoco": _open_referring,
     "refcocom": _open_refcocom,
     "open_vocab": _open_vocab,
+    "multi_target_sa1b": _open_sa1b,
 }
 MASK_FAMILIES = tuple(_OPENERS)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from alto_jax.config import cache_folder, write_whole
+from alto_jax.data.split import file_hash
 
 _log = logging.getLogger(__name__)
 _FORM = 1  # of the kept files
@@ -148,7 +149,8 @@ class FileNames(Sequence[pathlib.Path]):
           OSError: a folder cannot be read.
         """
         self.root = pathlib.Path(root)
-        kept = _kept_file(f"files-{prefix}-{suffix.strip('.')}", self.root)
+        self._kind = f"files-{prefix}-{suffix.strip('.')}"
+        kept = _kept_file(self._kind, self.root)
         index = _map(kept)
         if index is None or not _same_times(self.root, index.about["times"]):
             listing = _Listing(self.root, prefix, suffix)
@@ -160,10 +162,23 @@ class FileNames(Sequence[pathlib.Path]):
     def take(self, rows: np.ndarray) -> "FileNames":
         """The files int[N] of these, in that order."""
         found = object.__new__(FileNames)
-        found.root, found._index = self.root, self._index
+        found.root, found._index, found._kind = self.root, self._index, self._kind
         found._rows = rows if self._rows is None else self._rows[rows]
         found.digest = hashlib.blake2b(self.digest.encode() + found._rows.tobytes(), digest_size=16).hexdigest()
         return found
+
+    def hashes(self) -> np.ndarray:
+        """Hashes of the names as those of images, uint64[N], see split.py; kept beside the list."""
+        kept, digest = _kept_file(f"{self._kind}-hashes", self.root), self._index.about["digest"]
+        index = _map(kept)
+        if index is None or index.about["digest"] != digest:
+            count = len(self._index.arrays["ends"])
+            index = Index(
+                {"digest": digest}, {"hashes": np.fromiter(map(file_hash, map(self._name, range(count))), np.uint64)}
+            )
+            index = _keep(kept, index) if self._index.file is not None else index
+        found = index.arrays["hashes"]
+        return found if self._rows is None else found[self._rows]
 
     def __len__(self) -> int:
         return len(self._index.arrays["ends"] if self._rows is None else self._rows)

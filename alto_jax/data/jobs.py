@@ -16,6 +16,7 @@ from alto_jax.data.conversations import Conversations
 from alto_jax.data.images import check_size
 from alto_jax.data.reading import AS_STORED, Reading
 from alto_jax.data.sa1b import Sa1bMasks
+from alto_jax.data.sa1b_chats import Sa1bChats, Sa1bTargets
 from alto_jax.data.scenes import SceneChats, SceneMasks, ScenesConfig
 
 SPLIT = "train"  # Of the TFDS data set; the benchmark's own split is part of the name.
@@ -83,6 +84,9 @@ def open_source(
     path = pathlib.Path(source)
     if name == "sa1b":
         return name, "masks", Sa1bMasks(path, seed=seed, draws_per_image=draws, reading=reading)
+    if name == "sa1b_chats":
+        targets = Sa1bTargets(path, seed=seed, draws_per_image=draws, reading=reading)
+        return name, "chat", Sa1bChats(targets, seed=seed)
     if name == "conversations":
         file = path / "meta.json" if path.is_dir() else path
         return name, "chat", Conversations(file, seed=seed, once=True, reading=reading)
@@ -95,7 +99,7 @@ def open_source(
         return f"{name}.{protocol}", "chat", refcoco.ReferringChats(raw, seed=seed)
     with_masks = [n for n, found in benchmarks.BENCHMARKS.items() if found.family in benchmarks.MASK_FAMILIES]
     if name not in with_masks:
-        own = "sa1b, conversations, scene_masks, scene_chats, {refcoco,refcoco+,refcocog,grefcoco}_train"
+        own = "sa1b, sa1b_chats, conversations, scene_masks, scene_chats, {refcoco,refcoco+,refcocog,grefcoco}_train"
         raise ConfigError(f"NAME: expected one of {own}, {', '.join(with_masks)}; got {name!r}")
     opened = benchmarks.open_benchmark(name, path, protocol=protocol, images=images, reading=reading)
     return f"{name}.{protocol}", "referring", opened

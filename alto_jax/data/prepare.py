@@ -4,9 +4,9 @@
         [--cache-features CHECKPOINT] [--cache-tokens CHECKPOINT]
     python -m alto_jax.data.prepare NAME --source DIR --check
 
-NAME: sa1b, conversations, refcoco_train (refcoco+_, refcocog_, grefcoco_), scene_masks, scene_chats, or a benchmark
-with masks. Writes a TFDS data set (array_record; no TensorFlow) to OUT/{name}/1.0.0, in the order of the raw reader,
-with `manifest.json`: counts, hashes, bad records. Killed and started again it goes on with the shards that are
+NAME: sa1b, sa1b_chats, conversations, refcoco_train (refcoco+_, refcocog_, grefcoco_), scene_masks, scene_chats, or a
+benchmark with masks. Writes a TFDS data set (array_record; no TensorFlow) to OUT/{name}/1.0.0, in the order of the raw
+reader, with `manifest.json`: counts, hashes, bad records. Killed and started again it goes on with the shards that are
 missing, and ends byte for byte as without the kill. --check writes nothing and lists everything that is wrong.
 
 Note: shards are written here rather than by TFDS's writer, which starts from nothing after a kill; the metadata
@@ -265,7 +265,7 @@ def main() -> int:
     )
     parser.add_argument("--protocol", choices=("joined", "per_sentence"), default="joined")
     parser.add_argument("--images", metavar="DIR", help="the COCO images, if not at a usual place")
-    parser.add_argument("--draws-per-image", type=int, default=1, help="sa1b: records made of each image")
+    parser.add_argument("--draws-per-image", type=int, default=1, help="sa1b, sa1b_chats: records made of each image")
     parser.add_argument("--num-scenes", type=int, default=20000, help="scene_masks, scene_chats: how many")
     parser.add_argument("--exif", choices=EXIF, default="stored", help="EXIF orientation: see docs/data.md")
     parser.add_argument("--mask-rule", default=masks.AUTO, help=f"of mask files: {masks.RULES} (docs/data.md)")

@@ -20,13 +20,14 @@ from alto_jax.data.prepared import Prepared
 from alto_jax.data.prompts import NoPrompts, Prompts
 from alto_jax.data.reading import Reading
 from alto_jax.data.sa1b import Sa1bMasks
+from alto_jax.data.sa1b_chats import Sa1bChats, Sa1bTargets
 from alto_jax.data.source import Batches, HasImages, Records
 from alto_jax.data.split import EmptySplit, ImageSplit
 from alto_jax.mllm.text import TextTokenizer
 from alto_jax.parallel import distributed
 from alto_jax.parallel.shares import WHOLE, BatchShare
 
-S = TypeVar("S", Conversations, Prepared, Sa1bMasks, refcoco.Referring)
+S = TypeVar("S", Conversations, Prepared, Sa1bMasks, Sa1bChats, refcoco.Referring)
 _log = logging.getLogger(__name__)
 _MOST_THREADS = 16  # more wait for each other
 _SEED_OFFSET = 1_000_003  # Note: keeps the shuffling apart from the other uses of config.seed.
@@ -78,11 +79,13 @@ def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = Fa
         return Prompts(prepared, f"{field}.root {data.root}") if adaptive_only else prepared
     if data.source == "referring":
         return _referring(config, field, split, adaptive_only)
+    if data.source == "sa1b_chats" and config.stage != "stage0":
+        return _part(_sa1b_chats(config, held_out, adaptive_only), split)
     if data.source == "mixture":
         return _mixture(config, field, lambda part: chat_source(part, held_out=held_out, adaptive_only=adaptive_only))
     raise ValueError(
-        f"{field}.source: {config.stage} reads 'scenes', 'jsonl', 'prepared', 'referring' or 'mixture', "
-        f"got {data.source!r}"
+        f"{field}.source: {config.stage} reads 'scenes', 'jsonl', 'prepared', 'referring', 'mixture' or, with masks, "
+        f"'sa1b_chats'; got {data.source!r}"
     )
 
 
@@ -149,6 +152,13 @@ def _resolved(path: str) -> str:
 def _part(source: S, split: ImageSplit | None) -> S:
     """One side of a source; all of it without a split."""
     return source if split is None else source.part(split)
+
+
+def _sa1b_chats(config: Any, held_out: bool, adaptive_only: bool) -> Sa1bChats:
+    data = config.data
+    targets = Sa1bTargets(data.root, train=not held_out, seed=config.seed, max_targets=data.max_targets,
+                          reading=_reading(data))  # fmt: skip
+    return Sa1bChats(targets, seed=config.seed, adaptive_fraction=1.0 if adaptive_only else 0.5)
 
 
 def _referring(config: Any, field: str, split: ImageSplit | None, adaptive_only: bool) -> Records:

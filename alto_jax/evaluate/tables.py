@@ -41,6 +41,11 @@ LAYOUTS: dict[str, tuple[str, Sequence[tuple[str, str]], Mapping[str, str]]] = {
         (("gIoU", "giou"), ("cIoU", "ciou")),
         {"a150": "A-150", "pc59": "PC-59", "pas20": "PAS-20"},
     ),
+    "multi_target_sa1b": (
+        "Several targets named by their boxes (Multi-Target-SA1B)",
+        (("gIoU", "giou"), ("cIoU", "ciou")),
+        {"multi_target_sa1b_val": "val"},
+    ),
     "scenes": ("Built-in held-out scenes", (("gIoU", "giou"), ("cIoU", "ciou")), {"scenes": "scenes"}),
     "pope": (
         "POPE",

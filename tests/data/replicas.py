@@ -146,17 +146,20 @@ def write_label_maps(root: pathlib.Path, name: str, count: int = 4) -> None:
         image.save(root / "labels" / f"img_{number}.png")
 
 
-def write_sa1b(root: pathlib.Path, count: int = 4, size: int = SIZE) -> None:
-    """A flat SA-1B folder."""
+SA1B_VALIDATION = (534, 757)  # ids whose names' hash puts them on the validation list
+
+
+def write_sa1b(root: pathlib.Path, count: int = 4, size: int = SIZE, ids=()) -> None:
+    """A flat SA-1B folder of images 0, 1, … or of the ids."""
     root.mkdir(parents=True, exist_ok=True)
-    for number, scene in enumerate(scenes(count)):
+    ids = ids or range(count)
+    for number, scene in zip(ids, scenes(len(ids)), strict=True):
         Image.fromarray(scene.image).save(root / f"sa_{number}.jpg", quality=95)
         info = {"image_id": number, "width": size, "height": size, "file_name": f"sa_{number}.jpg"}
         annotations = []
-        for k in range(len(scene.objects)):
-            mask = scene.union([k]) > 0
-            rle = runs(mask, "compressed")
-            annotations.append({"id": k, "area": int(mask.sum()), "bbox": [0, 0, size, size], "segmentation": rle,
+        for k, shape in enumerate(scene.objects):
+            rle = runs(shape.mask, "compressed")
+            annotations.append({"id": k, "area": shape.area, "bbox": list(shape.bbox), "segmentation": rle,
                                 "predicted_iou": 0.9, "stability_score": 0.9})  # fmt: skip
         (root / f"sa_{number}.json").write_text(json.dumps({"image": info, "annotations": annotations}))
 

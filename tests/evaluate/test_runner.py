@@ -39,6 +39,7 @@ def data(tmp_path_factory):
         replicas.write_label_maps(root / name, name)
         folders = root / name / "images", root / name / "labels", root / "open_vocab"
         open_vocab.build(name, *folders, names=[f"thing {i}" for i in range(20)] if name == "a150" else None)
+    replicas.write_sa1b(root / "sa1b", ids=replicas.SA1B_VALIDATION)
     write_questions(root)
     return root
 
@@ -47,7 +48,7 @@ def data(tmp_path_factory):
 def run(debug_model, data, tmp_path_factory):
     """All benchmarks, evaluated once."""
     out = tmp_path_factory.mktemp("evaluation")
-    found = runner.evaluate(options(debug_model, data, out, "all,tokenizer_refcoco_val,tokenizer_scenes", scenes=3))
+    found = runner.evaluate(options(debug_model, data, out, "all,tokenizer_refcoco_val,tokenizer_scenes,tokenizer_multi_target_sa1b_val", scenes=3))
     assert {task["benchmark"] for task in found.values()} > benchmarks.BENCHMARKS.keys()
     return out, found
 
