@@ -14,6 +14,7 @@ from alto_jax.data.bad_data import RecordError
 # Where the COCO images of the referring data sets usually lie, below the data folder.
 _ROOTS = ("images/mscoco/images/", "coco/", "", "images/")
 IMAGE_FOLDERS = (*(root + split for split in ("train2014", "train2017") for root in _ROOTS), "images")
+VAL_FOLDERS = ("coco/val2014", "val2014", "images/val2014", "images/mscoco/images/val2014", "coco/val2017", "val2017")
 _SPLIT_FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 _NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12}\.\w+)")
 

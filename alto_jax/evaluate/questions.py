@@ -25,7 +25,6 @@ _log = logging.getLogger(__name__)
 SUFFIX = " Answer the question using a single word or phrase."
 TILED = ("pope", "vqav2", "mme")  # Families whose images may be in tiles: their questions name no <ref> or <box>.
 MAX_NEW_TOKENS = {"pope": 10, "vqav2": 10, "mme": 10}
-VAL_FOLDERS = ("coco/val2014", "val2014", "images/val2014", "images/mscoco/images/val2014", "coco/val2017", "val2017")
 # Where MME's categories may lie: the folder that is published, in folders of the usual names or in the data folder.
 _MME_INNER = ("MME_Benchmark_release_version/", "MME_Benchmark_release_version/MME_Benchmark/", "MME_Benchmark/", "")
 MME_FOLDERS = tuple(outer + inner for outer in ("mme/", "MME/", "") for inner in _MME_INNER)
@@ -80,7 +79,7 @@ def open_questions(
     root = pathlib.Path(root)
     if family == "mme":
         return Questions(_open_mme(_mme_folder(root)), reading)
-    folder = pathlib.Path(images) if images is not None else files.find(root, VAL_FOLDERS, "COCO val2014 images")
+    folder = pathlib.Path(images) if images is not None else files.find(root, coco.VAL_FOLDERS, "COCO val2014 images")
     entries = _open_pope(root, split, folder) if family == "pope" else _open_vqav2(root, folder)
     return Questions(entries, reading)
 

@@ -203,3 +203,52 @@ def write_all(root: pathlib.Path) -> None:
         write_label_maps(root / name, name)
         folders = root / name / "images", root / name / "labels", root / "open_vocab"
         open_vocab.build(name, *folders, names=[f"thing {i}" for i in range(20)] if name == "a150" else None)
+
+
+def write_questions(root) -> None:
+    """POPE, VQAv2 and MME."""
+    folder = root / "coco" / "val2014"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, scene in enumerate(scenes(3)):
+        Image.fromarray(scene.image).save(folder / f"COCO_val2014_{number:012d}.jpg")
+    (root / "pope").mkdir(exist_ok=True)
+    for split in ("random", "popular", "adversarial"):
+        lines = [
+            {
+                "question_id": i,
+                "image": f"COCO_val2014_{i:012d}.jpg",
+                "text": "Is there a dog?",
+                "label": ("yes", "no")[i % 2],
+            }
+            for i in range(3)
+        ]
+        (root / "pope" / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, lines)))
+    (root / "vqav2").mkdir(exist_ok=True)
+    questions = [{"question_id": i, "image_id": i, "question": "What colour?"} for i in range(3)]
+    answers = [{"question_id": i, "answers": [{"answer": "red"}] * 10, "answer_type": "other"} for i in range(3)]
+    names = ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json")
+    for name, content in zip(names, ({"questions": questions}, {"annotations": answers})):
+        (root / "vqav2" / name).write_text(json.dumps(content))
+    for category in ("existence", "code_reasoning"):
+        (root / "mme" / category).mkdir(parents=True, exist_ok=True)
+        for number, scene in enumerate(scenes(2)):
+            Image.fromarray(scene.image).save(root / "mme" / category / f"{number}.png")
+            (root / "mme" / category / f"{number}.txt").write_text("Is it here?\tYes\nIs it gone?\tNo\n")
+
+
+def write_benchmarks(root: pathlib.Path) -> None:
+    """Every benchmark in one data folder, and the training splits of the referring ones."""
+    from alto_jax.data import open_vocab
+
+    for dataset in ("refcoco", "refcoco+", "grefcoco"):
+        write_refer(root, dataset, splits=("val", "testA", "testB", "train"), count=8)
+    write_refer(root, "refcocog", splits=("val", "test", "train"))
+    for part in ("part_only", "object_part"):
+        for split in ("val", "testA", "testB"):
+            write_refcocom(root, f"{split}_{part}")
+    for name in open_vocab.LABEL_MAPS:
+        write_label_maps(root / name, name)
+        folders = root / name / "images", root / name / "labels", root / "open_vocab"
+        open_vocab.build(name, *folders, names=[f"thing {i}" for i in range(20)] if name == "a150" else None)
+    write_sa1b(root / "sa1b", ids=(0, 1, *SA1B_VALIDATION))
+    write_questions(root)

@@ -30,8 +30,6 @@ NAMES = "grefcoco_val,refcoco_val,pas20,pope_random,tokenizer_refcoco_val"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    from tests.evaluate.test_questions import write_questions
-
     root = tmp_path_factory.mktemp("data")
     replicas.write_refer(root, "grefcoco", splits=("val",), count=6)
     replicas.write_refer(root, "refcoco", splits=("val",), count=6)
@@ -39,7 +37,7 @@ def data(tmp_path_factory):
     from alto_jax.data import open_vocab
 
     open_vocab.build("pas20", root / "pas20" / "images", root / "pas20" / "labels", root / "open_vocab")
-    write_questions(root)
+    replicas.write_questions(root)
     return root
 
 
@@ -271,13 +269,12 @@ def test_fingerprints_see_what_decides_the_results(tmp_path, name):
     from alto_jax.data import open_vocab
     from alto_jax.data.sa1b import Sa1bMasks
     from alto_jax.evaluate import questions
-    from tests.evaluate.test_questions import write_questions
 
     if name == "sa1b":
         replicas.write_sa1b(tmp_path)
         changed, source = tmp_path / "sa_1.json", lambda: Sa1bMasks(tmp_path, train=False)
     elif name == "mme":
-        write_questions(tmp_path)
+        replicas.write_questions(tmp_path)
         changed = tmp_path / "mme" / "existence" / "0.txt"
         source = lambda: questions.open_questions("mme", "test", tmp_path)
     elif name == "pas20":

@@ -1,7 +1,5 @@
 """POPE, VQAv2 and MME: reading and scoring."""
 
-import json
-
 import numpy as np
 from PIL import Image
 import pytest
@@ -10,39 +8,8 @@ from alto_jax.evaluate import questions
 from tests.data import replicas
 
 
-def write_questions(root) -> None:
-    """Replicas of the three data sets."""
-    folder = root / "coco" / "val2014"
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, scene in enumerate(replicas.scenes(3)):
-        Image.fromarray(scene.image).save(folder / f"COCO_val2014_{number:012d}.jpg")
-    (root / "pope").mkdir(exist_ok=True)
-    for split in ("random", "popular", "adversarial"):
-        lines = [
-            {
-                "question_id": i,
-                "image": f"COCO_val2014_{i:012d}.jpg",
-                "text": "Is there a dog?",
-                "label": ("yes", "no")[i % 2],
-            }
-            for i in range(3)
-        ]
-        (root / "pope" / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, lines)))
-    (root / "vqav2").mkdir(exist_ok=True)
-    questions = [{"question_id": i, "image_id": i, "question": "What colour?"} for i in range(3)]
-    answers = [{"question_id": i, "answers": [{"answer": "red"}] * 10, "answer_type": "other"} for i in range(3)]
-    names = ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json")
-    for name, content in zip(names, ({"questions": questions}, {"annotations": answers})):
-        (root / "vqav2" / name).write_text(json.dumps(content))
-    for category in ("existence", "code_reasoning"):
-        (root / "mme" / category).mkdir(parents=True, exist_ok=True)
-        for number, scene in enumerate(replicas.scenes(2)):
-            Image.fromarray(scene.image).save(root / "mme" / category / f"{number}.png")
-            (root / "mme" / category / f"{number}.txt").write_text("Is it here?\tYes\nIs it gone?\tNo\n")
-
-
 def test_readers(tmp_path):
-    write_questions(tmp_path)
+    replicas.write_questions(tmp_path)
     counts = {"pope": 3, "vqav2": 3, "mme": 8}
     for family, count in counts.items():
         source = questions.open_questions(family, "popular", tmp_path)

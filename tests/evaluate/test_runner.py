@@ -13,7 +13,6 @@ from alto_jax.data import benchmarks
 from alto_jax.evaluate import results, runner, summaries, tables
 from alto_jax.evaluate.options import EvaluateOptions
 from tests.data import replicas
-from tests.evaluate.test_questions import write_questions
 
 
 def options(model, data, out, benchmark, **changes):
@@ -26,21 +25,7 @@ def options(model, data, out, benchmark, **changes):
 def data(tmp_path_factory):
     """Replicas of every benchmark in one data folder."""
     root = tmp_path_factory.mktemp("benchmarks")
-    for dataset in ("refcoco", "refcoco+"):
-        replicas.write_refer(root, dataset, splits=("val", "testA", "testB"))
-    replicas.write_refer(root, "refcocog", splits=("val", "test"))
-    replicas.write_refer(root, "grefcoco", splits=("val", "testA", "testB"))
-    for part in ("part_only", "object_part"):
-        for split in ("val", "testA", "testB"):
-            replicas.write_refcocom(root, f"{split}_{part}")
-    from alto_jax.data import open_vocab
-
-    for name in open_vocab.LABEL_MAPS:
-        replicas.write_label_maps(root / name, name)
-        folders = root / name / "images", root / name / "labels", root / "open_vocab"
-        open_vocab.build(name, *folders, names=[f"thing {i}" for i in range(20)] if name == "a150" else None)
-    replicas.write_sa1b(root / "sa1b", ids=replicas.SA1B_VALIDATION)
-    write_questions(root)
+    replicas.write_benchmarks(root)
     return root
 
 
@@ -48,7 +33,15 @@ def data(tmp_path_factory):
 def run(debug_model, data, tmp_path_factory):
     """All benchmarks, evaluated once."""
     out = tmp_path_factory.mktemp("evaluation")
-    found = runner.evaluate(options(debug_model, data, out, "all,tokenizer_refcoco_val,tokenizer_scenes,tokenizer_multi_target_sa1b_val", scenes=3))
+    found = runner.evaluate(
+        options(
+            debug_model,
+            data,
+            out,
+            "all,tokenizer_refcoco_val,tokenizer_scenes,tokenizer_multi_target_sa1b_val",
+            scenes=3,
+        )
+    )
     assert {task["benchmark"] for task in found.values()} > benchmarks.BENCHMARKS.keys()
     return out, found
 
