@@ -32,9 +32,10 @@ class DataConfig:
 
     source: "scenes" (built in), "sa1b" (a folder of SA-1B images and annotations; stages 1 and 1.5), "sa1b_chats" (the
     same as requests by boxes; stages 2 and 3), "jsonl" (a stage-2/3 meta file), "prepared" (what alto_jax.data.prepare
-    wrote), "referring" (training splits of RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO; stages 2 and 3) or "mixture" (a
-    JSON of these with weights). root: the folder; meta: the meta file ("jsonl"), the data sets with commas between
-    ("referring"), the JSON file ("mixture").
+    wrote), "referring" (training splits of RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO and ReasonSeg; stages 2 and 3),
+    "comprehension" (the first three, answered with boxes; stages 0 and 2) or "mixture" (a JSON of these with weights).
+    root: the folder; meta: the meta file ("jsonl"), the data sets with commas between ("referring", "comprehension"),
+    the JSON file ("mixture").
     scenes, scene_masks, scene_chats, scene_lessons (stage 0): what the built-in data looks like. max_length: tokens of
     a row (stages 0, 2) or prompt (stage 3). max_masks: masks of a conversation. max_targets: most objects whose boxes a
     request of "sa1b_chats" names. system: system prompt; None: without.
@@ -59,7 +60,9 @@ class DataConfig:
     image), see data/reading.py. mask_rule: which values of a mask file are foreground, see data/masks.py.
     """
 
-    source: Literal["scenes", "sa1b", "sa1b_chats", "jsonl", "prepared", "referring", "mixture"] = "scenes"
+    source: Literal["scenes", "sa1b", "sa1b_chats", "jsonl", "prepared", "referring", "comprehension", "mixture"] = (
+        "scenes"
+    )
     root: str = ""
     meta: str = ""
     scenes: ScenesConfig = ScenesConfig()
@@ -120,10 +123,10 @@ def _require_place(source: str, root: str, meta: str, group: str) -> None:
     is_sa1b = source in ("sa1b", "sa1b_chats")
     require(not is_sa1b or bool(root), "root", root, f"the SA-1B folder (--config.{group}.root=DIR)")
     require(source != "jsonl" or bool(meta), "meta", meta, f"the meta file (--config.{group}.meta=FILE)")
-    if source in ("prepared", "referring"):
+    if source in ("prepared", "referring", "comprehension"):
         require(bool(root), "root", root, f"the data folder of source {source!r}")
-    if source in ("referring", "mixture"):
-        require(bool(meta), "meta", meta, "data set names (referring) or a JSON file (mixture)")
+    if source in ("referring", "comprehension", "mixture"):
+        require(bool(meta), "meta", meta, "data set names (referring, comprehension) or a JSON file (mixture)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +187,9 @@ class EvalConfig:
     batch_size: int = 32
     token_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     max_new_tokens: int = 64
-    source: Literal["", "scenes", "sa1b", "sa1b_chats", "jsonl", "prepared", "referring", "mixture"] = ""
+    source: Literal[
+        "", "scenes", "sa1b", "sa1b_chats", "jsonl", "prepared", "referring", "comprehension", "mixture"
+    ] = ""
     root: str = ""
     meta: str = ""
     at_start: bool = False

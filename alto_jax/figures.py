@@ -10,6 +10,7 @@ import numpy as np
 
 # Okabe-Ito colours, as in report.py.
 _SERIES_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_MOST_NAMES = 6  # in a legend that lies on the plot
 
 
 def iou_curve_figure(
@@ -46,7 +47,7 @@ def iou_curve_figure(
     if ticks and len(ticks) <= 8:
         axes.set_xticks(sorted(ticks))
     if len(curves) + len(points or {}) > 1:
-        axes.legend(frameon=False, loc="best")
+        _legend(figure, axes)
     return figure
 
 
@@ -75,8 +76,18 @@ def length_histogram_figure(lengths: Mapping[str, Sequence[int]], max_length: in
     axes.set_xlabel("mask tokens")
     axes.set_ylabel("share of samples")
     axes.set_xlim(-0.5, max_length + 0.5)
-    axes.legend(frameon=False, loc="best")
+    _legend(figure, axes)
     return figure
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Names of what is drawn: among it, or if they are many, below it."""
+    count = len(axes.get_legend_handles_labels()[0])
+    if count <= _MOST_NAMES:
+        axes.legend(frameon=False, loc="best")
+        return
+    figure.set_figheight(figure.get_figheight() + 0.22 * count)
+    figure.legend(frameon=False, loc="outside lower left")
 
 
 def scatter_figure(panels: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> Any:

@@ -9,7 +9,7 @@ import os
 import pathlib
 from typing import Any, cast
 
-from alto_jax.data import files, refcoco
+from alto_jax.data import comprehension, files, reason_seg, refcoco, refcoco_m
 from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.open_vocab import OpenVocab
 from alto_jax.data.prepared import Prepared
@@ -71,6 +71,16 @@ def _others() -> dict[str, Benchmark]:
     found[name] = Benchmark(
         name, "multi_target_sa1b", "sa1b", "val", f"{expects}; those of the validation list are read"
     )
+    for split in ("val", "test"):
+        expects = f"{reason_seg.FOLDERS[1]}/{split}/*.json with *.jpg beside"
+        found[f"reasonseg_{split}"] = Benchmark(f"reasonseg_{split}", "reasonseg", "reasonseg", split, expects)
+    expects = f"{refcoco_m.FOLDERS[0]}/validation-*.parquet; COCO train2014 images"
+    found["refcoco-m_val"] = Benchmark("refcoco-m_val", "refcoco-m", "refcoco-m", "val", expects)
+    for name, one in _referring().items():
+        if one.dataset in comprehension.DATASETS:
+            found[f"rec_{name}"] = Benchmark(f"rec_{name}", "rec", one.dataset, one.split, one.expects)
+    expects = "mask_perception/mask_perception.json with its masks beside; COCO train2014 images"
+    found["mask_perception"] = Benchmark("mask_perception", "mask_perception", "mask_perception", "test", expects)
     found["scenes"] = Benchmark("scenes", "scenes", "scenes", "validation", "nothing: the built-in held-out shapes")
     return found
 
@@ -144,7 +154,7 @@ class SceneReferring:
         return shared | {"mask": record["masks"][0], "phrase": phrase}
 
 
-TRAINING = ("refcoco", "refcoco+", "refcocog", "grefcoco")  # Data sets with a training split.
+TRAINING = ("refcoco", "refcoco+", "refcocog", "grefcoco", "reasonseg")  # Data sets with a training split.
 
 
 def train_split(
@@ -155,7 +165,7 @@ def train_split(
     images: Any = None,
     reading: Reading = AS_STORED,
 ) -> refcoco.Referring:
-    """The training split of refcoco, refcoco+, refcocog or grefcoco (PSALM-converted or as published)."""
+    """The training split of refcoco, refcoco+, refcocog, grefcoco (PSALM-converted or as published) or reasonseg."""
     found = Benchmark(dataset, dataset, dataset, "train", "")
     return _open_referring(found, pathlib.Path(root), protocol, images, reading)
 
@@ -163,6 +173,8 @@ def train_split(
 def _open_referring(
     found: Benchmark, root: pathlib.Path, protocol: Any, images: Any, reading: Reading
 ) -> refcoco.Referring:
+    if found.dataset == "reasonseg":
+        return reason_seg.open_reason_seg(root, found.split, protocol=protocol, reading=reading)
     general = found.dataset == "grefcoco"
     converted = [root / file for file in refcoco.psalm_files(found.dataset, found.split) if (root / file).is_file()]
     if converted:
@@ -184,6 +196,23 @@ def _open_vocab(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any
     return OpenVocab(file, reading=reading)
 
 
+def _open_refcoco_m(
+    found: Benchmark, root: pathlib.Path, protocol: Any, images: Any, reading: Reading
+) -> refcoco.Referring:
+    return refcoco_m.open_refcoco_m(root, images=images, protocol=protocol, reading=reading)
+
+
+def open_boxes(
+    name: str, root: str | os.PathLike, *, images: str | os.PathLike | None = None, reading: Reading = AS_STORED
+) -> comprehension.BoxQuestions:
+    """The questions of a benchmark of referring comprehension ("rec_refcoco_val"); arguments as `open_benchmark`."""
+    found, root = benchmark(name), pathlib.Path(root)
+    if not root.is_dir():
+        raise ValueError(f"--data: {root} does not exist; {name} expects there: {found.expects}")
+    source = _open_referring(found, root, "per_sentence", images, reading)
+    return comprehension.BoxQuestions(comprehension.Comprehension(source), f"{found.dataset}_{found.split}")
+
+
 def _open_sa1b(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any, reading: Reading) -> Records:
     return validation_targets(find_folder(root), reading=reading)
 
@@ -191,6 +220,8 @@ def _open_sa1b(found: Benchmark, root: pathlib.Path, protocol: Any, images: Any,
 _OPENERS: dict[str, Callable[..., Records]] = {
     "refcoco": _open_referring,
     "grefcoco": _open_referring,
+    "reasonseg": _open_referring,
+    "refcoco-m": _open_refcoco_m,
     "refcocom": _open_refcocom,
     "open_vocab": _open_vocab,
     "multi_target_sa1b": _open_sa1b,

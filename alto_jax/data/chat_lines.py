@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 _PARTS = {"image": text.IMAGE, "image_url": text.IMAGE}
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
 GOOD, MALFORMED, UNSUPPORTED = range(3)
-_FORM = 3  # Another number finds the records of all files anew: for changes of what is said of a record.
+_FORM = 4  # Another number finds the records of all files anew: for changes of what is said of a record.
 
 
 class Unsupported(ValueError):

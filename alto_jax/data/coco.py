@@ -86,6 +86,13 @@ def of_target(annotations: Sequence[dict[str, Any]]) -> list[Any]:
     return [annotation["segmentation"] for annotation in single or annotations]
 
 
+def box_of(annotations: Sequence[dict[str, Any]]) -> tuple[float, ...] | None:
+    """`bbox` (x, y, width, height) of the only annotation; None if there are several, or it has no such field."""
+    box = annotations[0].get("bbox") if len(annotations) == 1 else None
+    is_box = isinstance(box, list) and len(box) == 4 and all(isinstance(b, int | float) for b in box)
+    return tuple(map(float, box)) if is_box and box is not None else None
+
+
 def union(segmentations: Sequence[Any]) -> Callable[[int, int], np.ndarray]:
     """Reads the union of COCO segmentations as bool[height, width]; none: an empty mask."""
 
@@ -118,6 +125,10 @@ class Instances:
         if image_id not in self._names:
             raise ValueError(f"image_id {image_id!r} is not in {self.path}")
         return self._names[image_id], stated_size(self._images[image_id], f"{self.path}: image {image_id}")
+
+    def annotations(self, ids: Sequence[Any]) -> list[dict[str, Any]]:
+        """The annotations of ids that `target` took."""
+        return [self._annotations[annotation_id] for annotation_id in ids]
 
     def target(self, ids: Sequence[Any]) -> list[Any]:
         """The segmentations of annotations, see `of_target`; ValueError: no id, or one that is not there."""

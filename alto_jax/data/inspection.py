@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax.data import bad_data, coco, files, images
+from alto_jax.data import bad_data, coco, files, images, reason_seg, refcoco_m
 from alto_jax.data.chat_lines import find_lines
 from alto_jax.data.index import FileNames
 
@@ -199,20 +199,11 @@ def _pairs(place: pathlib.Path, prefix: str, found: Findings) -> None:
     found.look_into(pictures[::step])
     for file in annotations[::step]:
         try:
-            bad_data.parse_json(_text(file), file)
+            reason_seg.read(file)
         except ValueError as error:
             found.problems.append(Problem(file, f"damaged: {bad_data.one_line(error)}"))
     if step > 1:
         found.looked_into = f"one in {step} files looked into"
-
-
-def _text(file: pathlib.Path) -> str:
-    """An annotation file's text; some of ReasonSeg's are in Windows' encoding."""
-    content = file.read_bytes()
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        return content.decode("cp1252", "replace")
 
 
 def _conversations(root: pathlib.Path, place: pathlib.Path, found: Findings) -> None:
@@ -237,6 +228,26 @@ def _conversations(root: pathlib.Path, place: pathlib.Path, found: Findings) -> 
         found.look_into(named)
 
 
+def _refcoco_m(root: pathlib.Path, place: pathlib.Path, found: Findings) -> None:
+    folder, tables = _train2014(root), refcoco_m.tables_of(place)
+    for table in tables:
+        rows = refcoco_m.read_rows(table)
+        _count(found, "images", rows)
+        samples = [sample for row in rows for sample in row["samples"] or ()]
+        _count(found, "referents", samples)
+        _count(found, "expressions", [sentence for sample in samples for sentence in sample["sentences"]])
+        if folder is not None:
+            found.look_into(folder / row["file_name"] for row in rows)
+
+
+def _mask_perception(root: pathlib.Path, place: pathlib.Path, found: Findings) -> None:
+    entries, folder = files.load_json(place), _train2014(root)
+    _count(found, "questions", entries)
+    found.look_into(place.parent / entry["mask"] for entry in entries)
+    if folder is not None:
+        found.look_into(folder / pathlib.PurePosixPath(entry["image"]).name for entry in entries)
+
+
 def _psalm(root: pathlib.Path, place: pathlib.Path, found: Findings) -> None:
     entries, folder = files.load_json(place), _train2014(root)
     split = place.stem.removesuffix("_psalm").rpartition("_")[2]
@@ -259,5 +270,7 @@ KINDS: dict[str, Callable[[pathlib.Path, pathlib.Path, Findings], None]] = {
     "mme": _mme,
     "sa1b": lambda root, place, found: _pairs(place, "sa_", found),
     "reason_seg": lambda root, place, found: _pairs(place, "", found),
+    "refcoco_m": _refcoco_m,
+    "mask_perception": _mask_perception,
     "conversations": _conversations,
 }

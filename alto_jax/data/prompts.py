@@ -23,21 +23,21 @@ def requests(conversations: Sequence[Mapping[str, str]], num_masks: int | None, 
     """The requests of a conversation that name what one mask shows, and the number of that mask.
 
     A turn that is answered with one mask is such a request if it has a reference (`<ref>` or `<box>`; of several, the
-    first counts). One that is answered with n masks and has n references is n requests, each in the built-in wording.
-    Where no answer has a mask, the only mask of a record belongs to the first turn.
+    first counts) and no mask itself. One that is answered with n masks and has n references is n requests, each in the
+    built-in wording. Where no turn has a mask, the only mask of a record belongs to the first turn.
 
     Args:
-      conversations: of a ChatRecord; num_masks: how many masks it has; None: as many as the answers.
+      conversations: of a ChatRecord; num_masks: how many masks it has; None: as many as the turns.
       where: file and line, or key, for messages.
 
     Returns:
       [(human turn, number of the mask), …], in order; none if there is no such request.
 
     Raises:
-      ValueError: the answers have another number of masks.
+      ValueError: the turns have another number of masks.
     """
     turns = list(conversations)
-    counts = [t["value"].count(text.MASK_START) if t["from"] == "gpt" else 0 for t in turns]
+    counts = [t["value"].count(text.MASK_START) for t in turns]
     if sum(counts) == 0 and num_masks == 1:
         first = next((number for number, turn in enumerate(turns) if turn["from"] == "human"), None)
         counts = [int(number - 1 == first) for number in range(len(turns) + 1)] if first is not None else counts
@@ -48,7 +48,7 @@ def requests(conversations: Sequence[Mapping[str, str]], num_masks: int | None, 
     found, mask = [], 0
     for number, count in enumerate(counts):
         asked = turns[number - 1]["value"] if number and turns[number - 1]["from"] == "human" else ""
-        references = text.find_references(asked)
+        references = text.find_references(asked) if text.MASK_START not in asked else []
         if count == 1 and references:
             found.append((asked, mask))
         elif count > 1 and len(references) == count:

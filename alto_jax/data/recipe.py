@@ -13,6 +13,9 @@ The numbers are those that publishers and catalogues state; None is a number tha
 from collections.abc import Mapping
 import dataclasses
 
+from alto_jax.data import mask_perception, refcoco_m
+from alto_jax.data.reason_seg import FOLDERS
+
 Counts = Mapping[str, int]
 _COCO_TERMS = "annotations CC BY 4.0; images: Flickr's terms"
 
@@ -118,6 +121,20 @@ RECIPE: tuple[DataSet, ...] = (
         "https://github.com/henghuiding/gRefCOCO", _COCO_TERMS,
     ),
     *(_parts(f"{split}_{part}") for split in ("val", "testA", "testB") for part in ("part_only", "object_part")),
+    *(DataSet(
+        f"reasonseg {split}", "reason_seg", tuple(f"{folder}/{split}" for folder in FOLDERS),
+        needed, {"images": count}, "https://github.com/dvlab-research/LISA", "not stated", optional=True,
+    ) for split, needed, count in (("train", "stage 2", 239), ("val", "ReasonSeg", 200), ("test", "ReasonSeg", 779))),
+    DataSet(
+        "refcoco-m", "refcoco_m", refcoco_m.FOLDERS, "RefCOCO with exact masks",
+        {"images": 1_190, "referents": 2_080, "expressions": 5_598}, "https://huggingface.co/datasets/moondream/refcoco-m",
+        "MIT", optional=True,
+    ),
+    DataSet(
+        "mask perception", "mask_perception", tuple(f"{f}/mask_perception.json" for f in mask_perception.FOLDERS),
+        "mask perception", {}, "https://huggingface.co/datasets/yayafengzi/Mask_Perception", "Apache 2.0",
+        optional=True,
+    ),
     _open_vocabulary("a150", "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
                      "non-commercial research (ADE20K's terms)"),
     _open_vocabulary("pc59", "https://cs.stanford.edu/~roozbeh/pascal-context, images of VOC 2010", "not stated"),

@@ -22,7 +22,7 @@ from alto_jax.data import bad_data, coco, files, identity, masks
 from alto_jax.data.bad_data import RecordError
 from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.prompts import NoPrompts
-from alto_jax.data.reading import AS_STORED, Reading
+from alto_jax.data.reading import AS_STORED, Photo, Reading
 from alto_jax.data.split import ImageSplit, file_hash, image_name
 from alto_jax.mllm import text
 
@@ -38,7 +38,8 @@ class Referent:
 
     `mask(height, width)` reads the mask at the annotated size as bool[H, W]. no_target: it is all False. size: (height,
     width) that the annotations are for, if they say so. error: why the entry can't be used (its record raises this).
-    mask_path: the file that `mask` reads, if it is one.
+    mask_path: the file that `mask` reads, if it is one. ignore: as `mask`, pixels that do not count. box: (x, y, width,
+    height) in pixels as annotated, if there is one.
     """
 
     where: str
@@ -50,6 +51,8 @@ class Referent:
     size: tuple[int, int] | None = None
     error: str = ""
     mask_path: pathlib.Path | None = None
+    ignore: Callable[[int, int], np.ndarray] | None = None
+    box: tuple[float, ...] | None = None
 
     @property
     def image_hashes(self) -> tuple[int, ...]:
@@ -110,7 +113,8 @@ class Referring:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def sample(self, index: int) -> tuple[Referent, str, str]:
+        """The referent, key and phrase of record `index`; ValueError if its entry can't be used."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         referent, number = self._samples[int(index)]
@@ -121,14 +125,27 @@ class Referring:
         phrase = text.join_descriptions(said) if number is None else referent.sentences[number]
         if not phrase:
             raise ValueError(f"{referent.where}: sentence {number} is an empty one")
+        return referent, key, phrase
+
+    def photo(self, referent: Referent) -> Photo:
+        """The image of a referent, of the size that its annotations state; RecordError names the entry."""
         try:
             photo = self._reading.photo(coco.find_image(referent.image))
             coco.check_stated_size(photo.annotated_size, referent.size)
-            mask = photo.turned(referent.mask(*photo.annotated_size))
         except ValueError as error:
             raise bad_data.at(referent.where, error) from error
-        mask, name = mask.astype(np.uint8) * np.uint8(255), image_name(referent.image)
-        return {"key": key, "image": photo.image, "image_name": name, "mask": mask, "phrase": phrase}
+        return photo
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        referent, key, phrase = self.sample(index)
+        photo = self.photo(referent)
+        read = lambda of: photo.turned(of(*photo.annotated_size)).astype(np.uint8) * np.uint8(255)
+        record = {"key": key, "image": photo.image, "image_name": image_name(referent.image), "phrase": phrase}
+        try:
+            record["mask"] = read(referent.mask)
+            return record | ({"ignore": read(referent.ignore)} if referent.ignore is not None else {})
+        except ValueError as error:
+            raise bad_data.at(referent.where, error) from error
 
     def identity(self) -> identity.Identity:
         """What the data are, see identity.py: by keys, images and sentences in their order."""
@@ -209,7 +226,7 @@ class ReferringChats:
 # --- files ------------------------------------------------------------------------------------------
 
 
-def _broken(where: str, error: Exception) -> Referent:
+def broken(where: str, error: Exception) -> Referent:
     """Stands for an entry that can't be used; its record raises the reason."""
     reason = str(error) if isinstance(error, ValueError) else f"a field is missing or malformed: {error!r}"
     return Referent(
@@ -217,7 +234,7 @@ def _broken(where: str, error: Exception) -> Referent:
     )
 
 
-def _sentences(entries: list[Any]) -> tuple[str, ...]:
+def sentences_of(entries: list[Any]) -> tuple[str, ...]:
     """The sentences of an entry, as texts or {"sent": text}; one that is missing or no text is ""."""
     if not isinstance(entries, list):
         raise TypeError(f"expected a list of sentences, got {entries!r:.60}")
@@ -267,17 +284,18 @@ def open_refer(
         if entry["split"] != split:
             continue
         try:
-            sentences = _sentences(entry["sentences"])
+            sentences = sentences_of(entry["sentences"])
             ids = entry["ann_id"] if isinstance(entry["ann_id"], list) else [entry["ann_id"]]
             key, (name, size) = f"{dataset}/{split}/{entry['ref_id']}", instances.image(entry["image_id"])
             no_target = general and ids == [-1]
             if general and entry.get("no_target", no_target) != no_target:
                 raise ValueError(f"no_target is {entry['no_target']!r}, but ann_id is {ids!r:.60}")
-            mask = coco.union([] if no_target else instances.target(ids))
+            target = [] if no_target else instances.target(ids)
+            mask, box = coco.union(target), coco.box_of(instances.annotations(ids)) if len(target) == 1 else None
         except (KeyError, TypeError, ValueError) as error:
-            referents.append(_broken(where, error))
+            referents.append(broken(where, error))
             continue
-        referents.append(Referent(where, key, image_folder / name, sentences, mask, no_target, size))
+        referents.append(Referent(where, key, image_folder / name, sentences, mask, no_target, size, box=box))
     if not referents:
         raise ValueError(f"{file}: no entry of split {split!r}")
     annotations = (file, instances.path)
@@ -317,7 +335,7 @@ def open_psalm(
     for number, entry in enumerate(files.load_json(file)):
         where = f"{file} entry {number}"
         try:
-            sentences, info = _sentences(entry["instruction"]), entry["image_info"]
+            sentences, info = sentences_of(entry["instruction"]), entry["image_info"]
             if not sentences:
                 dropped += 1
                 continue
@@ -326,10 +344,11 @@ def open_psalm(
                 raise ValueError("anns is empty, in a data set without no-target samples")
             segmentations = [s for s in coco.of_target(entry["anns"]) if s != []]
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            referents.append(_broken(where, error))
+            referents.append(broken(where, error))
             continue
         key, mask = f"{name}/{entry.get('new_img_id', number)}", coco.union(segmentations)
-        referents.append(Referent(where, key, image, sentences, mask, not segmentations, size))
+        box = coco.box_of(entry["anns"]) if len(segmentations) == 1 else None
+        referents.append(Referent(where, key, image, sentences, mask, not segmentations, size, box=box))
     if dropped:
         _log.warning(
             "%s: %d of %d entries have no instruction and are left out", file, dropped, len(referents) + dropped
@@ -366,9 +385,9 @@ def open_refcocom(
         where = f"{file} entry {number}"
         try:
             image, segment = image_folder / entry["img_name"], entry["segment_id"]
-            sentences = _sentences(entry["sentences"])
+            sentences = sentences_of(entry["sentences"])
         except (KeyError, TypeError) as error:
-            referents.append(_broken(where, error))
+            referents.append(broken(where, error))
             continue
         path, key = folder / "masks" / f"{segment}.png", f"refcocom/{split}/{segment}"
         mask = _mask_file(path, reading.mask_rule)

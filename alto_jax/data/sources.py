@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from alto_jax.batch import ChatBatch, MaskBatch, PromptBatch
 from alto_jax.config import local_path
-from alto_jax.data import bad_data, benchmarks, caches, composition, lessons, pipeline, refcoco, scenes
+from alto_jax.data import bad_data, benchmarks, caches, composition, comprehension, lessons, pipeline, refcoco, scenes
 from alto_jax.data.conversations import Conversations
 from alto_jax.data.mixture import Mixture
 from alto_jax.data.prepared import Prepared
@@ -77,15 +77,15 @@ def chat_source(config: Any, *, held_out: bool = False, adaptive_only: bool = Fa
         stored = Prepared(data.root, kind="chat", use_caches=data.use_caches, max_masks=max_masks)
         prepared = _part(stored, split)
         return Prompts(prepared, f"{field}.root {data.root}") if adaptive_only else prepared
-    if data.source == "referring":
+    if data.source in ("referring", "comprehension"):
         return _referring(config, field, split, adaptive_only)
     if data.source == "sa1b_chats" and config.stage != "stage0":
         return _part(_sa1b_chats(config, held_out, adaptive_only), split)
     if data.source == "mixture":
         return _mixture(config, field, lambda part: chat_source(part, held_out=held_out, adaptive_only=adaptive_only))
     raise ValueError(
-        f"{field}.source: {config.stage} reads 'scenes', 'jsonl', 'prepared', 'referring', 'mixture' or, with masks, "
-        f"'sa1b_chats'; got {data.source!r}"
+        f"{field}.source: {config.stage} reads 'scenes', 'jsonl', 'prepared', 'referring', 'comprehension', 'mixture' "
+        f"or, with masks, 'sa1b_chats'; got {data.source!r}"
     )
 
 
@@ -104,7 +104,8 @@ def evaluated_on(config: Any) -> str:
     has an evaluation source that is the training source.
     """
     data, held_out = config.data, _place(config, True)[0].data
-    places = lambda of: (of.source, _resolved(of.root), _resolved(of.meta) if of.source != "referring" else of.meta)
+    named = ("referring", "comprehension")
+    places = lambda of: (of.source, _resolved(of.root), of.meta if of.source in named else _resolved(of.meta))
     if data.source == "scenes":
         return "eval"
     if config.eval.source:
@@ -168,12 +169,16 @@ def _referring(config: Any, field: str, split: ImageSplit | None, adaptive_only:
     for name in (name.strip() for name in config.data.meta.split(",")):
         try:
             raw = _part(_referring_split(name, config.data.root, field, _reading(config.data)), split)
-            raw = raw.with_targets() if adaptive_only else raw
+            boxes = config.data.source == "comprehension"
+            raw = raw.with_targets() if adaptive_only or boxes else raw
+            if boxes and adaptive_only:
+                raise NoPrompts(f"{field}.meta {name}: comprehension asks for boxes, not for masks")
         except (EmptySplit, NoPrompts) as error:
             empty.append(error)
             continue
         chats = {"adaptive_fraction": 1.0, "yes_fraction": 0.0} if adaptive_only else {}
-        source = refcoco.ReferringChats(raw, seed=config.seed, **chats)
+        source = (comprehension.ComprehensionChats(comprehension.Comprehension(raw)) if boxes
+                  else refcoco.ReferringChats(raw, seed=config.seed, **chats))  # fmt: skip
         parts[name] = (source, float(len(source)))
     _name_empty(parts, empty)
     return next(iter(parts.values()))[0] if len(parts) == 1 else Mixture(parts, seed=config.seed)

@@ -19,7 +19,7 @@ class Answerer:
     """A model with its text tokenizer, as the tasks of an evaluation ask it."""
 
     def __init__(self, cfg: ModelConfig, params: dict, text: Any, system: str | None, programs: Programs):
-        self.cfg, self.params, self.text, self.system, self._programs = cfg, params, text, system, programs
+        self.cfg, self.params, self.text, self.system, self.programs = cfg, params, text, system, programs
 
     def example(
         self, record: dict[str, Any], *, prefix: str = "", max_tiles: int = 1, **questions: str
@@ -75,7 +75,7 @@ class Answerer:
                 "num_masks": found.masks.num_masks,
             }
 
-        return self._programs(("segment", config), run, self.params, batch)
+        return self.programs(("segment", config), run, self.params, batch)
 
     def answer(self, batch: PromptBatch, config: GenerateConfig) -> Answers:
         """Ids and mask of answers in words."""
@@ -84,7 +84,7 @@ class Answerer:
             found = answer(self.cfg, params, batch, config, self.text.ids, jax.random.key(0))
             return {"ids": found.ids, "mask": found.mask}
 
-        return self._programs(("answer", config), run, self.params, batch)
+        return self.programs(("answer", config), run, self.params, batch)
 
     def words(self, found: dict[str, np.ndarray], row: int) -> str:
         """The answer of a row as text."""

@@ -1,9 +1,11 @@
 """Questions with a short answer in words: POPE, VQAv2 and MME, read and scored as the reference does.
 
+Also the scores of referring comprehension (data/comprehension.py) and mask perception (data/mask_perception.py).
+
 In: the published files. Out: random access to QuestionRecords {"key", "image", "question", "label", "category"}
 (label: a word, or VQAv2's ten answers), and scores of the given answers.
 
-The question is followed by "Answer the question using a single word or phrase." in all three.
+The question is followed by "Answer the question using a single word or phrase." in the first three.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +22,15 @@ from alto_jax.data import bad_data, coco, files
 from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.reading import AS_STORED, Reading
 from alto_jax.data.split import image_name
+from alto_jax.evaluate import choices
+from alto_jax.mllm import boxes
+from alto_jax.mllm.text import BOX, BOX_END
 
 _log = logging.getLogger(__name__)
 SUFFIX = " Answer the question using a single word or phrase."
 TILED = ("pope", "vqav2", "mme")  # Families whose images may be in tiles: their questions name no <ref> or <box>.
-MAX_NEW_TOKENS = {"pope": 10, "vqav2": 10, "mme": 10}
+MAX_NEW_TOKENS = {"pope": 10, "vqav2": 10, "mme": 10, "rec": 100}
+BOX_THRESHOLDS = (0.5, 0.7, 0.9)
 # Where MME's categories may lie: the folder that is published, in folders of the usual names or in the data folder.
 _MME_INNER = ("MME_Benchmark_release_version/", "MME_Benchmark_release_version/MME_Benchmark/", "MME_Benchmark/", "")
 MME_FOLDERS = tuple(outer + inner for outer in ("mme/", "MME/", "") for inner in _MME_INNER)
@@ -173,7 +179,7 @@ def score(
     """Scores of a data set by its own rules.
 
     Args:
-      family: "pope", "vqav2" or "mme".
+      family: "pope", "vqav2", "mme", "rec" or "mask_perception".
       answers: what the model said.
       labels, keys, categories: of the QuestionRecords.
     """
@@ -181,6 +187,12 @@ def score(
         return pope_scores(answers, labels)
     if family == "mme":
         return mme_scores(answers, labels, keys, categories)
+    if family == "mask_perception":
+        return {"accuracy": float(np.mean([choices.is_right(a, g) for a, g in zip(answers, labels)]))}
+    if family == "rec":
+        ious = np.array([first_box_iou(a, g) for a, g in zip(answers, labels)])
+        found = {f"box_precision@{k}": float(np.mean(ious >= k)) for k in BOX_THRESHOLDS}
+        return found | {"box_iou": float(np.mean(ious))}
     return {"vqa_accuracy": float(np.mean([vqa_accuracy(a, g) for a, g in zip(answers, labels)]))}
 
 
@@ -220,6 +232,13 @@ def mme_scores(
         scores[category] = float(100 * (accuracy + np.mean([all(image) for image in images.values()])))
     total = lambda names: float(sum(scores.get(name, 0.0) for name in names))
     return {"perception": total(PERCEPTION), "cognition": total(COGNITION), "categories": scores}
+
+
+def first_box_iou(answer: str, label: Sequence[float]) -> float:
+    """IoU of the first box of an answer with (x1, y1, x2, y2) in 0..1; 0.0 if it has none, with or without <box>."""
+    plain = answer[answer.find("[") : answer.rfind("]") + 1]
+    found = boxes.parse_boxes(answer) or boxes.parse_boxes(f"{BOX}[{plain}]{BOX_END}")
+    return boxes.box_iou(found[0], label) if found else 0.0
 
 
 def vqa_accuracy(answer: str, given: Sequence[str]) -> float:
@@ -272,6 +291,10 @@ def summarise_questions(family: str, lines: Sequence[Mapping[str, Any]], *, resa
     answers, labels = columns[:2]
     if family == "vqav2":
         right, name = [vqa_accuracy(a, g) for a, g in zip(answers, labels)], "vqa_accuracy"
+    elif family == "rec":
+        right, name = [first_box_iou(a, g) >= 0.5 for a, g in zip(answers, labels)], "box_precision@0.5"
+    elif family == "mask_perception":
+        right, name = [choices.is_right(a, g) for a, g in zip(answers, labels)], "accuracy"
     elif family == "pope":
         right, name = [pope_answer(a) == g for a, g in zip(answers, labels)], "accuracy"
     else:

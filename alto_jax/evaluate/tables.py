@@ -47,6 +47,24 @@ LAYOUTS: dict[str, tuple[str, Sequence[tuple[str, str]], Mapping[str, str]]] = {
         {"multi_target_sa1b_val": "val"},
     ),
     "scenes": ("Built-in held-out scenes", (("gIoU", "giou"), ("cIoU", "ciou")), {"scenes": "scenes"}),
+    "reasonseg": (
+        "Reasoning segmentation (ReasonSeg)",
+        (("gIoU", "giou"), ("cIoU", "ciou")),
+        {"reasonseg_val": "val", "reasonseg_test": "test"},
+    ),
+    "refcoco-m": (
+        "RefCOCO val with exact masks (RefCOCO-M)",
+        (("cIoU", "ciou"), ("gIoU", "giou")),
+        {"refcoco-m_val": "val"},
+    ),
+    "rec": (
+        "Referring comprehension (boxes of RefCOCO, RefCOCO+, RefCOCOg)",
+        (("P@0.5", "box_precision@0.5"),),
+        {f"rec_{d}_{s}": f"{n} {s}" for d, n, splits in (("refcoco", "RefCOCO", ("val", "testA", "testB")),
+                                                         ("refcoco+", "RefCOCO+", ("val", "testA", "testB")),
+                                                         ("refcocog", "RefCOCOg", ("val", "test"))) for s in splits},
+    ),
+    "mask_perception": ("Mask perception", (("accuracy", "accuracy"),), {"mask_perception": "Mask Perception"}),
     "pope": (
         "POPE",
         (("accuracy", "accuracy"), ("precision", "precision"), ("recall", "recall"), ("F1", "f1")),

@@ -9,7 +9,7 @@ import numpy as np
 
 from alto_jax import metrics
 from alto_jax.config import ConfigError
-from alto_jax.data import benchmarks, rle
+from alto_jax.data import benchmarks, mask_perception, rle
 from alto_jax.data.fingerprint import fingerprint_of
 from alto_jax.data.prepared import Prepared
 from alto_jax.data.reading import Reading
@@ -19,6 +19,7 @@ from alto_jax.evaluate import questions
 from alto_jax.evaluate.answerer import Answerer
 from alto_jax.evaluate.device import Answers, Programs
 from alto_jax.evaluate.options import EvaluateOptions
+from alto_jax.evaluate.perception import PerceptionTask
 from alto_jax.evaluate.reconstruction import Reconstruction
 from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ModelConfig
@@ -120,13 +121,22 @@ def _tasks_of(
     if answerer is None:
         raise ConfigError(f"--benchmark: {name} needs a whole model (stage 2 or 3); for a mask tokenizer alone: "
                           f"tokenizer_{name}")  # fmt: skip
-    if found.family in questions.MAX_NEW_TOKENS:
-        asked = questions.open_questions(found.family, found.split, options.data, options.images, _reading(options))
-        max_tiles = options.max_tiles if found.family in questions.TILED else 1
-        return [QuestionTask(answerer, found, *_limited(asked, options), max_tiles)]
-    source, read = _limited(mask_source(name, options), options)
     modes = ("adaptive", "fixed") if options.length == "both" else (options.length,)
+    if found.family == "mask_perception":
+        shown = mask_perception.open_mask_perception(options.data, options.images, _reading(options))
+        return [PerceptionTask(answerer, found.name, *_limited(shown, options), mode) for mode in modes]
+    if found.family in questions.MAX_NEW_TOKENS:
+        max_tiles = options.max_tiles if found.family in questions.TILED else 1
+        return [QuestionTask(answerer, found, *_limited(_questions(found, options), options), max_tiles)]
+    source, read = _limited(mask_source(name, options), options)
     return [SegmentationTask(answerer, found, source, read, mode, options) for mode in modes]
+
+
+def _questions(found: benchmarks.Benchmark, options: EvaluateOptions) -> Records:
+    reading = _reading(options)
+    if found.family == "rec":
+        return benchmarks.open_boxes(found.name, options.data, images=options.images, reading=reading)
+    return questions.open_questions(found.family, found.split, options.data, options.images, reading)
 
 
 def mask_source(name: str, options: EvaluateOptions) -> Records:
@@ -283,7 +293,7 @@ def says_no(answer: str) -> bool:
 
 
 class QuestionTask:
-    """POPE, VQAv2 or MME."""
+    """POPE, VQAv2, MME or referring comprehension."""
 
     def __init__(
         self, answerer: Answerer, found: benchmarks.Benchmark, source: Records, read: dict[str, Any], max_tiles: int

@@ -7,7 +7,7 @@ def check_turn(tok: Any, speaker: str, value: str) -> None:
     """Refuses text that the tokenizer would read as more than text.
 
     `<IMG_CONTEXT>` in a request would take an image feature and shift the others, `<|im_end|>` end the turn. References
-    and boxes (text.MARKUP) are allowed, in answers also masks: `<ALTo_Start>`, codes, `<ALTo_End>`.
+    and boxes (text.MARKUP) are allowed, and but for the system message masks: `<ALTo_Start>`, codes, `<ALTo_End>`.
 
     Args:
       tok: the text.TextTokenizer, which decides what a special token is.
@@ -24,7 +24,7 @@ def check_turn(tok: Any, speaker: str, value: str) -> None:
             codes += 1
         elif in_mask and codes > 0 and i == special.mask_end:
             codes = -1
-        elif not in_mask and i == special.mask_start and speaker == "gpt":
+        elif not in_mask and i == special.mask_start and speaker != "system":
             codes = 0
         elif in_mask or i in tok.reserved_ids:
             where = "inside a mask, where only codes belong" if in_mask else f"in a {speaker} turn, as text"

@@ -58,7 +58,8 @@ def write_coco(root: pathlib.Path, count: int = 6):
         for k in range(min(2, len(scene.objects))):
             mask, form = scene.union([k]) > 0, ("compressed", "counts", "polygon")[(number + k) % 3]
             annotation = {"id": 10 * (number + 1) + k, "image_id": number + 1, "segmentation": runs(mask, form)}
-            annotations.append({**annotation, "iscrowd": 0, "category_id": 1, "area": float(mask.sum())})
+            annotations.append({**annotation, "iscrowd": 0, "category_id": 1, "area": float(mask.sum()),
+                                "bbox": list(map(float, scene.objects[k].bbox))})  # fmt: skip
             masks[annotation["id"]] = shown(mask, form)
     return images, annotations, masks
 
@@ -236,6 +237,55 @@ def write_questions(root) -> None:
             (root / "mme" / category / f"{number}.txt").write_text("Is it here?\tYes\nIs it gone?\tNo\n")
 
 
+def write_reason_seg(root: pathlib.Path, splits=("train", "val", "test"), count: int = 3) -> None:
+    """ReasonSeg: a target, an inner region that is ignored, and a flag; texts in UTF-8 and in Windows' encoding."""
+    for split in splits:
+        folder = root / "ReasonSeg" / split
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, scene in enumerate(scenes(count)):
+            Image.fromarray(scene.image).save(folder / f"{split}_{number}.jpg", quality=95)
+            corners = lambda a, b: [[a, a], [b + 0.6, a], [b, b], [a, b]]
+            shapes = [{"label": "ignore", "points": corners(20 + number, 30)}, {"label": "flag", "points": []},
+                      {"label": "target", "points": corners(8, 40 + number)}]  # fmt: skip
+            texts = [f"what keeps caf\u00e9 {number} dry?", "the thing that keeps it dry"][: 1 + (split == "train")]
+            content = json.dumps({"text": texts, "is_sentence": True, "shapes": shapes}, ensure_ascii=False)
+            (folder / f"{split}_{number}.json").write_bytes(content.encode("cp1252" if number else "utf-8"))
+
+
+def write_refcoco_m(root: pathlib.Path) -> dict:
+    """RefCOCO-M as a parquet file; returns id → mask."""
+    import pyarrow
+    from pyarrow import parquet
+
+    images, annotations, masks = write_coco(root)
+    rows, expected = [], {}
+    for image in images:
+        samples = []
+        for annotation in (a for a in annotations if a["image_id"] == image["id"]):
+            mask = runs(masks[annotation["id"]], "compressed")
+            samples.append({"id": annotation["id"], "sentences": ["the one", "that one"], "mask": mask,
+                            "bbox": [0.0, 0.0, 1.0, 1.0], "category": "thing"})  # fmt: skip
+            expected[annotation["id"]] = masks[annotation["id"]]
+        rows.append({"image_id": image["id"], "file_name": image["file_name"], "samples": samples})
+    folder = root / "refcoco-m" / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "validation-00000-of-00001.parquet")
+    return expected
+
+
+def write_mask_perception(root: pathlib.Path, count: int = 3) -> None:
+    images, annotations, masks = write_coco(root)
+    (root / "mask_perception" / "mask").mkdir(parents=True, exist_ok=True)
+    entries = []
+    for number, annotation in enumerate(annotations[:count]):
+        image = next(i for i in images if i["id"] == annotation["image_id"])
+        Image.fromarray(masks[annotation["id"]]).save(root / "mask_perception" / "mask" / f"{number}.png")
+        question = "What is <|mt_start|><|mt_12|><|mt_7|><|mt_end|>?\nA. a cat\nB. a dog"
+        entries.append({"image": f"train2014/{image['file_name']}", "mask": f"mask/{number}.png", "question": question,
+                        "answer": "B. a dog"})  # fmt: skip
+    (root / "mask_perception" / "mask_perception.json").write_text(json.dumps(entries))
+
+
 def write_benchmarks(root: pathlib.Path) -> None:
     """Every benchmark in one data folder, and the training splits of the referring ones."""
     from alto_jax.data import open_vocab
@@ -251,4 +301,7 @@ def write_benchmarks(root: pathlib.Path) -> None:
         folders = root / name / "images", root / name / "labels", root / "open_vocab"
         open_vocab.build(name, *folders, names=[f"thing {i}" for i in range(20)] if name == "a150" else None)
     write_sa1b(root / "sa1b", ids=(0, 1, *SA1B_VALIDATION))
+    write_reason_seg(root)
+    write_refcoco_m(root)
+    write_mask_perception(root)
     write_questions(root)

@@ -22,7 +22,7 @@ def tok():
 )
 def test_special_tokens_in_a_request_are_refused(tok, special, place):
     asked = place.replace("{}", special)
-    with pytest.raises(ValueError, match=r"conversation: '<.*>' stands in a human turn|does not end"):
+    with pytest.raises(ValueError, match=r"conversation: '.*' stands in(side a mask| a human turn)|does not end"):
         text.render_prompt(tok, asked, 4)
     turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": "Yes"}]
     with pytest.raises(ValueError, match="record k: conversation: "):
@@ -57,6 +57,10 @@ def test_what_may_be_written_is_kept(tok):
     assert ids.count(tok.ids.img_context) == 4 and len(labels) == len(ids)
     assert turns[1]["value"] in tok.decode(ids)
     literals.check_turn(tok, "gpt", "")
+    asked = f"What is {MASK}?"  # mask perception
+    assert MASK in tok.decode(text.render_prompt(tok, asked, 4))
+    with pytest.raises(ValueError, match="'<ALTo_Start>' stands in a system turn"):
+        literals.check_turn(tok, "system", asked)
 
 
 @pytest.mark.parametrize("place", ["system", "option"])
