@@ -68,9 +68,9 @@ def reference(phrase: str) -> str:
     """Returns `<ref>phrase</ref>`; a phrase that already carries `<ref>` or `<box>` is kept as it is.
 
     Raises:
-      ValueError: the phrase has no text, or holds `<image>`, which would place the image there.
+      ValueError: the phrase has no text, or holds `<image>`, which would place the image there, or a mask.
     """
-    if not phrase.strip() or IMAGE in phrase:
+    if not phrase.strip() or IMAGE in phrase or MASK_START in phrase:
         raise ValueError(f"phrase: expected the name or description of an object, got {phrase!r:.80}")
     return phrase if REF in phrase or BOX in phrase else f"{REF}{phrase}{REF_END}"
 

@@ -77,6 +77,8 @@ def test_an_image_in_a_phrase_is_refused(tok):
     for make in (lambda: text.question("<image>", adaptive=True), lambda: text.no_target_question("the <image>")):
         with pytest.raises(ValueError, match="phrase: expected the name or description of an object, got '.*<image>'"):
             make()
+    with pytest.raises(ValueError, match="phrase: expected the name or description of an object, got 'a <ALTo_Start>"):
+        text.question(f"a {MASK}", adaptive=True)
 
 
 def test_a_prompt_names_its_record(tok):
