@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from alto_jax.data.sa1b_folder import VALIDATION
 from alto_jax.experiment import OptimConfig, make_experiment
 from alto_jax.main import load_config
 from tests.conftest import ROOT
@@ -76,3 +77,18 @@ def test_paper_sizes_follow_what_is_stated():
     assert config("stage1_5.py:base").train.steps == round(300_000 * 3 / 48)
     for size in ("8b", "1b", "2b", "4b", "26b"):
         assert 200 <= config(f"stage3.py:{size}").train.steps <= 900, "a few hundred"
+
+
+@pytest.mark.parametrize("stage", STAGES.values())
+def test_the_paper_recipe_is_the_stages_on_its_data(stage):
+    """docs/hyperparameters.md's short table says what configs/paper.py does; all else is that of the stage's file."""
+    size = "base" if stage.startswith("stage1") else "8b"
+    ours, plain = (make_experiment(load_config(str(ROOT / "configs" / name)).to_dict())
+                   for name in (f"paper.py:{stage}", f"{stage}.py:{size}"))  # fmt: skip
+    starts = {"init_from": plain.init_from, "tokenizer_from": plain.tokenizer_from, "data": plain.data}
+    assert dataclasses.replace(ours, **starts) == plain and ours.init_from
+    assert ours.data.validation_fraction == VALIDATION and ours.data.source in ("sa1b", "mixture")
+    section = next(part for part in TEXT.split("\n## ") if part.startswith("The recipe at 8B"))
+    (row,) = (line for line in section.splitlines() if line.startswith(f"| `{stage}` |"))
+    numbers = [float(re.match(r"[\d.e+-]+", cell.strip())[0]) for cell in row.split("|")[4:7]]
+    assert numbers == [ours.train.batch_size, ours.optim.lr, ours.train.steps]

@@ -1,10 +1,11 @@
 """Which files of the paper's recipe are there, whole, and as many as they should be.
 
-    python -m alto_jax.data.doctor --paper --data ROOT [--counts FILE] [--json FILE]
+    python -m alto_jax.data.doctor --paper --data ROOT [--counts FILE] [--json FILE] [--mixture FILE]
 
 Prints a table: a row for each data set with its state, its numbers beside the known ones, where it comes from and its
-licence; then every file that is missing, cut or damaged, once. Nothing is written but the file of --json. Of a data set
-that is there in part, --counts says what should be: JSON {data set: {unit: number, or null for any number}}.
+licence; then every file that is missing, cut or damaged, once. --mixture writes what is there as the mixture of
+stages 2 and 3 (`--config.data.source=mixture --config.data.meta=FILE`), all with the same weight. Of a data set that is
+there in part, --counts says what should be: JSON {data set: {unit: number, or null for any number}}.
 Exit code 1 if a file that the recipe needs is missing, cut or damaged, or a number is wrong.
 """
 
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -134,6 +136,27 @@ def markdown(rows: Sequence[Row]) -> str:
     )
 
 
+def mixture(rows: Sequence[Row], folder: pathlib.Path, root: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """What is there for stages 2 and 3 as a mixture with equal weights, with paths as seen from a folder.
+
+    Raises:
+      ConfigError: none of it is there.
+    """
+    known = {row.data.name: row.place for row in rows}
+    seen_from = lambda place: os.path.relpath(place.resolve(), folder)
+    found: dict[str, dict[str, Any]] = {}
+    if (place := known.get("SA-1B")) is not None:
+        found["boxes"] = {"weight": 1, "source": "sa1b_chats", "root": seen_from(place)}
+    for name in ("refcoco", "refcoco+", "refcocog", "grefcoco"):
+        if known.get(name) is not None:
+            found[name] = {"weight": 1, "source": "referring", "root": seen_from(root), "meta": name}
+    if (place := known.get("conversations")) is not None:
+        found["conversations"] = {"weight": 1, "source": "jsonl", "meta": seen_from(place)}
+    if not found:
+        raise ConfigError(f"--mixture: {root} holds none of SA-1B, RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO, meta.json")
+    return found
+
+
 def with_counts(recipe: Sequence[DataSet], given: Any, where: str) -> list[DataSet]:
     """The recipe with other numbers.
 
@@ -168,9 +191,11 @@ def main() -> int:
     parser.add_argument("--data", required=True, metavar="ROOT", help="the data folder")
     parser.add_argument("--counts", metavar="FILE", help="JSON of other numbers, for a part of the data")
     parser.add_argument("--json", metavar="FILE", help="the same as JSON")
+    parser.add_argument("--mixture", metavar="FILE", help="write the mixture of stages 2 and 3")
     options = parser.parse_args()
-    cli.check_paths({f"--{name}": getattr(options, name) for name in ("data", "counts", "json")})
-    cli.check_outputs({"--json": (options.json, (".json",))}, {"--counts": options.counts})
+    cli.check_paths({f"--{name}": getattr(options, name) for name in ("data", "counts", "json", "mixture")})
+    written = {"--json": (options.json, (".json",)), "--mixture": (options.mixture, (".json",))}
+    cli.check_outputs(written, {"--counts": options.counts})
     root = pathlib.Path(options.data)
     if not root.is_dir():
         raise ConfigError(f"--data: there is no folder {root}")
@@ -185,6 +210,9 @@ def main() -> int:
                  for row in rows]  # fmt: skip
         named = [{"path": str(problem.path), "what": problem.what} for problem in problems(rows)]
         write_whole(pathlib.Path(options.json), json.dumps({"data": found, "problems": named}, indent=1) + "\n")
+    if options.mixture:
+        file = pathlib.Path(options.mixture)
+        write_whole(file, json.dumps(mixture(rows, file.resolve().parent, root.resolve()), indent=1) + "\n")
     return 1 if problems(rows) or any(row.wrong for row in rows) else 0
 
 

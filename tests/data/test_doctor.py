@@ -9,8 +9,12 @@ import sys
 import pytest
 
 from alto_jax.config import ConfigError
-from alto_jax.data import doctor
+from alto_jax.data import doctor, sources
 from alto_jax.data.recipe import RECIPE
+from alto_jax.experiment import make_experiment
+from alto_jax.main import load_config
+from alto_jax.mllm.text import TextTokenizer
+from tests.conftest import ROOT
 from tests.data import replicas
 
 
@@ -108,6 +112,28 @@ def test_psalm_files_stand_for_the_published_ones(tree, monkeypatch, capsys):
     assert rows["refcoco"].found.counts == {f"{split} expressions": 18 for split in ("train", "val", "testA")}
     assert rows["refcoco"].state == "1 missing"
     assert [p.path for p in rows["refcoco"].found.problems] == [root / "refcoco/refcoco_testB.json"]
+
+
+def test_the_mixture_of_stage_2_is_what_is_there(tree, monkeypatch, capsys, debug_model):
+    """Every stage of configs/paper.py reads it, at debug size."""
+    root, flags = tree
+    monkeypatch.chdir(root.parent)
+    shutil.rmtree(root / "refcoco+")
+    code, _ = run(monkeypatch, capsys, "data", *flags, "--mixture=data/stage2.json")
+    found = json.loads((root / "stage2.json").read_text())
+    assert code == 1 and [*found] == ["boxes", "refcoco", "refcocog", "grefcoco", "conversations"]
+    assert found["boxes"] == {"weight": 1, "source": "sa1b_chats", "root": "sa1b"}
+    assert found["conversations"] == {"weight": 1, "source": "jsonl", "meta": "meta.json"}
+    tok = TextTokenizer.load(debug_model.path)
+    for stage in ("stage1", "stage1_5", "stage2", "stage3"):
+        config = make_experiment(load_config(str(ROOT / f"configs/paper.py:{stage}_debug")).to_dict())
+        iterator = {"stage2": sources.chat_iterator, "stage3": sources.prompt_iterator}.get(stage)
+        batch = next(iterator(config, tok) if iterator else sources.mask_iterator(config))
+        assert batch.image.shape[0] == 2 and sources.evaluated_on(config) == "eval"
+    shutil.rmtree(root)
+    root.mkdir()
+    with pytest.raises(ConfigError, match="--mixture: .*data holds none of SA-1B, RefCOCO"):
+        run(monkeypatch, capsys, "data", "--mixture=data/stage2.json")
 
 
 def test_bad_requests_are_one_clear_line(tree, monkeypatch, capsys, tmp_path):
