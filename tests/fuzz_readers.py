@@ -28,13 +28,20 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, features
+import pyarrow
+from pyarrow import parquet
 
 from alto_jax.data import bad_data, images, masks, rle
+from alto_jax.data.comprehension import BoxQuestions, Comprehension
 from alto_jax.data.conversations import Conversations
+from alto_jax.data.mask_perception import open_mask_perception
 from alto_jax.data.open_vocab import OpenVocab
 from alto_jax.data.reading import EXIF, Reading
+from alto_jax.data.reason_seg import open_reason_seg
 from alto_jax.data.refcoco import open_psalm, open_refcocom, open_refer
+from alto_jax.data.refcoco_m import open_refcoco_m
 from alto_jax.data.sa1b import Sa1bMasks
+from alto_jax.data.sa1b_chats import Sa1bTargets
 from tests.fuzz_inputs import (
     FORMATS,
     HEIGHT,
@@ -53,7 +60,7 @@ MEMORY = 2 * 2**30  # bytes at peak
 SECONDS = 60  # a case
 NAMES = (  # one of them stands in every message
     "input", "entry", "a.jpg", "m.png", "chat.jsonl", "odd.json", "sa_1", "refs(unc)", "instances.json", "psalm.json",
-    "val_part_only", "open.jsonl", "files/sa:",
+    "val_part_only", "open.jsonl", "files/sa:", "q_1.json", "validation-0", "mask_perception.json",
 )  # fmt: skip
 LARGE_EVERY = 1000  # cases; one of them reads a file of nearly MAX_PIXELS
 RULES = ("auto", "auto", "nonzero", ">127", "equals:1,5", "ignore:255", "alpha", "colour:ff0000")
@@ -74,12 +81,15 @@ class Cases:
             "data/grefcoco",
             "data/refcocom/annotations",
             "data/refcocom/masks",
+            "data/ReasonSeg/val",
+            "data/refcoco-m/data",
+            "data/mask_perception",
             "sa",
         ):
             (folder / place).mkdir(parents=True)
-        for name in ("images/a.jpg", "sa/sa_1.jpg"):
+        for name in ("images/a.jpg", "sa/sa_1.jpg", "data/ReasonSeg/val/q_1.jpg"):
             Image.new("RGB", (WIDTH, HEIGHT), (90, 30, 30)).save(folder / name, quality=90)
-        for name in ("images/m.png", "data/refcocom/masks/7.png"):
+        for name in ("images/m.png", "data/refcocom/masks/7.png", "data/mask_perception/m.png"):
             Image.fromarray(box()).save(folder / name)
         self.segmentation = {"size": [HEIGHT, WIDTH], "counts": [WIDTH * HEIGHT - 480, 480]}
         turns = [{"from": "human", "value": "<image>\nSegment <ref>it</ref>."}, {"from": "gpt", "value": "No"}]
@@ -169,7 +179,8 @@ class Cases:
         segmentation = self.segmentation if rng.random() < 0.5 else {**self.segmentation, "counts": counts_of(rng)}
         annotation = {"area": 480, "segmentation": segmentation}
         write_json(rng, self.folder / "sa" / "sa_1.json", {"image": info, "annotations": [annotation] * 2})
-        source = Sa1bMasks(self.folder / "sa", train=bool(rng.random() < 0.5))
+        make = Sa1bMasks if rng.random() < 0.5 else Sa1bTargets
+        source = make(self.folder / "sa", train=bool(rng.random() < 0.5))
         for error in source.problems(0):
             assert isinstance(error, ValueError)
         self._read(source)
@@ -180,7 +191,7 @@ class Cases:
         dataset = "grefcoco" if general else "refcoco"
         segmentation = polygons_of(rng) if rng.random() < 0.3 else self.segmentation
         image = {"id": 1, "file_name": "a.jpg", "height": HEIGHT, "width": WIDTH}
-        annotation = {"id": 7, "image_id": 1, "iscrowd": 0, "segmentation": segmentation}
+        annotation = {"id": 7, "image_id": 1, "iscrowd": 0, "segmentation": segmentation, "bbox": [2, 3, 9.5, 8]}
         instances = {"images": [image], "annotations": [annotation]}
         sentences = [{"sent": "it", "raw": "it", "tokens": ["it"], "sent_id": 1}]
         refs = [{"ref_id": 1, "image_id": 1, "ann_id": [7] if general else 7, "split": "val", "sentences": sentences}]
@@ -194,7 +205,10 @@ class Cases:
         data = damage(rng, data) if which == 2 else data
         (root / dataset / ("grefs(unc).json" if general else "refs(unc).p")).write_bytes(data)
         protocol = "joined" if rng.random() < 0.5 else "per_sentence"
-        self._read(open_refer(root, dataset, "val", images=self.folder / "images", protocol=protocol))
+        source = open_refer(root, dataset, "val", images=self.folder / "images", protocol=protocol)
+        self._read(source)
+        if not general and protocol == "per_sentence":
+            assert all(0 <= c <= 1.1 for c in BoxQuestions(Comprehension(source), "it")[0]["label"])
 
     def case_psalm(self, rng: np.random.Generator) -> None:
         """A damaged PSALM-converted JSON."""
@@ -209,6 +223,30 @@ class Cases:
         entry = {"img_name": "a.jpg", "segment_id": "7", "sentences": ["it"]}
         write_json(rng, self.folder / "data" / "refcocom" / "annotations" / "val_part_only.json", [entry])
         self._read(open_refcocom(self.folder / "data", "val_part_only", images=self.folder / "images"))
+
+    def case_reason_seg(self, rng: np.random.Generator) -> None:
+        """A damaged annotation file of ReasonSeg."""
+        shapes = [{"label": label, "points": [[2, 3], [20.5, 4], [9, 20]]} for label in ("target", "ignore", "flag")]
+        content = {"text": ["what is it?"], "is_sentence": True, "shapes": shapes[: 1 + int(rng.integers(3))]}
+        write_json(rng, self.folder / "data" / "ReasonSeg" / "val" / "q_1.json", content)
+        self._read(open_reason_seg(self.folder / "data", "val"))
+
+    def case_refcoco_m(self, rng: np.random.Generator) -> None:
+        """A damaged Parquet file of RefCOCO-M, or a whole one with a damaged mask."""
+        mask = rle.encode(box() > 0) if rng.random() < 0.5 else {"size": [HEIGHT, WIDTH], "counts": "1&x"}
+        samples = [{"id": 1, "sentences": ["it"], "mask": mask}]
+        buffer = io.BytesIO()
+        parquet.write_table(pyarrow.Table.from_pylist([{"file_name": "a.jpg", "samples": samples}]), buffer)
+        data = damage(rng, buffer.getvalue()) if rng.random() < 0.5 else buffer.getvalue()
+        (self.folder / "data" / "refcoco-m" / "data" / "validation-0.parquet").write_bytes(data)
+        self._read(open_refcoco_m(self.folder / "data", images=self.folder / "images"))
+
+    def case_mask_perception(self, rng: np.random.Generator) -> None:
+        """A damaged list of questions about masks."""
+        asked = "What is <|mt_start|><|mt_3|><|mt_end|>? A. a cat B. a dog"
+        entry = {"image": "x/a.jpg", "mask": "m.png", "question": asked, "answer": "A. a cat"}
+        write_json(rng, self.folder / "data" / "mask_perception" / "mask_perception.json", [entry])
+        self._read(open_mask_perception(self.folder / "data", self.folder / "images"))
 
     def case_open_vocab(self, rng: np.random.Generator) -> None:
         """A damaged line of an open-vocabulary set."""

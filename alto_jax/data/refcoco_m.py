@@ -9,7 +9,7 @@ import os
 import pathlib
 from typing import Any
 
-from alto_jax.data import coco, files, refcoco
+from alto_jax.data import bad_data, coco, files, refcoco
 from alto_jax.data.reading import AS_STORED, Reading
 
 FOLDERS = ("refcoco-m/data", "refcoco_m/data", "refcoco-m", "refcoco_m")
@@ -36,8 +36,9 @@ def open_refcoco_m(
     for table in tables:
         rows = read_rows(table)
         for number, row in enumerate(rows):
-            for sample in row["samples"] or ():
-                where = f"{table} row {number}, sample {sample.get('id')}"
+            samples = row["samples"] if isinstance(row["samples"], list) else [row["samples"]]
+            for index, sample in enumerate(samples):
+                where = f"{table} row {number}, sample {index}"
                 try:
                     segmentation = {"size": list(sample["mask"]["size"]), "counts": sample["mask"]["counts"]}
                     height, width = segmentation["size"]
@@ -49,9 +50,9 @@ def open_refcoco_m(
                             refcoco.sentences_of(sample["sentences"]),
                             coco.union([segmentation]),
                             size=(height, width),
-                        )  # fmt: skip
+                        )
                     )
-                except (KeyError, TypeError, ValueError) as error:
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
                     referents.append(refcoco.broken(where, error))
     if not referents:
         raise ValueError(f"RefCOCO-M: no sample in {tables[0].parent}")
@@ -73,5 +74,6 @@ def read_rows(table: pathlib.Path) -> list[dict[str, Any]]:
 
     try:
         return parquet.read_table(table, columns=["file_name", "samples"]).to_pylist()
-    except (pyarrow.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f"{table}: cannot be read as RefCOCO-M: {error}") from error
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        reason = bad_data.one_line(error)
+        raise bad_data.RecordError(f"{table}: cannot be read as RefCOCO-M: {reason}", "unreadable file") from error
