@@ -55,7 +55,7 @@ def open_refcoco_m(
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
                     referents.append(refcoco.broken(where, error))
     if not referents:
-        raise ValueError(f"RefCOCO-M: no sample in {tables[0].parent}")
+        raise ValueError(f"{tables[0]}: no sample of RefCOCO-M")
     return refcoco.Referring(referents, protocol, reading=reading, annotations=tables)
 
 
@@ -73,7 +73,7 @@ def read_rows(table: pathlib.Path) -> list[dict[str, Any]]:
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(table, columns=["file_name", "samples"]).to_pylist()
+        return parquet.read_table(table, columns=["file_name", "samples"], use_threads=False).to_pylist()
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
         reason = bad_data.one_line(error)
         raise bad_data.RecordError(f"{table}: cannot be read as RefCOCO-M: {reason}", "unreadable file") from error
