@@ -224,7 +224,7 @@ def _conversations(root: pathlib.Path, place: pathlib.Path, found: Findings) -> 
             except ValueError as error:
                 found.problems.append(Problem(file, f"damaged: {bad_data.one_line(error)}"))
                 continue
-            named += [folder / path for path in (record["image"], *record["mask"]) if path]
+            named += [folder / path for path in (*record["images"], *record["mask"])]
         found.look_into(named)
 
 

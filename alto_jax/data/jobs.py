@@ -99,7 +99,8 @@ def open_source(
         return f"{name}.{protocol}", "chat", refcoco.ReferringChats(raw, seed=seed)
     with_masks = [n for n, found in benchmarks.BENCHMARKS.items() if found.family in benchmarks.MASK_FAMILIES]
     if name not in with_masks:
-        own = "sa1b, sa1b_chats, conversations, scene_masks, scene_chats, {refcoco,refcoco+,refcocog,grefcoco,reasonseg}_train"
+        training = ",".join(benchmarks.TRAINING)
+        own = f"sa1b, sa1b_chats, conversations, scene_masks, scene_chats, {{{training}}}_train"
         raise ConfigError(f"NAME: expected one of {own}, {', '.join(with_masks)}; got {name!r}")
     opened = benchmarks.open_benchmark(name, path, protocol=protocol, images=images, reading=reading)
     return f"{name}.{protocol}", "referring", opened

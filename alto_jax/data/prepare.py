@@ -4,10 +4,11 @@
         [--cache-features CHECKPOINT] [--cache-tokens CHECKPOINT]
     python -m alto_jax.data.prepare NAME --source DIR --check
 
-NAME: sa1b, sa1b_chats, conversations, refcoco_train (refcoco+_, refcocog_, grefcoco_, reasonseg_), scene_masks, scene_chats, or a
-benchmark with masks. Writes a TFDS data set (array_record; no TensorFlow) to OUT/{name}/1.0.0, in the order of the raw
-reader, with `manifest.json`: counts, hashes, bad records. Killed and started again it goes on with the shards that are
-missing, and ends byte for byte as without the kill. --check writes nothing and lists everything that is wrong.
+NAME: sa1b, sa1b_chats, conversations, refcoco_train (refcoco+_, refcocog_, grefcoco_, reasonseg_), scene_masks,
+scene_chats, or a benchmark with masks. Writes a TFDS data set (array_record; no TensorFlow) to OUT/{name}/1.0.0, in the
+order of the raw reader, with `manifest.json`: counts, hashes, bad records. Killed and started again it goes on with the
+shards that are missing, and ends byte for byte as without the kill. --check writes nothing and lists everything that is
+wrong.
 
 Note: shards are written here rather than by TFDS's writer, which starts from nothing after a kill; the metadata
 is TFDS's own, so that `tfds.data_source(name, data_dir=OUT)` reads the result.

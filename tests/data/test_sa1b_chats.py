@@ -9,7 +9,7 @@ import pytest
 
 from alto_jax.config import ConfigError
 from alto_jax.data import benchmarks, prepare, rle, sources
-from alto_jax.data.examples import chat_example
+from alto_jax.data.chat_examples import chat_example
 from alto_jax.data.jobs import open_source
 from alto_jax.data.prepared import Prepared
 from alto_jax.data.sa1b import Sa1bMasks
