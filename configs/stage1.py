@@ -3,19 +3,26 @@
     python -m alto_jax.main --config=configs/stage1.py:tiny --workdir=runs/stage1
 
 Sizes: base (the paper's, from a converted TiTok + SAM start; not yet run), tiny (a laptop; measured as part
-of configs/quickstart.py, see there), small (a GPU), debug (seconds). On SA-1B: --config.data.source=sa1b
+of configs/quickstart.py, see there), small (a GPU), debug (seconds). Each also as SIZE_no_pixels (base_no_pixels, …;
+not yet run): the same without the image encoder, for the paper's Table 7. On SA-1B: --config.data.source=sa1b
 --config.data.root=DIR.
 """
 
 from configs import common
 
-SIZES = ("base", "tiny", "small", "debug")
+NO_PIXELS = "_no_pixels"
+SIZES = ("base", "tiny", "small", "debug", *(size + NO_PIXELS for size in ("base", "tiny", "small", "debug")))
 TRAINED = "^tokenizer/(encoder|quantizer|decoder)/"
 
 
 def get_config(size=None):
     """The configuration for one of SIZES."""
     size = common.check_size(size, SIZES, "stage1.py")
+    if size.endswith(NO_PIXELS):
+        config = get_config(size.removesuffix(NO_PIXELS))
+        config.model.tokenizer.sam = None
+        config.tokenizer.withhold_image = 0.0  # there is nothing to withhold
+        return config
     if size == "base":
         config = common.base_config("stage1", common.large_model_types({"tokenizer": common.tokenizer()}))
         config.data.num_workers = -1

@@ -3,7 +3,7 @@
     python -m alto_jax.main --config=configs/stage1_5.py:tiny --config.init_from=runs/stage1 --workdir=runs/stage1_5
 
 Sizes: base (the paper's; not yet run), tiny (a laptop; measured as part of configs/quickstart.py), small (a
-GPU), debug.
+GPU), debug; each also as SIZE_no_pixels, after a stage 1 of that size.
 """
 
 from configs import common, stage1
@@ -16,6 +16,7 @@ def get_config(size=None):
     size = common.check_size(size, SIZES, "stage1_5.py")
     config = stage1.get_config(size)
     config.stage = "stage1_5"
+    size = size.removesuffix(stage1.NO_PIXELS)
     config.optim.trainable = "^tokenizer/length/"
     config.tokenizer.update({"keep_tokens": "adaptive", "unquantized_steps": 0, "reseed_every": 0, "reseed_until": 0})
     if size == "base":

@@ -12,9 +12,11 @@ from alto_jax.main import load_config
 from alto_jax.train.workdir import claim_workdir
 from tests.conftest import ROOT
 
+TOKENIZERS = ("base", "tiny", "small", "debug")
+TOKENIZERS += tuple(f"{size}_no_pixels" for size in TOKENIZERS)
 SIZES = {
-    "stage1": ("base", "tiny", "small", "debug"),
-    "stage1_5": ("base", "tiny", "small", "debug"),
+    "stage1": TOKENIZERS,
+    "stage1_5": TOKENIZERS,
     "stage2": ("8b", "1b", "2b", "4b", "26b", "tiny", "small", "debug"),
     "stage3": ("8b", "1b", "2b", "4b", "26b", "tiny", "small", "debug"),
     "finetune": ("small", "2b", "8b", "debug"),
@@ -87,12 +89,13 @@ def test_every_config_builds_and_survives_json(spec):
     assert config.stage == ("stage2" if stage == "finetune" else stage)
     assert make_experiment(json.loads(json.dumps(to_dict(config)))) == config
     # Published weights need the reference's forms; from scratch, the corrected ones.
-    from_scratch = size in ("tiny", "small", "debug")
+    from_scratch = size.removesuffix("_no_pixels") in ("tiny", "small", "debug")
     tokenizer = config.model.tokenizer
     assert tokenizer.legacy_reshape == (not from_scratch)
     assert tokenizer.length_rule == ("unified" if from_scratch else "reference")
     assert tokenizer.length_logit_scale == ("divide" if from_scratch else "multiply")
     assert tokenizer.pixel_decoder.legacy_shortcut == (not from_scratch)
+    assert (tokenizer.sam is None) == size.endswith("_no_pixels")
 
 
 @pytest.fixture
