@@ -4,9 +4,14 @@ Numbers and pictures come in, a `matplotlib.figure.Figure` goes out; matplotlib'
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
+import io
+import pathlib
 from typing import Any
 
 import numpy as np
+
+from alto_jax.config import write_whole
 
 # Okabe-Ito colours, as in report.py.
 _SERIES_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -111,25 +116,111 @@ def scatter_figure(panels: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     return figure
 
 
-def strip_figure(strips: Sequence[Sequence[tuple[int, np.ndarray]]]) -> Any:
-    """Draws pictures in rows, each with its number of tokens above.
+def strip_figure(strips: Sequence[Sequence[tuple[str, np.ndarray]]], captions: Sequence[str] = ()) -> Any:
+    """Draws pictures in rows, each with its title above.
 
     Args:
-      strips: of each row (number of tokens, uint8[H, W, 3]) from left to right.
+      strips: of each row (title, uint8[H, W, 3]) from left to right.
+      captions: a line of text above each row; none if empty.
 
     Returns:
       A `matplotlib.figure.Figure`.
     """
     figure, columns = new_figure()[0], max(map(len, strips))
+    side, above = (1.9, 0.35) if captions else (1.3, 0.2)
     figure.clear()
-    figure.set_size_inches(1.3 * columns, 1.5 * len(strips))
+    figure.set_size_inches(side * columns, (side + above) * len(strips))
     for row, cells in zip(figure.subplots(len(strips), columns, squeeze=False), strips, strict=True):
         for one in row:
             one.axis("off")
-        for one, (count, pixels) in zip(row, cells):
+        for one, (title, pixels) in zip(row, cells):
             one.imshow(pixels)
-            one.set_title(f"{count} token{'s' * (count != 1)}", fontsize=8)
+            one.set_title(title, fontsize=8)
+    for row, caption in zip(np.array(figure.axes).reshape(len(strips), columns), captions):
+        row[0].annotate(caption, (0, 1), (0, 20), "axes fraction", "offset points", fontsize=8, weight="bold",
+                        annotation_clip=False)  # fmt: skip
     return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """Points (x, y) of a panel under a name; style: as a line, as marks, or as both; labels: a word at each point."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: str = "line"
+    labels: Sequence[str] = ()
+
+
+def panels_figure(
+    panels: Mapping[str, Sequence[Series]], xlabel: str, ylabels: Sequence[str], *, log_x: bool = False
+) -> Any:
+    """Draws panels side by side, with one legend of all names below them; a name has one colour in all panels.
+
+    A line of more than 60 points is drawn faintly, with its running mean over a twentieth of them.
+
+    Args:
+      panels: title → what is drawn there.
+      xlabel: name of the horizontal axes; ylabels: of the vertical axis of each panel.
+      log_x: horizontal axes in powers of ten.
+
+    Returns:
+      A `matplotlib.figure.Figure`.
+    """
+    figure = new_figure()[0]
+    figure.clear()
+    figure.set_size_inches(max(3.4 * len(panels), 6.4), 3.6)
+    names = list(dict.fromkeys(series.name for drawn in panels.values() for series in drawn))
+    colors = {name: _SERIES_COLORS[i % len(_SERIES_COLORS)] for i, name in enumerate(names)}
+    lines = {name: ("-", "--", ":")[i // len(_SERIES_COLORS) % 3] for i, name in enumerate(names)}
+    handles: dict[str, Any] = {}
+    for one, (title, drawn), ylabel in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), ylabels, strict=True
+    ):
+        for series in drawn:
+            x, y = np.asarray(series.x, float), np.asarray(series.y, float)
+            order = np.argsort(x, kind="stable")
+            style: dict[str, Any] = {"color": colors[series.name], "linewidth": 1.6}
+            style["linestyle"] = "" if series.style == "marks" else lines[series.name]
+            style |= {} if series.style == "line" else {"marker": "D", "markersize": 5}
+            width = len(x) // 20
+            if series.style == "line" and len(x) > 60:
+                one.plot(x[order], y[order], color=colors[series.name], linewidth=0.6, alpha=0.35)
+                kernel = np.ones(width) / width
+                x, y = x[order][width // 2 :][: len(x) - width + 1], np.convolve(y[order], kernel, "valid")
+                order = np.arange(len(x))
+            handles.setdefault(series.name, one.plot(x[order], y[order], **style)[0])
+            for place, label in zip(zip(series.x, series.y), series.labels):
+                one.annotate(label, place, (4, -9), textcoords="offset points", fontsize=7, color=style["color"])
+        one.set_title(title, fontsize=9)
+        one.set_xlabel(xlabel)
+        one.set_ylabel(ylabel)
+        if log_x:
+            one.set_xscale("log")
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(axis="y", color="#e2e5e9", linewidth=0.8)
+        one.set_axisbelow(True)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(names), 6), frameon=False)
+    return figure
+
+
+def figure_bytes(figure: Any, form: str = "png", dpi: int = 120) -> bytes:
+    """A figure as a file of that form ("png" or "svg"), the same bytes for the same figure."""
+    import matplotlib  # late: an optional dependency
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "alto_jax"}):  # else the ids of an SVG are drawn anew each time
+        figure.savefig(buffer, format=form, dpi=dpi, metadata={"Software" if form == "png" else "Date": None})
+    return buffer.getvalue()
+
+
+def save_figure(figure: Any, stem: pathlib.Path) -> list[pathlib.Path]:
+    """Writes a figure as STEM.png and STEM.svg; returns the paths."""
+    written = [stem.with_name(f"{stem.name}.{form}") for form in ("png", "svg")]
+    for path in written:
+        write_whole(path, figure_bytes(figure, path.suffix[1:]))
+    return written
 
 
 def new_figure() -> tuple[Any, Any]:

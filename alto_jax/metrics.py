@@ -342,6 +342,12 @@ def bootstrap_ci(
 # --- lengths and codes -------------------------------------------------------------------------------
 
 
+def length_entropy(lengths: np.ndarray) -> float:
+    """Entropy of the distribution of lengths int[N], in nats."""
+    shares = np.unique(lengths, return_counts=True)[1] / len(lengths)
+    return float(np.maximum(-(shares * np.log(shares)).sum(), 0.0))
+
+
 def length_statistics(
     lengths: np.ndarray, max_length: int, against: np.ndarray | None = None
 ) -> dict[str, float | list[int]]:
@@ -353,13 +359,14 @@ def length_statistics(
       against: float[N], e.g. the complexity of each mask, for a rank correlation.
 
     Returns:
-      mean, std, min, max; histogram (count of each length 0..L); spearman with `against`, if given and if
-      neither of the two is constant.
+      mean, std, entropy (nats), min, max; histogram (count of each length 0..L); spearman with `against`, if given and
+      if neither of the two is constant.
     """
     lengths = np.asarray(lengths, np.int64)
     result: dict[str, float | list[int]] = {
         "mean": float(lengths.mean()),
         "std": float(lengths.std()),
+        "entropy": length_entropy(lengths),
         "min": float(lengths.min()),
         "max": float(lengths.max()),
         "histogram": np.bincount(lengths, minlength=max_length + 1).tolist(),

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from alto_jax.config import write_whole
+from alto_jax.figures import figure_bytes
 
 # Okabe-Ito colours: told apart with every common form of colour blindness.
 TARGET_COLOR = (0, 114, 178)
@@ -169,7 +170,7 @@ def write_report(
     if figures:
         body.append('<section class="figures">')
         for name, (figure, alt) in figures.items():
-            data = _figure_png(figure)
+            data = figure_bytes(figure, dpi=150)
             (path.parent / f"{_slug(name)}.png").write_bytes(data)
             body.append(f"<figure>{_img(data, alt)}<figcaption>{html.escape(name)}</figcaption></figure>")
         body.append("</section>")
@@ -228,12 +229,6 @@ def _image_png(pixels: np.ndarray) -> bytes:
         image.thumbnail((_SAMPLE_PIXELS, _SAMPLE_PIXELS), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def _figure_png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
 
 

@@ -15,15 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax import cli, figures, metrics
+from alto_jax import cli, metrics
 from alto_jax.checkpoint import loading
 from alto_jax.config import ConfigError
+from alto_jax.evaluate.paper import curves
 from alto_jax.experiment import make_experiment
 from alto_jax.train.loop import train
 from configs import stage1_5
 from experiments import tokens
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
+SHOWN = {"giou": "gIoU", "mean_length": "mean length", "std_length": "standard deviation",
+         "entropy_of_lengths": "entropy (nats)"}  # fmt: skip
 
 
 def row_of(name: str, table: tokens.Table, lengths: np.ndarray) -> dict[str, Any]:
@@ -92,8 +95,8 @@ def main() -> int:
     shown = means(rows)
     (out / "length_penalty.json").write_text(json.dumps({"rows": rows, "means": shown}, indent=2) + "\n")
     (out / "length_penalty.md").write_text(tokens.table_of(shown) + "\n")
-    curve = {row["penalty"]: (row["mean_length"], row["giou"]) for row in shown}
-    figures.iou_curve_figure({}, curve).savefig(out / "length_penalty.png", dpi=120)
+    trained = {p: [row for row in rows if row["penalty"] == f"{p:g}"] for p in options.penalties}
+    curves.save(curves.penalty_figure(trained, SHOWN), rows, out / "length_penalty")
     print(tokens.table_of(shown))
     return 0
 

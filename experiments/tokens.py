@@ -197,7 +197,7 @@ def summarize(table: Table) -> dict[str, Any]:
         "best_mean": float(best.mean()),
         "mean_length": mean,
         "std_length": float(table.length.std()),
-        "entropy_of_lengths": _entropy(table.length),
+        "entropy_of_lengths": metrics.length_entropy(table.length),
     }
     for whose, length in (("predicted", table.length), ("best", best)):
         for what, value in (("targets", table.targets), ("complexity", table.complexity)):
@@ -206,12 +206,6 @@ def summarize(table: Table) -> dict[str, Any]:
         table.length, table.complexity, table.targets.astype(float)
     )
     return found
-
-
-def _entropy(lengths: np.ndarray) -> float:
-    """Entropy of the distribution of lengths, in nats."""
-    shares = np.unique(lengths, return_counts=True)[1] / len(lengths)
-    return float(-(shares * np.log(shares)).sum())
 
 
 def markdown(found: dict[str, Any]) -> str:

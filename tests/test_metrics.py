@@ -174,6 +174,8 @@ def test_length_statistics():
     result = metrics.length_statistics(np.array([1, 2, 2, 4]), 4, against=np.array([0.1, 5.0, 5.0, 7.0]))
     assert result["histogram"] == [0, 1, 2, 0, 1]
     assert (result["mean"], result["min"], result["max"]) == (2.25, 1, 4)
+    np.testing.assert_allclose(result["entropy"], 1.5 * np.log(2))  # shares 1/4, 1/2, 1/4
+    assert metrics.length_entropy(np.array([3, 3])) == 0.0
     np.testing.assert_allclose(result["spearman"], 1.0)
     assert "spearman" not in metrics.length_statistics(np.array([3, 3]), 4, against=np.array([1.0, 2.0]))
     uneven = metrics.length_statistics(np.array([1, 2, 3, 3]), 4, against=np.array([2.0, 1.0, 3.0, 4.0]))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import os
 import pathlib
 from typing import Any
@@ -101,8 +100,7 @@ def load_model(
     params = merge_params(*(part for part, _, _ in parts))
     if not lora:
         meta, step = parts[0][2], read_step
-    saved = (root / runs.CHECKPOINTS / str(step) / "_CHECKPOINT_METADATA").read_bytes()
-    name = f"{meta['stage']} step {step} {hashlib.sha256(saved).hexdigest()[:12]}" + f" {quantize}".rstrip()
+    name = f"{meta['stage']} {runs.identity(root, step)}" + f" {quantize}".rstrip()
     text = TextTokenizer.load(root) if language is not None else None
     return LoadedModel(root, meta, cfg, params, text, name)
 

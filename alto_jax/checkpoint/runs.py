@@ -354,9 +354,10 @@ def described(found: Found) -> dict:
     return {name: value for name, value in found.plain.items() if name not in ("checksums", "metric", "position")}
 
 
-def identity(directory: str | os.PathLike) -> str:
-    """Step and a hash that changes when the run's newest checkpoint is saved anew."""
-    root, step = find_run(directory)
+def identity(directory: str | os.PathLike, step: int | None = None) -> str:
+    """Step and a hash that changes when the run's checkpoint (None: the newest) is saved anew."""
+    root, newest = find_run(directory)
+    step = newest if step is None else step
     saved = (root / CHECKPOINTS / str(step) / "_CHECKPOINT_METADATA").read_bytes()
     return f"step {step} {hashlib.sha256(saved).hexdigest()[:12]}"
 

@@ -10,6 +10,8 @@ tokenizer alone on the masks of benchmark NAME, of `scenes`, or of the SA-1B fol
 """
 
 import argparse
+from collections.abc import Sequence
+import pathlib
 
 from alto_jax import cli
 from alto_jax.config import ConfigError
@@ -22,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     from alto_jax.data.refcoco import PROTOCOLS
 
     found = argparse.ArgumentParser(prog="python -m alto_jax.evaluate", description="Benchmarks and their tables.")
-    found.add_argument("--checkpoint", metavar="DIR", help="a run's directory")
+    found.add_argument("--checkpoint", metavar="DIR", help="a run's directory (with --table 7 two: DIR,DIR)")
     found.add_argument(
         "--benchmark", metavar="NAMES", help="names with commas between; all: every one whose files are there"
     )
@@ -30,8 +32,14 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--images", metavar="DIR", help="the COCO images, if not at a usual place in the data folder")
     found.add_argument("--out", metavar="DIR")
     found.add_argument("--list", action="store_true", help="print the benchmarks and the files they expect")
+    found.add_argument("--table", metavar="N", help="tables of the paper to write, 2 to 7, with commas between")
+    found.add_argument("--figure", type=int, metavar="N", help="a figure of the paper to draw: 4 to 9")
+    found.add_argument("--runs", metavar="DIRS", help="what figures 6, 7 and 8 compare, with commas between")
+    found.add_argument("--card", action="store_true", help="write the card of a model to the file --out")
+    found.add_argument("--results", metavar="DIRS", help="evaluations that the card is of, with commas between")
     found.add_argument("--protocol", choices=PROTOCOLS, default="joined", help="sentences of a referent as one request")
-    found.add_argument("--length", choices=("adaptive", "fixed", "both"), default="adaptive")
+    found.add_argument("--length", help="adaptive (default), fixed, both (default with --table), or numbers of mask "
+                                        "tokens, with commas between")  # fmt: skip
     found.add_argument("--batch-size", type=int, default=8, help="over all devices")
     found.add_argument("--limit", type=int, default=0, help="only the first samples (0: all)")
     found.add_argument("--max-tiles", type=int, default=1, metavar="N",
@@ -76,20 +84,61 @@ def main() -> int:
         for found in BENCHMARKS.values():
             print(f"{found.name:28s}{found.expects}")
         return 0
-    for name in ("out",) if options.rescore else ("checkpoint", "benchmark", "out"):
-        if not getattr(options, name):
-            raise ConfigError(f"--{name} is required (see --help)")
+    values = vars(options)
+    values.pop("list")
+    split = lambda name: [part.strip() for part in (values.pop(name) or "").split(",") if part.strip()]
+    table, figure, is_card = split("table"), values.pop("figure"), values.pop("card")
+    runs, results = split("runs"), split("results")
+    _check(options, table, figure, is_card, runs, results)
     from alto_jax.evaluate.options import EvaluateOptions  # late: keeps the start fast
-    from alto_jax.evaluate.runner import evaluate
     from alto_jax.parallel import distributed
 
-    values = vars(options)
     distributed.initialize(values.pop("distributed"))
-    names = [name.strip() for name in (values.pop("benchmark") or "").split(",") if name.strip()]
-    values.pop("list")
+    values["length"] = values["length"] or ("both" if table else "adaptive")
     values["checkpoint"] = values["checkpoint"] or ""
-    evaluate(EvaluateOptions(benchmarks=names, **values))
+    asked = EvaluateOptions(benchmarks=split("benchmark"), **values)
+    if table or figure is not None or is_card:
+        from alto_jax.evaluate.paper import command as paper  # late: keeps the start fast
+
+        if table:
+            paper.write_tables(asked, [int(number) for number in table])
+        elif figure is not None:
+            paper.write_figure(asked, figure, runs)
+        else:
+            paper.write_card(asked, results)
+        return 0
+    from alto_jax.evaluate.runner import evaluate  # late: keeps the start fast
+
+    if evaluate(asked):
+        print((pathlib.Path(asked.out) / "tables.md").read_text(), end="")
     return 0
+
+
+def _check(
+    options: argparse.Namespace,
+    table: Sequence[str],
+    figure: int | None,
+    is_card: bool,
+    runs: Sequence[str],
+    results: Sequence[str],
+) -> None:
+    """Raises ConfigError where an option is missing, or is there beside one that it does not go with."""
+    asked = {"--table": table, "--figure": figure is not None, "--card": is_card}
+    if sum(map(bool, asked.values())) > 1:
+        raise ConfigError(f"expected one of {', '.join(name for name, given in asked.items() if given)}")
+    for number in table:
+        if not (number.isascii() and number.isdigit()):
+            raise ConfigError(f"--table: expected numbers with commas between, got {number!r}")
+    for name, given, goes in (("runs", runs, figure is not None), ("results", results, is_card)):
+        if given and not goes:
+            raise ConfigError(f"--{name}: goes with --{'figure' if name == 'runs' else 'card'} alone (see --help)")
+    needed = ["out"] if options.rescore or figure is not None else ["checkpoint", "out"]
+    needed += ["benchmark"] if not (options.rescore or any(asked.values())) else []
+    for name in needed:
+        if not getattr(options, name):
+            raise ConfigError(f"--{name} is required (see --help)")
+    if is_card and not results:
+        raise ConfigError("--results is required (see --help)")
 
 
 def command() -> None:

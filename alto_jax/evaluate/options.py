@@ -6,12 +6,24 @@ import math
 import os
 from typing import Any, Literal
 
-from alto_jax.config import QUANTIZE, Quantize, local_path, require
+from alto_jax.config import QUANTIZE, ConfigError, Quantize, local_path, require
 from alto_jax.data.masks import AUTO, parse_rule
 from alto_jax.data.reading import EXIF, Exif
 from alto_jax.data.refcoco import PROTOCOLS
 
-LENGTHS = ("adaptive", "fixed", "both")
+
+def length_modes(length: str) -> tuple[str, ...]:
+    """The modes that `length` names, in its order: "adaptive", "fixed", or a number of mask tokens.
+
+    Raises:
+      ConfigError: something else in it.
+    """
+    found: list[str] = []
+    for name in (part.strip() for part in length.split(",")):
+        if name not in ("adaptive", "fixed", "both") and not (name.isascii() and name.isdigit() and int(name) >= 1):
+            raise ConfigError(f"--length: expected adaptive, fixed, both, or numbers of mask tokens, got {length!r}")
+        found += ("adaptive", "fixed") if name == "both" else (str(int(name)) if name.isdigit() else name,)
+    return tuple(dict.fromkeys(found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +37,8 @@ class EvaluateOptions:
       data: the data folder, or a prepared data set.
       images: the COCO images, if they are not at a usual place in the data folder.
       protocol: sentences of a referent as one request, or each by itself.
-      length: "adaptive", "fixed", or "both" as two rows.
+      length: "adaptive", "fixed", "both" as two rows, or numbers of mask tokens, each a row; with commas between. A
+        number asks as "fixed" does and ends the mask after so many tokens.
       batch_size: over all devices.
       limit: only the first samples; 0: all.
       max_tiles: of an image in POPE, VQAv2 and MME, see data/tiles.py; masks always have one.
@@ -56,7 +69,7 @@ class EvaluateOptions:
     data: str | os.PathLike = "."
     images: str | os.PathLike | None = None
     protocol: Literal["joined", "per_sentence"] = "joined"
-    length: Literal["adaptive", "fixed", "both"] = "adaptive"
+    length: str = "adaptive"
     batch_size: int = 8
     limit: int = 0
     max_tiles: int = 1
@@ -91,8 +104,9 @@ class EvaluateOptions:
         for name in ("limit", "max_new_tokens", "min_pixels", "worst", "timed_samples"):
             require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "at least 0")
         require(math.isfinite(self.end_bias), "end_bias", self.end_bias, "a finite number")
-        for name, known in (("protocol", PROTOCOLS), ("length", LENGTHS), ("exif", EXIF), ("quantize", QUANTIZE)):
+        for name, known in (("protocol", PROTOCOLS), ("exif", EXIF), ("quantize", QUANTIZE)):
             require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
+        length_modes(self.length)
         for name in ("max_tiles", "scenes", "fsdp", "tensor", "threads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         parse_rule(self.mask_rule, "--mask-rule")

@@ -53,7 +53,6 @@ def write_outputs(options: EvaluateOptions, names: Sequence[str], title: str, op
     if pictures:
         limits = {name: found[name]["min_pixels"] for name in pictures}
         gallery.write(out / "worst.html", title, pictures, options.worst, limits)
-    print((out / "tables.md").read_text(), end="")
     return found
 
 
@@ -73,12 +72,12 @@ def rescore(options: EvaluateOptions) -> dict[str, Any]:
     index: dict[str, Any] = {"title": None, "tasks": []}
     if (out / INDEX).is_file():
         index = json.loads((out / INDEX).read_text())
-    there = sorted(p.stem for p in (out / "results").glob("*.jsonl") if not p.stem.endswith(".timing"))
+    there = task_names(out)
     names = [name for name in index["tasks"] if name in there]
     wanted = [name for name in options.benchmarks if name != "all"]
     if options.benchmarks:
         names += [name for name in there if name not in names]
-    headers = {name: _header(results.result_path(out, name)) for name in names}
+    headers = {name: finished_header(results.result_path(out, name)) for name in names}
     if wanted:
         benchmark = lambda name: headers[name]["benchmark"]
         names = sorted((n for n in names if benchmark(n) in wanted), key=lambda n: wanted.index(benchmark(n)))
@@ -88,10 +87,16 @@ def rescore(options: EvaluateOptions) -> dict[str, Any]:
     for name in names:
         _check(options, headers[name], name)
     title = options.title or index["title"] or (pathlib.Path(options.checkpoint).name if options.checkpoint else "")
-    return write_outputs(options, names, title or "model", _records_of(options))
+    return write_outputs(options, names, title or "model", records_of(options))
 
 
-def _header(path: pathlib.Path) -> dict[str, Any]:
+def task_names(out: pathlib.Path) -> list[str]:
+    """The tasks whose results lie in an out directory, in order of their names."""
+    return sorted(p.stem for p in (out / "results").glob("*.jsonl") if not p.stem.endswith(".timing"))
+
+
+def finished_header(path: pathlib.Path) -> dict[str, Any]:
+    """The header of a result file; ConfigError if samples are missing, or another version of this program wrote it."""
     header = results.read_results(path)[0]
     if header.get("version") != results.VERSION:
         raise ConfigError(f"{path}: results of another version of this program; evaluate again")
@@ -114,7 +119,7 @@ def _check(options: EvaluateOptions, header: Mapping[str, Any], name: str) -> No
                               "--min-pixels, --title, --paper-rows and --worst may differ")  # fmt: skip
 
 
-def _records_of(options: EvaluateOptions) -> Callable[[str, Mapping[str, Any]], Records | None]:
+def records_of(options: EvaluateOptions) -> Callable[[str, Mapping[str, Any]], Records | None]:
     """Opens the data of results again, if they are there and the same."""
 
     def open_records(name: str, header: Mapping[str, Any]) -> Records | None:

@@ -1,18 +1,18 @@
 """The tables of an evaluation in Markdown, laid out as the paper's, and its plots.
 
 In: `metrics.json`'s tasks. Out: text; a column a benchmark, a row a model and protocol, values in percent with half
-the width of the bootstrap 95 % interval. Rows of the paper appear beside ours where a published figure is known
-here; others can be given as a file (--paper-rows), since no figure is ever filled in from memory.
+the width of the bootstrap 95 % interval. The paper's rows stand beside ours (paper/published.py); others can be given
+as a file (--paper-rows), since no figure is ever filled in from memory.
 """
 
-from collections.abc import Mapping, Sequence
-import io
+from collections.abc import Callable, Mapping, Sequence
 import pathlib
 from typing import Any
 
 from alto_jax import figures
 from alto_jax.config import write_whole
 from alto_jax.data.masks import AUTO
+from alto_jax.evaluate.paper import published
 
 # family: (title, [(column title, metric)] for each benchmark, benchmark → heading)
 LAYOUTS: dict[str, tuple[str, Sequence[tuple[str, str]], Mapping[str, str]]] = {
@@ -74,21 +74,12 @@ LAYOUTS: dict[str, tuple[str, Sequence[tuple[str, str]], Mapping[str, str]]] = {
     "mme": ("MME", (("perception", "perception"), ("cognition", "cognition")), {"mme": "MME"}),
 }  # fmt: skip
 _POINTS = ("perception", "cognition")  # Sums of points, no fractions.
-# What the sources of this project state of the published model; nothing is filled in from memory.
-PAPER_ROWS: Mapping[str, Sequence[Mapping]] = {
-    "refcoco": ({"row": "ALToLLM-8B, adaptive, paper", "refcoco_val": 85.8},)
-}
-PAPER_TIMES = {"adaptive": ("about 17", "0.71 s"), "fixed": ("32", "1.08 s")}  # Their device is not stated.
 # A tokenizer is trained with image features or without; those of one that has them can be withheld when it decodes.
 _PARTS = {
     "with_features": "with image features",
     "features_withheld": "image features withheld at inference (trained with them)",
     "without_features": "without image features",
 }
-_MORE_PAPER_ROWS = (
-    "Of the paper's figures, the sources of this project state cIoU on RefCOCO val (85.8) and the times alone;"
-    " `--paper-rows FILE` adds more rows.\n"
-)
 TOKEN_COUNTS = (1, 2, 4, 8, 16, 24, 32)
 
 
@@ -104,26 +95,26 @@ def markdown(tasks: Mapping[str, Mapping[str, Any]], title: str, paper: Mapping[
     for family, (heading, columns, names) in LAYOUTS.items():
         mine = [t for t in tasks.values() if t["family"] == family]
         if mine:
-            given = [
-                *PAPER_ROWS.get(family, ()),
-                *({**row, "row": f"{row['row']} (given)"} for row in paper.get(family, ())),
-            ]
-            parts.append(_family_table(heading, columns, names, mine, title, given))
+            given = [{**row, "row": f"{row['row']} (given)"} for row in paper.get(family, ())]
+            rows = [*published.family_rows(family), *given]
+            parts.append(_family_table(heading, columns, names, mine, title, rows))
+            parts += [f"{note}\n" for note in published.family_notes(family)]
     reconstruction = [t for t in tasks.values() if t["family"] == "tokenizer"]
     if reconstruction:
         parts.append(_reconstruction_table(reconstruction, title, paper.get("tokenizer", ())))
+        printed = "; ".join(f"{name}, {values[0]}" for name, values in published.TABLES[7].rows())
+        parts.append(f"The paper's Table 7 (gIoU; data and number of tokens not stated beside it): {printed}.\n")
     parts += [_classes_table(name, t, title) for name, t in tasks.items() if t.get("by_class")]
     masks = {
         name: t for name, t in tasks.items() if "precision@0.7" in t or "lengths" in t and t["family"] != "tokenizer"
     }
     if masks:
         parts.append(_details_table(masks))
-    if not paper:
-        parts.append(_MORE_PAPER_ROWS)
     return "\n".join(parts)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
     line = lambda cells: "| " + " | ".join(cells) + " |\n"
     return line(header) + line(["---", *["---:"] * (len(header) - 1)]) + "".join(map(line, rows))
 
@@ -141,11 +132,26 @@ def _cell(task: Mapping[str, Any] | None, metric: str) -> str:
 
 def _row_name(task: Mapping[str, Any], title: str) -> str:
     """Our row's name, with everything that its numbers were made by."""
-    named = [*(task[k] for k in ("mode", "protocol") if k in task), *_protocol_flags(task)]
+    mode = [f"{task['mode']} tokens" if task["mode"].isdigit() else task["mode"]] if "mode" in task else []
+    named = [*mode, *([task["protocol"]] if "protocol" in task else []), *protocol_flags(task)]
     return f"{title} ({', '.join(named)})" if named else title
 
 
-def _protocol_flags(task: Mapping[str, Any]) -> list[str]:
+def grouped(
+    tasks: Sequence[Mapping[str, Any]], name_of: Callable[[Mapping[str, Any]], str]
+) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Rows of tasks that were made in the same way, with their names.
+
+    A limit is no difference where it leaves no sample out; it is named where it leaves some out of one of them.
+    """
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for task in tasks:
+        rows.setdefault(name_of({**task, "limit": 0}), []).append(task)
+    limit = lambda group: max(task.get("limit", 0) for task in group)
+    return [(name_of({**group[0], "limit": limit(group)}), group) for group in rows.values()]
+
+
+def protocol_flags(task: Mapping[str, Any]) -> list[str]:
     """What of a task's protocol is not the plain one, in words."""
     flags = {
         "grammar": task.get("grammar"),
@@ -176,11 +182,12 @@ def _family_table(
         values = [
             given.get(f"{n} {m}", given.get(n) if len(columns) == 1 else None) for n in present for _, m in columns
         ]
-        rows.append([given["row"]] + ["–" if v is None else str(v) for v in values])
-    for row in dict.fromkeys(_row_name(t, title) for t in tasks):
-        by_name = {t["benchmark"]: t for t in tasks if _row_name(t, title) == row}
+        if any(v is not None for v in values):
+            rows.append([given["row"]] + ["–" if v is None else str(v) for v in values])
+    for row, group in grouped(tasks, lambda task: _row_name(task, title)):
+        by_name = {task["benchmark"]: task for task in group}
         rows.append([row] + [_cell(by_name.get(n), metric) for n in present for _, metric in columns])
-    return f"## {heading}\n\n{_table(header, rows)}"
+    return f"## {heading}\n\n{table(header, rows)}"
 
 
 def _reconstruction_table(tasks: Sequence[Mapping[str, Any]], title: str, paper: Sequence[Mapping[str, Any]]) -> str:
@@ -193,13 +200,13 @@ def _reconstruction_table(tasks: Sequence[Mapping[str, Any]], title: str, paper:
         for part, words in _PARTS.items():
             if part in task:
                 by = task[part]["giou_by_tokens"]
-                name = ", ".join([title, task["benchmark"], words, *_protocol_flags(task)])
+                name = ", ".join([title, task["benchmark"], words, *protocol_flags(task)])
                 cells = [f"{100 * by[str(k)]:.1f}" if str(k) in by else "–" for k in counts]
                 low, high = task[part]["intervals"]["adaptive"]
                 adaptive = f"{100 * task[part]['giou_adaptive']:.1f} ± {50 * (high - low):.1f}"
                 rows.append([name, *cells, adaptive, f"{task['lengths']['mean']:.1f}"])
     header = ["tokenizer alone (gIoU)", *[f"{k} tokens" for k in counts], "adaptive", "mean tokens"]
-    return f"## Mask reconstruction (Table 7, Figure 8)\n\n{_table(header, rows)}"
+    return f"## Mask reconstruction (Table 7, Figure 8)\n\n{table(header, rows)}"
 
 
 def _first_part(task: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -216,10 +223,10 @@ def _details_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
         lengths = task.get("lengths")
         tokens = [f"{lengths['mean']:.1f}", f"{lengths['std']:.1f}"] if lengths else ["–", "–"]
         cells = [_cell(task, metric) for _, metric in metrics]
-        named = ", ".join([name, *_protocol_flags(task)])
+        named = ", ".join([name, *protocol_flags(task)])
         counts = [f"{int(task['num_samples'])}", f"{task['num_images']}"]
         rows.append([named, *counts, *cells, *tokens, str(task["num_skipped"])])
-    return f"## Details\n\n{_table(header, rows)}"
+    return f"## Details\n\n{table(header, rows)}"
 
 
 def _classes_table(name: str, task: Mapping[str, Any], title: str) -> str:
@@ -228,19 +235,27 @@ def _classes_table(name: str, task: Mapping[str, Any], title: str) -> str:
         for label, numbers in task["by_class"].items()
     ]
     what = f"Over the samples that ask for a class, alone or with others: {_row_name(task, title)}."
-    return f"## Classes of {name}\n\n{what}\n\n{_table(['class', 'samples', 'gIoU', 'cIoU'], rows)}"
+    return f"## Classes of {name}\n\n{what}\n\n{table(['class', 'samples', 'gIoU', 'cIoU'], rows)}"
 
 
 def timing_markdown(tasks: Mapping[str, Mapping], timing: Mapping[str, Mapping], title: str) -> str:
     """Mean tokens, seconds per sample (alone, in batches) and tokens per second, with the paper's beside ours."""
     rows = [
-        [f"ALToLLM-8B, {mode}, paper", "not stated", tokens, f"{seconds} (batch not stated)", "–", "–", "–"]
-        for mode, (tokens, seconds) in PAPER_TIMES.items()
+        [
+            f"{method}, gRefCOCO {split}, paper",
+            "A100 80GB",
+            str(tokens),
+            f"{seconds} s (batch not stated)",
+            "–",
+            "–",
+            "–",
+        ]
+        for method, split, tokens, seconds in published.times()
     ]
     for name, times in timing.items():
         lengths, batch, single = tasks[name].get("lengths"), times.get("batch"), times.get("single")
         cells = [
-            f"{', '.join([title, name, *_protocol_flags(tasks[name])])}",
+            f"{', '.join([title, name, *protocol_flags(tasks[name])])}",
             times.get("device", "–"),
             f"{lengths['mean']:.1f}" if lengths else "–",
             f"{single['seconds_per_sample']:.4f} s" if single else "–",
@@ -254,7 +269,7 @@ def timing_markdown(tasks: Mapping[str, Mapping], timing: Mapping[str, Mapping],
         "Seconds of the device from request to answer, compiled and warmed up before, without reading and scoring. One"
         " at a time: each device has one sample. In batches: the time of a batch over its samples."
     )
-    return f"# Time of {title}\n\n{note}\n\n{_table(header, rows)}"
+    return f"# Time of {title}\n\n{note}\n\n{table(header, rows)}"
 
 
 def plots(tasks: Mapping[str, Mapping[str, Any]], max_length: int, out: pathlib.Path) -> list[pathlib.Path]:
@@ -286,8 +301,6 @@ def plots(tasks: Mapping[str, Mapping[str, Any]], max_length: int, out: pathlib.
         return []
     written = []
     for name, figure in drawn.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
-        write_whole(out / name, buffer.getvalue())
+        write_whole(out / name, figures.figure_bytes(figure))
         written.append(out / name)
     return written

@@ -18,7 +18,7 @@ from alto_jax.data.source import Records
 from alto_jax.evaluate import questions
 from alto_jax.evaluate.answerer import Answerer
 from alto_jax.evaluate.device import Answers, Programs
-from alto_jax.evaluate.options import EvaluateOptions
+from alto_jax.evaluate.options import EvaluateOptions, length_modes
 from alto_jax.evaluate.perception import PerceptionTask
 from alto_jax.evaluate.reconstruction import Reconstruction
 from alto_jax.mllm import text as words
@@ -121,7 +121,7 @@ def _tasks_of(
     if answerer is None:
         raise ConfigError(f"--benchmark: {name} needs a whole model (stage 2 or 3); for a mask tokenizer alone: "
                           f"tokenizer_{name}")  # fmt: skip
-    modes = ("adaptive", "fixed") if options.length == "both" else (options.length,)
+    modes = length_modes(options.length)
     if found.family == "mask_perception":
         shown = mask_perception.open_mask_perception(options.data, options.images, _reading(options))
         return [PerceptionTask(answerer, found.name, *_limited(shown, options), mode) for mode in modes]
@@ -177,7 +177,7 @@ class Limited:
 
 
 class SegmentationTask:
-    """A benchmark of referring or open-vocabulary segmentation, by adaptive or fixed length."""
+    """A benchmark of referring or open-vocabulary segmentation, by adaptive or fixed length, or by so many tokens."""
 
     def __init__(
         self,
@@ -196,11 +196,15 @@ class SegmentationTask:
         self._protocol = metrics.REFERENCE_PROTOCOL if options.reference else metrics.MaskProtocol()
         max_length = answerer.cfg.tokenizer.num_latent_tokens
         longest = options.max_new_tokens or max_length + 32
+        forced = int(mode) if mode.isdigit() else None
+        if forced is not None and forced > max_length:
+            raise ConfigError(f"--length: expected at most {max_length} mask tokens, got {forced}")
         self._prefix = words.FORCED_ANSWER_PREFIX if options.forced_prefix else ""
         self._config = GenerateConfig(
             max_new_tokens=longest,
-            grammar=options.grammar,
+            grammar=options.grammar or forced is not None,
             max_length=max_length,
+            forced_length=forced,
             end_logit_bias=options.end_bias,
             stop_at_mask_end=options.forced_prefix,
         )
@@ -209,7 +213,7 @@ class SegmentationTask:
             "protocol": options.protocol,
             "scoring": "reference" if options.reference else "alto_jax",
             "min_pixels": options.min_pixels or 0,
-            "grammar": options.grammar,
+            "grammar": self._config.grammar,
             "forced_prefix": options.forced_prefix,
             "end_bias": options.end_bias,
             "max_new_tokens": longest,

@@ -100,7 +100,8 @@ def _pictures(checkpoint: str, folder: pathlib.Path, began: float) -> tuple[list
         codes = result.codes or model.encode(record["masks"][0])
         kept = [k for k in _STEPS_SHOWN if k < len(codes)] + [len(codes)]
         masks = [model.decode(codes[:k], record["image"].shape[:2], record["image"]) for k in kept]
-        strips.append([(k, report.overlay(record["image"], mask)) for k, mask in zip(kept, masks, strict=True)])
+        titles = [f"{k} token{'s' * (k != 1)}" for k in kept]
+        strips.append([(t, report.overlay(record["image"], mask)) for t, mask in zip(titles, masks, strict=True)])
     return samples, strips
 
 

@@ -65,8 +65,9 @@ def _step_of(line: str) -> float:
 
 
 def read_metrics(directory: str | os.PathLike) -> list[dict]:
-    """The records of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (pathlib.Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    """The records of a run's metrics.jsonl; a line cut short by a crash is passed over."""
+    lines = (pathlib.Path(directory) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
 
 class Meter:
