@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import io
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -51,8 +51,7 @@ def iou_curve_figure(
     axes.set_xlim(left=0)
     if ticks and len(ticks) <= 8:
         axes.set_xticks(sorted(ticks))
-    if len(curves) + len(points or {}) > 1:
-        _legend(figure, axes)
+    _legend(figure, axes)
     return figure
 
 
@@ -81,18 +80,8 @@ def length_histogram_figure(lengths: Mapping[str, Sequence[int]], max_length: in
     axes.set_xlabel("mask tokens")
     axes.set_ylabel("share of samples")
     axes.set_xlim(-0.5, max_length + 0.5)
-    _legend(figure, axes)
+    _legend(figure, axes, least=1)
     return figure
-
-
-def _legend(figure: Any, axes: Any) -> None:
-    """Names of what is drawn: among it, or if they are many, below it."""
-    count = len(axes.get_legend_handles_labels()[0])
-    if count <= _MOST_NAMES:
-        axes.legend(frameon=False, loc="best")
-        return
-    figure.set_figheight(figure.get_figheight() + 0.22 * count)
-    figure.legend(frameon=False, loc="outside lower left")
 
 
 def scatter_figure(panels: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> Any:
@@ -144,13 +133,12 @@ def strip_figure(strips: Sequence[Sequence[tuple[str, np.ndarray]]], captions: S
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """Points (x, y) of a panel under a name; style: as a line, as marks, or as both; labels: a word at each point."""
+    """Points (x, y) of a panel under a name; style: as a "line", as "marks", or as "both"."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    style: str = "line"
-    labels: Sequence[str] = ()
+    style: Literal["line", "marks", "both"] = "line"
 
 
 def panels_figure(
@@ -183,7 +171,9 @@ def panels_figure(
             order = np.argsort(x, kind="stable")
             style: dict[str, Any] = {"color": colors[series.name], "linewidth": 1.6}
             style["linestyle"] = "" if series.style == "marks" else lines[series.name]
-            style |= {} if series.style == "line" else {"marker": "D", "markersize": 5}
+            style |= {"marks": {"marker": "D", "markersize": 6}, "both": {"marker": "o", "markersize": 4}, "line": {}}[
+                series.style
+            ]
             width = len(x) // 20
             if series.style == "line" and len(x) > 60:
                 one.plot(x[order], y[order], color=colors[series.name], linewidth=0.6, alpha=0.35)
@@ -191,8 +181,6 @@ def panels_figure(
                 x, y = x[order][width // 2 :][: len(x) - width + 1], np.convolve(y[order], kernel, "valid")
                 order = np.arange(len(x))
             handles.setdefault(series.name, one.plot(x[order], y[order], **style)[0])
-            for place, label in zip(zip(series.x, series.y), series.labels):
-                one.annotate(label, place, (4, -9), textcoords="offset points", fontsize=7, color=style["color"])
         one.set_title(title, fontsize=9)
         one.set_xlabel(xlabel)
         one.set_ylabel(ylabel)
@@ -201,8 +189,26 @@ def panels_figure(
         one.spines[["top", "right"]].set_visible(False)
         one.grid(axis="y", color="#e2e5e9", linewidth=0.8)
         one.set_axisbelow(True)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(names), 6), frameon=False)
+    _legend_below(figure, handles)
     return figure
+
+
+def _legend(figure: Any, axes: Any, least: int = 2) -> None:
+    """A legend where the axes leave room for it; below them if it has many names; none of fewer than `least`."""
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
+    if len(handles) > _MOST_NAMES:
+        _legend_below(figure, handles)
+    elif len(handles) >= least:
+        axes.legend(frameon=False, loc="best")
+
+
+def _legend_below(figure: Any, handles: Mapping[str, Any]) -> None:
+    """A legend below all axes, in as many columns as the figure is wide; the figure grows by its rows."""
+    width, height = figure.get_size_inches()
+    columns = max(1, min(len(handles), int(width / (0.6 + 0.065 * max(map(len, handles))))))
+    figure.set_size_inches(width, height + 0.2 * -(-len(handles) // columns))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False,
+                  fontsize=8)  # fmt: skip
 
 
 def figure_bytes(figure: Any, form: str = "png", dpi: int = 120) -> bytes:

@@ -330,10 +330,14 @@ def bootstrap_ci(
     require(len(which) == size, "groups", len(which), f"one for each of {size} samples")
     members, counts = np.argsort(which, kind="stable"), np.bincount(which)
     starts, values = np.cumsum(counts) - counts, []
-    for _ in range(num_resamples):  # Note: all indices at once would take 1.7 GB for VQAv2.
+    # Note: all indices at once would take 1.7 GB for VQAv2. Of one group all resamples are the same.
+    for _ in range(num_resamples if len(counts) > 1 else 1):
         drawn = rng.integers(len(counts), size=len(counts))
-        ends = np.cumsum(counts[drawn])
-        index = members[np.arange(ends[-1]) + np.repeat(starts[drawn] - ends + counts[drawn], counts[drawn])]
+        if len(counts) == size:
+            index = members[drawn]
+        else:
+            ends = np.cumsum(counts[drawn])
+            index = members[np.arange(ends[-1]) + np.repeat(starts[drawn] - ends + counts[drawn], counts[drawn])]
         values.append(statistic(*(s[index] for s in samples)))
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

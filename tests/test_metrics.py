@@ -166,6 +166,7 @@ def test_bootstrap_draws_groups_together():
     seen = []
     metrics.bootstrap_ci(lambda v: seen.append(v.tolist()) or 0.0, values, groups=["a", "b", "b", "b"])
     assert {tuple(v) for v in seen} == {(0.0, 0.0), (0.0, 1.0, 1.0, 1.0), (1.0, 1.0, 1.0, 0.0), (1.0,) * 6}
+    assert metrics.bootstrap_ci(np.mean, values, groups=["a"] * 4) == (0.75, 0.75)
     with pytest.raises(ValueError, match="groups"):
         metrics.bootstrap_ci(np.mean, values, groups=["a"])
 

@@ -97,7 +97,6 @@ def write_figure(options: EvaluateOptions, number: int, directories: Sequence[st
         raise ConfigError(f"--runs: expected {needs}, got {', '.join(directories) or 'nothing'}")
     if not (directories or options.checkpoint or options.rescore):
         raise ConfigError("--checkpoint is required (see --help)")
-    out.mkdir(parents=True, exist_ok=True)
     if number == 6:
         curves.figure_6(directories, out)
     elif number in CURVES:

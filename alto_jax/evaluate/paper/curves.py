@@ -17,13 +17,12 @@ from alto_jax import figures
 from alto_jax.config import ConfigError, write_whole
 from alto_jax.evaluate.options import EvaluateOptions, length_modes
 from alto_jax.evaluate.paper.published import FIGURE_7_SETS, RECONSTRUCTION
-from alto_jax.evaluate.tables import LAYOUTS, TOKEN_COUNTS
+from alto_jax.evaluate.tables import TOKEN_COUNTS
 from alto_jax.train.progress import read_metrics
 
 # Evaluates a checkpoint: what metrics.json holds; {} but in the first process.
 Evaluate = Callable[[EvaluateOptions], dict[str, Any]]
 _PENALTY = {"stage1_5": ("tokenizer", "loss", "length"), "stage3": ("grpo", "reward", "length_weight")}
-ADAPTIVE, FIXED_CURVE = "adaptive, by penalty", "fixed length"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +110,10 @@ def figure_7(options: EvaluateOptions, directories: Sequence[str], evaluate: Eva
       options: of the evaluations; `checkpoint` has the fixed lengths (none: the first run), `length` their numbers,
         `benchmarks` the validation sets (none: the paper's).
       directories: of the runs.
-      evaluate: runs one evaluation; out: an existing directory.
+      evaluate: runs one evaluation; out: where the figure goes.
     """
     runs = open_runs(directories)
-    sets = options.benchmarks or FIGURE_7_SETS
+    sets = list(options.benchmarks or FIGURE_7_SETS)
     fixed = str(options.checkpoint or directories[0])
     counts = [mode for mode in length_modes(options.length) if mode.isdigit()]
     if not counts and not options.rescore:
@@ -127,7 +126,6 @@ def figure_7(options: EvaluateOptions, directories: Sequence[str], evaluate: Eva
     if not curve:
         return
     rows, panels = [], {}
-    name_of = {name: heading for _, _, names in LAYOUTS.values() for name, heading in names.items()}
     for benchmark in sets:
         task_of = lambda found, mode, benchmark=benchmark: _task(found, benchmark, mode, options.protocol)
         points = {run: task_of(answers[run.name], "adaptive") for run in runs}
@@ -135,17 +133,11 @@ def figure_7(options: EvaluateOptions, directories: Sequence[str], evaluate: Eva
         measured = {count: task_of(curve, str(count)) for count in sorted(map(int, modes))}
         rows += [_row(benchmark, "fixed", None, task) for task in measured.values()]
         rows += [_row(benchmark, run.name, run.penalty, task) for run, task in points.items()]
-        drawn = {run: task for run, task in points.items() if task["lengths"]}
-        panels[name_of.get(benchmark, benchmark)] = [
-            figures.Series(FIXED_CURVE, [*measured], [t["giou"] for t in measured.values()], "both"),
-            figures.Series(
-                ADAPTIVE,
-                [task["lengths"]["mean"] for task in drawn.values()],
-                [task["giou"] for task in drawn.values()],
-                "marks",
-                [run.label for run in drawn],
-            ),
-        ]
+        panels[FIGURE_7_SETS.get(benchmark, benchmark)] = [
+            figures.Series("fixed length", [*measured], [task["giou"] for task in measured.values()], "both"),
+            *(figures.Series(label, [task["lengths"]["mean"]], [task["giou"]], "marks")
+              for task, label in zip(points.values(), _labels(runs), strict=True) if task["lengths"]),
+        ]  # fmt: skip
     save(figures.panels_figure(panels, "mask tokens (mean)", ["gIoU"] * len(panels)), rows, out / "figure7")
 
 
@@ -155,7 +147,7 @@ def figure_8(options: EvaluateOptions, directories: Sequence[str], evaluate: Eva
     Args:
       options: of the evaluations; `benchmarks` names what the masks are of (none: Multi-Target-SA1B's validation set).
       directories: of the runs.
-      evaluate: runs one evaluation; out: an existing directory.
+      evaluate: runs one evaluation; out: where the figure goes.
     """
     runs = open_runs(directories, "stage1_5")
     benchmarks = options.benchmarks or (RECONSTRUCTION,)
@@ -193,7 +185,8 @@ def penalty_figure(by_penalty: Mapping[float, Sequence[Mapping[str, Any]]], show
 
 
 def save(figure: Any, rows: Sequence[Mapping[str, Any]], stem: pathlib.Path) -> None:
-    """Writes a figure as STEM.png and STEM.svg, and its numbers as STEM.csv."""
+    """Writes a figure as STEM.png and STEM.svg, and its numbers as STEM.csv; their folder is created."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, [*rows[0]], lineterminator="\n")
     writer.writeheader()

@@ -94,7 +94,7 @@ def _with_boxes(image: np.ndarray, boxes: Sequence[tuple[float, float, float, fl
     picture = Image.fromarray(image)
     width, height = picture.size
     for x1, y1, x2, y2 in boxes:
-        corners = (x1 * (width - 1), y1 * (height - 1), x2 * (width - 1), y2 * (height - 1))
+        corners = [round(c) for c in (x1 * (width - 1), y1 * (height - 1), x2 * (width - 1), y2 * (height - 1))]
         ImageDraw.Draw(picture).rectangle(corners, outline=_BOX_COLOR, width=max(1, max(width, height) // 120))
     return np.asarray(picture)
 

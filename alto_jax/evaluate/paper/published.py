@@ -19,7 +19,7 @@ PIXELS = {True: "yes", False: "no"}
 # The validation sets of Figures 4 and 7, and what the mask tokenizer alone is measured on (Table 7, Figure 8).
 MULTI_TARGET = "multi_target_sa1b_val"
 RECONSTRUCTION = f"tokenizer_{MULTI_TARGET}"
-FIGURE_7_SETS = (MULTI_TARGET, "grefcoco_val", "a150")
+FIGURE_7_SETS = {MULTI_TARGET: "Multi-Target-SA1B", "grefcoco_val": "gRefCOCO", "a150": "A-150"}
 
 
 @dataclasses.dataclass(frozen=True)
