@@ -119,15 +119,16 @@ def strip_figure(strips: Sequence[Sequence[tuple[str, np.ndarray]]], captions: S
     side, above = (1.9, 0.35) if captions else (1.3, 0.2)
     figure.clear()
     figure.set_size_inches(side * columns, (side + above) * len(strips))
-    for row, cells in zip(figure.subplots(len(strips), columns, squeeze=False), strips, strict=True):
+    parts = figure.subfigures(len(strips), 1, squeeze=False)[:, 0]
+    for number, (part, cells) in enumerate(zip(parts, strips, strict=True)):
+        row = part.subplots(1, columns, squeeze=False)[0]
+        if captions:
+            part.suptitle(captions[number], x=0.01, horizontalalignment="left", fontsize=8, weight="bold")
         for one in row:
             one.axis("off")
         for one, (title, pixels) in zip(row, cells):
             one.imshow(pixels)
             one.set_title(title, fontsize=8)
-    for row, caption in zip(np.array(figure.axes).reshape(len(strips), columns), captions):
-        row[0].annotate(caption, (0, 1), (0, 20), "axes fraction", "offset points", fontsize=8, weight="bold",
-                        annotation_clip=False)  # fmt: skip
     return figure
 
 

@@ -236,12 +236,12 @@ def test_figure_8_is_of_the_predicted_lengths(debug_model, tmp_path):
 
 def test_pages_show_answers_of_both_lengths(tables, debug_model, data, tmp_path):  # noqa: F811
     for number, names in ((5, pages.PAGES[5]), (9, pages.PAGES[9]), (4, ("refcoco_val",))):
-        out = tmp_path / f"figure{number}"
-        shutil.copytree(tables / "results", out / "results")  # as a page that was stopped and goes on
+        stem = tmp_path / f"figure{number}"
+        shutil.copytree(tables / "results", stem / "results")  # as a page that was stopped and goes on
         ask("--figure", number, "--checkpoint", debug_model.path, "--data", data, "--out", tmp_path, "--benchmark",
             ",".join(names), *ONE)  # fmt: skip
-        check_pictures(out / f"figure{number}", 200)
-        rows = read_csv(out / f"figure{number}.csv")
+        check_pictures(stem, 200)
+        rows = read_csv(stem.with_suffix(".csv"))
         assert [row["benchmark"] for row in rows] == [*names]
         assert all(1 <= int(row["adaptive tokens"]) <= int(row["fixed tokens"]) == 8 for row in rows)
 

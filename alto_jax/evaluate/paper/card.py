@@ -71,8 +71,6 @@ def write(
         _model(checkpoint, identity, step),
         _settings(pathlib.Path(runs.find_run(checkpoint)[0]) / "config.json"),
         _below(tables.markdown(tasks, title)),
-        *(_below(path.read_text()) for folder in folders for path in sorted(pathlib.Path(folder).glob("table*.md"))
-          if path.stem != "tables"),
         _below(tables.timing_markdown(tasks, times, title)),
         _figures(folders, out),
         _data(found),

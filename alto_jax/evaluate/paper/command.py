@@ -108,7 +108,7 @@ def write_figure(options: EvaluateOptions, number: int, directories: Sequence[st
                                   out=out / f"figure{number}")  # fmt: skip
         found = evaluate(options)
         if found:
-            pages.write(number, pathlib.Path(options.out), found, outputs.records_of(options))
+            pages.write(out / f"figure{number}", pathlib.Path(options.out), found, outputs.records_of(options))
 
 
 def write_card(options: EvaluateOptions, results: Sequence[str]) -> None:

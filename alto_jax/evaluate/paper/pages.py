@@ -31,7 +31,7 @@ _BOX_COLOR = (230, 159, 0)
 
 
 def write(
-    number: int,
+    stem: pathlib.Path,
     out: pathlib.Path,
     tasks: Mapping[str, Mapping[str, Any]],
     open_records: Callable[[str, Mapping[str, Any]], Records | None],
@@ -39,8 +39,8 @@ def write(
     """Writes a page from finished evaluations by fixed and adaptive length.
 
     Args:
-      number: of the figure.
-      out: the directory of the evaluation; the page goes there, too.
+      stem: of the page's files, STEM.png, STEM.svg and STEM.csv.
+      out: the directory of the evaluation.
       tasks: task name → what metrics.json says of it; those by fixed and adaptive length are shown.
       open_records: (task, header) → the records of its benchmark; None: they are not there, and left out.
     """
@@ -67,7 +67,7 @@ def write(
             rows.append({"benchmark": benchmark, "index": line["index"], "key": line["key"],
                          "phrase": line["phrase"], **numbers})  # fmt: skip
     if rows:
-        save(figures.strip_figure(strips, captions), rows, out / f"figure{number}")
+        save(figures.strip_figure(strips, captions), rows, stem)
 
 
 def by_length(lines: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
