@@ -113,7 +113,7 @@ def without_remat(value):
     return dataclasses.replace(value, **changes | ({"remat": "none"} if "remat" in changes else {}))
 
 
-@pytest.mark.parametrize("stage, size", [("stage1", "base"), ("stage1_5", "tiny"), ("stage1", "tiny_no_pixels")])
+@pytest.mark.parametrize("stage, size", [("stage1", "base"), ("stage1_5", "tiny"), ("stage1", "base_no_pixels")])
 def test_tokenizer_stages(stage, size):
     from alto_jax.stages.tokenizer import make
 
