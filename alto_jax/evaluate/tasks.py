@@ -197,8 +197,6 @@ class SegmentationTask:
         max_length = answerer.cfg.tokenizer.num_latent_tokens
         longest = options.max_new_tokens or max_length + 32
         forced = int(mode) if mode.isdigit() else None
-        if forced is not None and forced > max_length:
-            raise ConfigError(f"--length: expected at most {max_length} mask tokens, got {forced}")
         self._prefix = words.FORCED_ANSWER_PREFIX if options.forced_prefix else ""
         self._config = GenerateConfig(
             max_new_tokens=longest,

@@ -132,6 +132,8 @@ def test_wrong_requests_are_one_clear_line(debug_model, data, tmp_path):
     for benchmark, message in (("refcoco_all", "unknown 'refcoco_all'"), (",", "expected at least one name")):
         with pytest.raises(ValueError, match=message):
             runner.evaluate(options(debug_model, data, tmp_path, benchmark))
+    with pytest.raises(ConfigError, match="--length: expected at most 8 mask tokens, got 9"):
+        runner.evaluate(options(debug_model, data, tmp_path, "scenes", length="8,9"))
     with pytest.raises(ConfigError, match="--batch-size"):
         runner.evaluate(options(debug_model, data, tmp_path, "scenes", batch_size=0))
 
