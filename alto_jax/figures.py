@@ -118,8 +118,9 @@ def strip_figure(strips: Sequence[Sequence[tuple[str, np.ndarray]]], captions: S
     figure, columns = new_figure()[0], max(map(len, strips))
     side, above = (1.9, 0.35) if captions else (1.3, 0.2)
     figure.clear()
-    figure.set_size_inches(side * columns, (side + above) * len(strips))
-    parts = figure.subfigures(len(strips), 1, squeeze=False)[:, 0]
+    heights = [above + side * max(pixels.shape[0] / pixels.shape[1] for _, pixels in cells) for cells in strips]
+    figure.set_size_inches(side * columns, sum(heights))
+    parts = figure.subfigures(len(strips), 1, squeeze=False, height_ratios=heights)[:, 0]
     for number, (part, cells) in enumerate(zip(parts, strips, strict=True)):
         row = part.subplots(1, columns, squeeze=False)[0]
         if captions:
