@@ -320,6 +320,8 @@ def test_a_card_is_of_one_checkpoint(tables, debug_model, tmp_path):
         ("--figure 4", "--checkpoint is required"),
         ("--figure 6 --runs nowhere", "--runs: nowhere: expected the directory of a run of stage3"),
         ("--figure 8 --runs M", "--runs: M: expected the directory of a run of stage1_5"),
+        ("--figure 6 --runs gs://bucket/run", "--runs: expected a path on this machine"),
+        ("--card --checkpoint M --results gs://bucket/out", "--results: expected a path on this machine"),
         ("--runs M --checkpoint M --benchmark scenes", "--runs: goes with --figure alone"),
         ("--card --checkpoint M", "--results is required"),
         ("--card --checkpoint M --results M --out out.txt", "--out: expected a name that ends in .md"),

@@ -14,7 +14,7 @@ import pathlib
 from typing import Any
 
 from alto_jax import figures
-from alto_jax.config import ConfigError, write_whole
+from alto_jax.config import ConfigError, local_path, write_whole
 from alto_jax.evaluate.options import EvaluateOptions, length_modes
 from alto_jax.evaluate.paper.published import FIGURE_7_SETS, RECONSTRUCTION
 from alto_jax.evaluate.tables import TOKEN_COUNTS
@@ -52,7 +52,7 @@ def open_runs(directories: Sequence[str], stage: str | None = None) -> list[Run]
     """
     found: list[Run] = []
     for directory, name in zip(directories, _names(directories), strict=True):
-        file, plain = pathlib.Path(directory) / "config.json", {}
+        file, plain = local_path(directory, "--runs") / "config.json", {}
         if file.is_file():
             try:
                 plain = json.loads(file.read_text())
