@@ -150,22 +150,25 @@ def test_tables_are_written_again_without_a_model(tables, data, tmp_path, monkey
         assert (tmp_path / name).read_bytes() == (tables / name).read_bytes()
 
 
-def test_table_7_is_of_two_checkpoints(debug_model, tmp_path):
+def test_table_7_is_of_two_checkpoints(debug_model, data, tmp_path):  # noqa: F811
     config = debug_model.config
     plain = dataclasses.replace(config.model, tokenizer=dataclasses.replace(config.model.tokenizer, sam=None))
     write_model(tmp_path / "plain", dataclasses.replace(config, model=plain))
-    given = ("--table", "7", "--benchmark", "tokenizer_scenes", "--scenes", "2", "--batch-size", "1", "--out", tmp_path)
+    given = ("--table", "7", "--data", data, "--limit", "1", "--batch-size", "1", "--out", tmp_path)
     for wrong in (debug_model.path, f"{debug_model.path},{debug_model.path}"):
         with pytest.raises(ConfigError, match="table 7 takes two"):
             ask(*given, "--checkpoint", wrong)
     ask(*given, "--checkpoint", f"{tmp_path / 'plain'},{debug_model.path}")  # in any order
     rows = read_csv(tmp_path / "table7.csv")
     assert [float(row["gIoU"]) for row in rows[:2]] == [94.4, 91.9]
-    tasks = [json.loads((tmp_path / f"{name}_pixels" / "metrics.json").read_text())["tasks"]["tokenizer_scenes"]
+    tasks = [json.loads((tmp_path / f"{name}_pixels" / "metrics.json").read_text())["tasks"][published.RECONSTRUCTION]
              for name in ("with", "without")]  # fmt: skip
     expected = [tasks[0]["with_features"]["giou_by_tokens"]["8"], tasks[1]["without_features"]["giou_by_tokens"]["8"]]
     assert [float(row["gIoU"]) for row in rows[2:]] == [100 * value for value in expected]
-    assert all("tokenizer_scenes, 8 tokens, " in row["method"] and "batch 1" in row["method"] for row in rows[2:])
+    assert all(
+        "tokenizer_multi_target_sa1b_val, 8 tokens, " in row["method"] and "batch 1" in row["method"]
+        for row in rows[2:]
+    )
     assert rows[3]["method"].startswith("pixel encoder: no, plain (")
 
 
@@ -202,8 +205,8 @@ def test_figure_6_is_of_the_records_of_runs(tmp_path):
 
 def test_figure_7_has_points_and_a_curve(debug_model, data, tmp_path):  # noqa: F811
     run = run_of(tmp_path / "run", debug_model, "stage3", 0.002)
-    sets = ("refcoco_val", "refcocog_val", "a150")
-    ask("--figure", "7", "--runs", run, "--benchmark", ",".join(sets), "--length", "1,8", "--data", data,
+    sets = ("multi_target_sa1b_val", "grefcoco_val", "a150")
+    ask("--figure", "7", "--runs", run, "--length", "1,8", "--data", data,
         "--out", tmp_path, *ONE, "--timed-samples", "0")  # fmt: skip
     check_pictures(tmp_path / "figure7")
     rows = read_csv(tmp_path / "figure7.csv")
@@ -215,7 +218,7 @@ def test_figure_7_has_points_and_a_curve(debug_model, data, tmp_path):  # noqa: 
     found = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())["tasks"]
     assert float(rows[-1]["giou"]) == found["a150.joined.adaptive"]["giou"]
     before = (tmp_path / "figure7.csv").read_bytes()
-    ask("--figure", "7", "--runs", run, "--benchmark", ",".join(sets), "--rescore", "--data", data, "--out", tmp_path,
+    ask("--figure", "7", "--runs", run, "--rescore", "--data", data, "--out", tmp_path,
         "--worst", "0")  # fmt: skip
     assert (tmp_path / "figure7.csv").read_bytes() == before
 
@@ -235,14 +238,14 @@ def test_figure_8_is_of_the_predicted_lengths(debug_model, tmp_path):
 
 
 def test_pages_show_answers_of_both_lengths(tables, debug_model, data, tmp_path):  # noqa: F811
-    for number, names in ((5, pages.PAGES[5]), (9, pages.PAGES[9]), (4, ("refcoco_val",))):
+    for number, names in pages.PAGES.items():
         stem = tmp_path / f"figure{number}"
         shutil.copytree(tables / "results", stem / "results")  # as a page that was stopped and goes on
-        ask("--figure", number, "--checkpoint", debug_model.path, "--data", data, "--out", tmp_path, "--benchmark",
-            ",".join(names), *ONE)  # fmt: skip
+        ask("--figure", number, "--checkpoint", debug_model.path, "--data", data, "--out", tmp_path, *ONE)
         check_pictures(stem, 200)
         rows = read_csv(stem.with_suffix(".csv"))
         assert [row["benchmark"] for row in rows] == [*names]
+        assert all(row["phrase"].startswith("<box>[[") == (number == 4) for row in rows)
         assert all(1 <= int(row["adaptive tokens"]) <= int(row["fixed tokens"]) == 8 for row in rows)
 
 
