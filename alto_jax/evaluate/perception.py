@@ -20,12 +20,12 @@ _MAX_NEW_TOKENS = 100  # As the data set's own evaluation.
 
 
 class PerceptionTask:
-    """Questions with a mask in them, encoded by adaptive or fixed length."""
+    """Questions with a mask in them, encoded by adaptive or fixed length, or by so many tokens."""
 
     family = "mask_perception"
 
     def __init__(self, answerer: Answerer, name: str, source: Records, read: dict[str, Any], mode: str):
-        """`read`: how the source is read, and how far, for the options; mode: "adaptive" or "fixed"."""
+        """`read`: how the source is read, and how far, for the options; mode: "adaptive", "fixed", or a number."""
         self._answerer, self.source, self._programs, self._mode = answerer, source, answerer.programs, mode
         self.benchmark, self.name = name, f"{name}.{mode}"
         self._config = GenerateConfig(max_new_tokens=_MAX_NEW_TOKENS)
@@ -53,7 +53,8 @@ class PerceptionTask:
         coded = self._programs("tokenize", self._tokenize, self._params, masks)
         asked = []
         for row, example in enumerate(examples):
-            count = int(coded.found["length"][row]) if self._mode == "adaptive" else coded.found["codes"].shape[1]
+            counts = {"adaptive": int(coded.found["length"][row]), "fixed": coded.found["codes"].shape[1]}
+            count = counts[self._mode] if self._mode in counts else int(self._mode)
             codes = "".join(words.code_token(int(code)) for code in coded.found["codes"][row, :count])
             question = example["question"].replace(MARK, f"{words.MASK_START}{codes}{words.MASK_END}")
             prompt = words.render_prompt(answerer.text, question, answerer.cfg.num_image_tokens, system=answerer.system)

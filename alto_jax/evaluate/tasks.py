@@ -121,7 +121,10 @@ def _tasks_of(
     if answerer is None:
         raise ConfigError(f"--benchmark: {name} needs a whole model (stage 2 or 3); for a mask tokenizer alone: "
                           f"tokenizer_{name}")  # fmt: skip
-    modes = length_modes(options.length)
+    modes, most = length_modes(options.length), answerer.cfg.tokenizer.num_latent_tokens
+    for mode in modes:
+        if mode.isdigit() and int(mode) > most:
+            raise ConfigError(f"--length: expected at most {most} mask tokens, got {mode}")
     if found.family == "mask_perception":
         shown = mask_perception.open_mask_perception(options.data, options.images, _reading(options))
         return [PerceptionTask(answerer, found.name, *_limited(shown, options), mode) for mode in modes]

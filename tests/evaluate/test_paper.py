@@ -17,6 +17,7 @@ from alto_jax.config import ConfigError
 from alto_jax.evaluate import __main__ as command
 from alto_jax.evaluate import device, runner
 from alto_jax.evaluate.paper import card, curves, pages, published
+from alto_jax.mllm import text
 from tests.debug_model import write_model
 from tests.evaluate.test_runner import data  # noqa: F401 - a fixture
 
@@ -235,6 +236,18 @@ def test_figure_8_is_of_the_predicted_lengths(debug_model, tmp_path):
         task["lengths"][name] for name in ("mean", "std", "entropy")
     ]
     assert float(rows[1]["giou"]) == task["with_features"]["giou_adaptive"]
+
+
+def test_masks_in_questions_take_as_many_tokens_as_asked_for(debug_model, data, tmp_path, monkeypatch):  # noqa: F811
+    asked, render = [], text.render_prompt
+    spy = lambda tokenizer, question, *rest, **options: (
+        asked.append(question) or render(tokenizer, question, *rest, **options)
+    )
+    monkeypatch.setattr(text, "render_prompt", spy)
+    ask("--benchmark", "mask_perception", "--length", "3,fixed", "--checkpoint", debug_model.path, "--data", data,
+        "--out", tmp_path, *ONE, "--timed-samples", "0")  # fmt: skip
+    masks = [question.split(text.MASK_START)[1].split(text.MASK_END)[0] for question in asked]
+    assert [mask.count("<") for mask in masks] == [3, 8]
 
 
 def test_pages_show_answers_of_both_lengths(tables, debug_model, data, tmp_path):  # noqa: F811
