@@ -10,7 +10,9 @@ from alto_jax import main, tokenize
 from alto_jax.batch import PromptBatch
 from alto_jax.checkpoint import runs
 from alto_jax.config import ConfigError
-from alto_jax.data import convert, sources
+from alto_jax.data import sources
+from alto_jax.data.convert.pairs import read_pairs
+from alto_jax.data.convert.writing import write
 from alto_jax.data.mixture import Mixture
 from alto_jax.experiment import make_experiment
 from alto_jax.inference import shapes
@@ -25,8 +27,8 @@ def mine(tmp_path_factory):
     """Eight pictures with an umbrella and their masks, and the JSONL of them."""
     folder = tmp_path_factory.mktemp("mine")
     new_class.write(folder, "umbrella", 8)
-    found = convert.read_pairs(folder / "images", folder / "masks", "the umbrella", "auto")
-    assert convert.write(found, folder, adaptive=0.5, max_bad_fraction=0.0) == (8, [])
+    found = read_pairs(folder / "images", folder / "masks", "the umbrella", "auto")
+    assert write(found, folder, adaptive=0.5, max_bad_fraction=0.0) == (8, [])
     return folder
 
 

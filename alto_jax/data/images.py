@@ -117,6 +117,13 @@ def _decode(source: "str | os.PathLike | io.BytesIO", path: str | os.PathLike, n
         raise _unreadable(path, name, error) from error
 
 
+def load_bytes(content: bytes, name: str, what: str = "image", *, max_pixels: int = MAX_PIXELS) -> Loaded:
+    """`load` of a file's content; name, what: for messages ("image NAME …")."""
+    if not content:
+        raise RecordError(f"{what} {name} cannot be read: 0 bytes", "file of 0 bytes")
+    return _decode(io.BytesIO(content), name, f"{what} {name}", max_pixels)
+
+
 def read_bytes(content: bytes, name: str = "given", max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The content of an image file as uint8[H, W, 3], turned upright.
 
@@ -128,9 +135,7 @@ def read_bytes(content: bytes, name: str = "given", max_pixels: int = MAX_PIXELS
     Raises:
       RecordError: as `open_image`.
     """
-    if not content:
-        raise RecordError(f"image {name} cannot be read: 0 bytes", "file of 0 bytes")
-    loaded = _decode(io.BytesIO(content), name, f"image {name}", max_pixels)
+    loaded = load_bytes(content, name, max_pixels=max_pixels)
     return check_size(turn(to_rgb(loaded.image, name), loaded.orientation), name)
 
 

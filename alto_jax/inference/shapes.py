@@ -14,9 +14,11 @@ import numpy as np
 
 from alto_jax import metrics, report
 from alto_jax.config import ConfigError
-from alto_jax.data import convert, images
+from alto_jax.data import images
 from alto_jax.data.bad_data import RecordError
 from alto_jax.data.conversations import Conversations
+from alto_jax.data.convert.annotated import Annotated
+from alto_jax.data.convert.pairs import read_pairs
 from alto_jax.data.reading import AS_STORED
 from alto_jax.data.source import Records
 from alto_jax.evaluate.device import Programs
@@ -58,11 +60,11 @@ class OfFolders:
 
     def __init__(self, of_images: str, of_masks: str, rule: str, limit: int):
         """The first `limit` images. ConfigError: an image without a mask, or no image at all."""
-        found = list(convert.read_pairs(pathlib.Path(of_images), pathlib.Path(of_masks), "mask", rule))
+        found = list(read_pairs(pathlib.Path(of_images), pathlib.Path(of_masks), "mask", rule))
         bad = [entry for entry in found if isinstance(entry, RecordError)]
         if bad or not found:
             raise ConfigError(f"--images={of_images}: {bad[0] if bad else 'no images there'}")
-        self._found = [entry for entry in found if isinstance(entry, convert.Annotated)][:limit]
+        self._found = [entry for entry in found if isinstance(entry, Annotated)][:limit]
 
     def __len__(self) -> int:
         return len(self._found)

@@ -8,8 +8,12 @@ from PIL import Image
 import pytest
 
 from alto_jax.config import ConfigError
-from alto_jax.data import convert, rle
+from alto_jax.data import rle
 from alto_jax.data.conversations import Conversations
+from alto_jax.data.convert.coco import read_coco
+from alto_jax.data.convert.pairs import read_pairs
+from alto_jax.data.convert.writing import write
+from alto_jax.data.convert.yolo import read_names
 from tests.conftest import run_python
 
 HEIGHT, WIDTH = 40, 60
@@ -96,10 +100,10 @@ def write_cvat(folder):
     return ["cvat", "--annotations", folder / "annotations.xml", "--images", folder / "images"]
 
 
-@pytest.mark.parametrize("write", [write_coco, write_labelme, write_yolo, write_cvat])
-def test_masks_are_those_of_the_tool(write, images, tmp_path):
+@pytest.mark.parametrize("write_files", [write_coco, write_labelme, write_yolo, write_cvat])
+def test_masks_are_those_of_the_tool(write_files, images, tmp_path):
     out = tmp_path / "out"
-    done = run_python("-m", "alto_jax.data.convert", *write(tmp_path), "--out", out)
+    done = run_python("-m", "alto_jax.data.convert", *write_files(tmp_path), "--out", out)
     assert done.returncode == 0 and "3 records" in done.stdout, done.stderr
     source = Conversations(out / "meta.json")
     assert len(source) == 3
@@ -122,8 +126,8 @@ def test_pairs_and_the_share_of_adaptive_requests(tmp_path):
     for i in range(60):
         Image.fromarray(np.full((HEIGHT, WIDTH, 3), i, np.uint8)).save(tmp_path / "images" / f"{i}.png")
         Image.fromarray(mask(CAT).astype(np.uint8) * 255).save(tmp_path / "masks" / f"{i}.png")
-    found = convert.read_pairs(tmp_path / "images", tmp_path / "masks", "the crack", "auto")
-    records, bad = convert.write(found, tmp_path / "out", adaptive=0.5, max_bad_fraction=0)
+    found = read_pairs(tmp_path / "images", tmp_path / "masks", "the crack", "auto")
+    records, bad = write(found, tmp_path / "out", adaptive=0.5, max_bad_fraction=0)
     lines = [json.loads(line) for line in (tmp_path / "out" / "data.jsonl").read_text().splitlines()]
     adaptive = ["adaptive length" in line["conversations"][0]["value"] or "<TOK_1>" in line["conversations"][1]["value"]
                 for line in lines]  # fmt: skip
@@ -154,12 +158,12 @@ def spoiled(folder, change):
 )
 def test_a_bad_entry_is_named(change, message, images, tmp_path):
     arguments = [str(a) for a in spoiled(tmp_path, change)]
-    found = lambda: convert.read_coco(tmp_path / "instances.json", images)
+    found = lambda: read_coco(tmp_path / "instances.json", images)
     with pytest.raises(ValueError, match=message):
-        convert.write(found(), tmp_path / "out", adaptive=0.5, max_bad_fraction=0.0)
+        write(found(), tmp_path / "out", adaptive=0.5, max_bad_fraction=0.0)
     assert not list((tmp_path / "out").rglob("*.*")), arguments
     if "lists" not in message:
-        count, bad = convert.write(found(), tmp_path / "out", adaptive=0.5, max_bad_fraction=0.9)
+        count, bad = write(found(), tmp_path / "out", adaptive=0.5, max_bad_fraction=0.9)
         assert count in (1, 2) and bad
 
 
@@ -184,4 +188,4 @@ def test_wrong_requests_are_one_line(images, tmp_path):
         assert re.search(message, done.stderr), done.stderr
     with pytest.raises(ConfigError, match="holds no names"):
         (tmp_path / "empty.txt").write_text("\n")
-        convert._names(str(tmp_path / "empty.txt"))
+        read_names(str(tmp_path / "empty.txt"))

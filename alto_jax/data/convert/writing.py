@@ -1,0 +1,124 @@
+"""Masks, data.jsonl, meta.json, and images that no file held, of what was found."""
+
+from collections.abc import Collection, Iterator
+import hashlib
+import json
+import os
+import pathlib
+import re
+
+import numpy as np
+from PIL import Image
+
+from alto_jax.config import ConfigError, write_whole
+from alto_jax.data import coco, images, phrases
+from alto_jax.data.bad_data import RecordError, at
+from alto_jax.data.convert.annotated import PICTURES, Annotated
+from alto_jax.mllm import text
+
+# Of image files that have no name; Pillow tells all others by their content too.
+_BEGINNINGS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp"}
+
+
+def write(
+    found: Iterator[Annotated | RecordError], out: pathlib.Path, *, adaptive: float, max_bad_fraction: float
+) -> tuple[int, list[str]]:
+    """Writes masks, data.jsonl and meta.json; and images, where the annotations hold them.
+
+    Args:
+      found: what a reader gives.
+      out: the folder.
+      adaptive: share of the requests for as many mask tokens as needed; the others ask for all. By the mask's name,
+        so that it is the same in every run.
+      max_bad_fraction: share of entries that may be bad.
+
+    Returns:
+      The number of records, and what was left out, a line each.
+
+    Raises:
+      ConfigError: more than that is bad, or nothing was found. Nothing is left behind.
+    """
+    lines, bad, names = [], [], set()
+    held = _HeldImages(out / "images")
+    (out / "masks").mkdir(parents=True, exist_ok=True)
+    for entry in found:
+        try:
+            if isinstance(entry, RecordError):
+                raise entry
+            path = entry.image if entry.content is None else held.write(entry.image.name, entry.content)
+            image = images.open_image(path)
+            coco.check_stated_size(image.shape[:2], entry.size)
+            mask = entry.draw(*image.shape[:2])
+            if not mask.any():
+                raise RecordError(f"{entry.where}: an empty mask", "empty mask")
+            if not entry.label.strip():
+                raise RecordError(f"{entry.where}: an object without a name")
+            phrase = f"the {entry.label}" if entry.count == 1 else f"all {phrases.plural(entry.label)}"
+            is_phrase = entry.is_phrase or entry.label.startswith(("the ", "all "))
+            phrase = entry.label if is_phrase else phrase
+            digest = hashlib.blake2b(f"{path.name}|{entry.label}".encode(), digest_size=8).digest()
+            name = f"{path.stem}_{digest[:5].hex()}"
+            is_adaptive = int.from_bytes(digest, "big") < adaptive * 2**64
+            question = text.question(phrase, adaptive=is_adaptive)
+        except ValueError as error:
+            bad.append(str(error if isinstance(entry, RecordError) else at(entry.where, error)))
+            continue
+        if name in names:
+            bad.append(f"{entry.where}: a second entry of this image and name")
+            continue
+        names.add(name)
+        held.used.add(path)
+        Image.fromarray(mask.astype(np.uint8) * 255).save(out / "masks" / f"{name}.png")
+        turns = [{"from": "human", "value": f"{text.IMAGE}\n{question}"},
+                 {"from": "gpt", "value": text.answer(adaptive=is_adaptive)}]  # fmt: skip
+        place = os.path.relpath(path.resolve(), out.resolve())
+        lines.append(json.dumps({"image": place, "mask": f"masks/{name}.png", "conversations": turns}))
+    total = len(lines) + len(bad)
+    refused = not lines or len(bad) > max_bad_fraction * total
+    held.clear(keep=() if refused else held.used)
+    if refused:
+        for name in names:
+            (out / "masks" / f"{name}.png").unlink()
+        first = f", such as {bad[0]}" if bad else ""
+        if not any((out / "masks").iterdir()):
+            (out / "masks").rmdir()
+        limit = f"at most --max-bad-fraction={max_bad_fraction}"
+        raise ConfigError(f"{len(bad)} of {total} entries are bad{first}; {limit}" if bad else "no entries were found")
+    write_whole(out / "data.jsonl", "\n".join(lines) + "\n")
+    about = {"root": ".", "annotation": "data.jsonl", "data_augment": False, "repeat_time": 1, "length": len(lines)}
+    write_whole(out / "meta.json", json.dumps({out.resolve().name: about}, indent=1) + "\n")
+    return len(lines), bad
+
+
+class _HeldImages:
+    """Image files whose content the annotations hold, written once each.
+
+    used: of these and other files, those that a record names.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self.used: set[pathlib.Path] = set()
+        self._folder, self._written = folder, dict[pathlib.Path, bytes]()
+
+    def write(self, name: str, content: bytes) -> pathlib.Path:
+        """The file of an image: by the name that it had, since that is how images are known (data/split.py); by its
+        content if it had none, or another one has that name."""
+        digest, given = hashlib.blake2b(content, digest_size=8).digest(), pathlib.PurePath(name)
+        by_content = next((end for begin, end in _BEGINNINGS.items() if content.startswith(begin)), ".img")
+        ending = given.suffix if given.suffix.lower() in PICTURES else by_content
+        stem = re.sub(r"[^\w.-]", "_", given.stem)[:100]
+        path = self._folder / f"{stem or digest.hex()}{ending}"
+        if self._written.get(path, digest) != digest:
+            path = self._folder / f"{stem}_{digest.hex()}{ending}"
+        if path not in self._written:
+            self._folder.mkdir(exist_ok=True)
+            write_whole(path, content)
+            self._written[path] = digest
+        return path
+
+    def clear(self, keep: Collection[pathlib.Path]) -> None:
+        """Removes all that were written but some."""
+        for path in self._written.keys() - set(keep):
+            path.unlink()
+        if self._folder.is_dir() and not any(self._folder.iterdir()):
+            self._folder.rmdir()
