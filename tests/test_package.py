@@ -31,7 +31,7 @@ _LEFT_OUT = shutil.ignore_patterns(
     "*_cache",
 )
 COMMANDS = {"alto-main", "alto-predict", "alto-tokenize", "alto-evaluate", "alto-convert", "alto-convert-data",
-            "alto-plan", "alto-demo", "alto-prepare", "alto-serve"}  # fmt: skip
+            "alto-plan", "alto-demo", "alto-export", "alto-prepare", "alto-serve"}  # fmt: skip
 
 
 def run(*command: object, cwd: pathlib.Path, **env: str) -> str:

@@ -41,7 +41,9 @@ def quantized_dot(x: Array, kernel: Array, scale: Array, out_dtype: Any = None) 
     # Note: tied to what changes in a loop, else XLA converts the kernels before it, and all of them lie there in float.
     x, kernel = jax.lax.optimization_barrier((x, kernel))
     convert, reduce = (functools.partial(form, inner=inner) for form in (convert_dot, multiply_reduce))
-    if math.prod(lead) <= FEW_ROWS and (mesh.empty or mesh.size == 1):
+    # Note: an exported program's number of rows is open.
+    few = all(isinstance(n, int) for n in lead) and math.prod(lead) <= FEW_ROWS
+    if few and (mesh.empty or mesh.size == 1):
         product = jax.lax.platform_dependent(x, kernel, cuda=reduce, default=convert)
     else:
         product = convert(x, kernel)
