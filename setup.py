@@ -96,7 +96,10 @@ setup(
             "types-pycocotools>=2.0",
         ],
         "docs": DOCS,
+        "wandb": ["wandb>=0.18"],
         "export": EXPORT,
+        # What MLflow's own file of runs on this machine needs beside its client.
+        "mlflow": ["mlflow-skinny>=2.16", "sqlalchemy>=2", "alembic>=1.13"],
         "parquet": PARQUET,
         "convert": ["torch>=2.5", "transformers>=5", "sentencepiece>=0.2", "protobuf>=5"],
         # jax pins the libtpu that its compiler speaks to; a bare "libtpu" would bring the newest.

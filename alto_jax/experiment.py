@@ -141,6 +141,7 @@ class TrainConfig:
     profile_steps: updates that are traced into WORKDIR/profile, from the third one on (0: none).
     patience: the run ends after so many evaluations in a row (every eval.every updates) whose best_metric is no better
     than the best before, and in any case with the parameters of the best (0: it ends at its last update, with those).
+    writers: metrics also go to "wandb", "mlflow" or both ("wandb,mlflow"); "": to the run's directory alone.
     """
 
     steps: int = 1000
@@ -156,6 +157,7 @@ class TrainConfig:
     spike_sigmas: float = 0.0
     profile_steps: int = 0
     patience: int = 0
+    writers: str = ""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", self.steps, "at least 1")

@@ -160,7 +160,7 @@ class _Logs:
     """
 
     def __init__(self, config: ExperimentConfig, path: pathlib.Path, start: int):
-        self.writer = MetricWriter(path, start) if jax.process_index() == 0 else None
+        self.writer = MetricWriter(path, start, config) if jax.process_index() == 0 else None
         self.progress = Progress(config.stage, config.train.steps, start)
         self.latest: dict[str, float] = {}
         self._watch = collapse.Watch(config.stage, config.train.steps)

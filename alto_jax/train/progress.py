@@ -1,4 +1,4 @@
-"""What a run records while it works: metrics.jsonl, TensorBoard files, its speed.
+"""What a run records while it works: metrics.jsonl, TensorBoard files, other trackers, its speed.
 
 Speed is under `perf/` in metrics.jsonl, means since the last record: step_seconds, data_seconds (waiting for the next
 batch), images_per_second, tokens_per_second (positions of the language model, stages 2 and 3), and per device
@@ -18,17 +18,18 @@ import jax
 
 from alto_jax.config import write_whole
 from alto_jax.parallel.devices import find_device
-from alto_jax.train import flops
+from alto_jax.train import flops, trackers
 
 
 class MetricWriter:
-    """Writes metrics to `metrics.jsonl` and TensorBoard files of a run's directory; histograms to the latter only.
+    """Writes metrics to `metrics.jsonl` and TensorBoard files of a run's directory, and to the trackers that
+    `train.writers` names; histograms to TensorBoard only.
 
     Reopened after a restart at step s, records after s are dropped, so that the file reads as if the run
     had never stopped.
     """
 
-    def __init__(self, directory: str | os.PathLike, start_step: int = 0):
+    def __init__(self, directory: str | os.PathLike, start_step: int, config: Any):
         from tensorboardX import SummaryWriter  # late: slow to start, and only process 0 needs it
 
         self._path = pathlib.Path(directory) / "metrics.jsonl"
@@ -38,6 +39,7 @@ class MetricWriter:
             write_whole(self._path, "".join(line + "\n" for line in kept))
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(pathlib.Path(directory) / "tensorboard"), purge_step=start_step + 1)
+        self._trackers = trackers.start(config.train.writers, directory, config, start_step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Appends one record {"step": step, **metrics}."""
@@ -45,6 +47,8 @@ class MetricWriter:
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.write(step, metrics)
 
     def write_histograms(self, step: int, values: dict[str, Any]) -> None:
         """Adds a histogram of each array."""
@@ -54,6 +58,8 @@ class MetricWriter:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _step_of(line: str) -> float:

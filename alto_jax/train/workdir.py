@@ -7,6 +7,7 @@ from typing import Any
 
 from alto_jax.config import ConfigError, local_path, to_dict, write_whole
 from alto_jax.experiment import ExperimentConfig, make_experiment
+from alto_jax.train import trackers
 
 # Fields that may change between two runs of the same command line: they do not change what is learned.
 _FREE_FIELDS = (
@@ -19,6 +20,7 @@ _FREE_FIELDS = (
     "train.spike_sigmas",
     "train.profile_steps",
     "train.patience",
+    "train.writers",
     "eval.",
     "grpo.log_samples",
     "sft.max_supervised",
@@ -45,9 +47,11 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig, *, is_tr
 
     Raises:
       ConfigError: the directory holds a run of another configuration, names the fields that differ; or one that has
-        done more updates than `train.steps`.
+        done more updates than `train.steps`; or a package of `train.writers` is not installed.
     """
     path = local_path(workdir, "--workdir")
+    if is_training:
+        trackers.check(config.train.writers)
     path.mkdir(parents=True, exist_ok=True)
     file, plain = path / "config.json", to_dict(config)
     # Note: a run that failed before its first checkpoint leaves nothing to protect.
