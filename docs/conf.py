@@ -3,9 +3,13 @@
 The source folder is the whole checkout, so that the links between the files lead to the same places here as on GitHub.
 """
 
+import json
 import pathlib
 import re
 import sys
+from typing import Any
+
+from myst_parser.parsers.sphinx_ import MystParser
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -18,6 +22,7 @@ include_patterns = [
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "docs/**.md",
+    "docs/**.ipynb",
     "benchmarks/results/*.md",
     "experiments/RESULTS.md",
     "alto_jax/assets/*/README.md",
@@ -42,3 +47,22 @@ html_theme = "furo"
 html_title = f"alto_jax {release}"
 html_extra_path = ["site"]  # index.html, which leads to the root document.
 html_copy_source = False
+
+
+class NotebookParser(MystParser):
+    """Notebooks without outputs as pages: text as it stands, code as blocks; nothing is run."""
+
+    supported = ("notebook",)
+
+    def parse(self, inputstring: str, document: Any) -> None:
+        parts = []
+        for cell in json.loads(inputstring)["cells"]:
+            source = "".join(cell["source"])
+            parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        super().parse("\n\n".join(parts), document)
+
+
+def setup(app: Any) -> None:
+    """Sphinx calls this."""
+    app.add_source_suffix(".ipynb", "notebook")
+    app.add_source_parser(NotebookParser)
