@@ -19,6 +19,7 @@ from alto_jax.export.programs import Program
 from alto_jax.inference.settings import Settings
 from alto_jax.mllm import text as words
 from alto_jax.mllm.generate import bucket_length
+from alto_jax.mllm.image_text import place_images
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 LOADER = "alto_loader.py"
@@ -102,11 +103,12 @@ def export_model(
 def _prompt(model: LoadedModel, forced: bool, room: int) -> dict[str, Any]:
     """How requests are worded: the turns' texts with "{}" for the phrase, and how many tokens fit."""
     system, text = model.meta["data"]["system"], model.text
-    begin, image = words.FORCED_ANSWER_PREFIX if forced else "", words.image_text(model.cfg.num_image_tokens)
+    begin = words.FORCED_ANSWER_PREFIX if forced else ""
 
     def turns(adaptive: bool) -> list[str]:
         asked = words.question("{}", adaptive=adaptive).replace(words.reference("{}"), "{}")
-        found = words.template_text([{"from": "human", "value": f"{image}\n{asked}"}], system)
+        placed = place_images([{"from": "human", "value": asked}], model.cfg.num_image_tokens)
+        found = words.template_text(placed, system)
         return [*found[:-1], found[-1] + begin]
 
     prompts = {"adaptive": turns(True), "full": turns(False)}

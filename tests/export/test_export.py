@@ -20,7 +20,9 @@ from alto_jax.config import ConfigError
 from alto_jax.data import transforms
 from alto_jax.export import __main__ as command
 from alto_jax.export import loader, programs, writing
+from alto_jax.mllm import text as words
 
+PREFIX = words.FORCED_ANSWER_PREFIX
 PHRASES = {"adaptive": "the red thing", "full": "a zebra", 5: "the red thing"}
 # A process in which only what the loader needs can be imported, of what stands in these packages.
 ALONE = """
@@ -122,6 +124,15 @@ def test_the_manifest_says_what_is_there(exported):
     assert (exported.out / "segment.stablehlo").stat().st_size < (exported.out / "weights.safetensors").stat().st_size
     copy = (exported.out / writing.LOADER).read_text()
     assert copy == pathlib.Path(loader.__file__).read_text()
+
+
+def test_prompts_are_the_librarys(exported):
+    model, _ = open_copy(exported.out)
+    text, count = exported.loaded.text, exported.loaded.cfg.num_image_tokens
+    for phrase, full in (("the red thing", False), ("a {} b", True), ("<box>[[0,10,500,1000]]</box>", False)):
+        question = words.question(phrase, adaptive=not full)
+        wanted = words.render_prompt(text, question, count, exported.loaded.meta["data"]["system"], PREFIX)
+        assert model.prompt(phrase, full=full) == wanted
 
 
 def test_any_number_of_rows(exported, scene):
