@@ -5,6 +5,7 @@ import functools
 
 from flax import linen as nn
 import jax
+from jax import export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -164,3 +165,13 @@ def test_forms_that_the_benchmark_times():
     for form, (kind, turned, _) in int8_dot.FORMS.items():
         [kernel] = int8_dot.make_kernels(kind, turned, shape, 1)
         assert int8_dot.difference(form, x, kernel) < (0.02 if form == "w8a8" else 0.005), form
+
+
+def test_an_open_number_of_rows():
+    """As an exported program has it, in which nothing can be compared with the number of rows."""
+    kernel, scale = jnp.arange(12, dtype=jnp.int8).reshape(3, 4), jnp.full(4, 0.5)
+    [rows] = export.symbolic_shape("b")
+    call = jax.jit(lambda x: dense.quantized_dot(x, kernel, scale))
+    exported = export.export(call, platforms=["cpu", "cuda"])(jax.ShapeDtypeStruct((rows, 3), jnp.float32))
+    x = np.arange(15, dtype=np.float32).reshape(5, 3)
+    np.testing.assert_allclose(jax.jit(exported.call)(x), x @ np.asarray(kernel) * 0.5)
