@@ -9,6 +9,7 @@ import os
 import pathlib
 from typing import Any
 
+from alto_jax.config import ConfigError
 from alto_jax.data import bad_data, coco, files, refcoco
 from alto_jax.data.reading import AS_STORED, Reading
 
@@ -68,10 +69,12 @@ def tables_of(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read_rows(table: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a file, {"file_name", "samples"}; ValueError if it is cut or another file."""
-    import pyarrow  # late: only this data set needs it, and it is slow to start
-    from pyarrow import parquet
-
+    """The rows of a file, {"file_name", "samples"}; ValueError if it is cut or another file, or there is no pyarrow."""
+    try:
+        import pyarrow  # late: only this data set needs it, and it is slow to start
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError("RefCOCO-M needs pyarrow: pip install 'alto_jax[parquet]'") from error
     try:
         return parquet.read_table(table, columns=["file_name", "samples"], use_threads=False).to_pylist()
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:

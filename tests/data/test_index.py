@@ -9,9 +9,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from alto_jax.data import chat_lines
+from alto_jax.data import chat_lines, index
 from alto_jax.data.conversations import Conversations
 from alto_jax.data.index import FileNames
+from alto_jax.data.split import file_hash
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +164,21 @@ def test_a_kept_list_counts_for_the_same_folders_alone(tmp_path, cache):
     moved = root.rename(tmp_path / "moved")
     assert FileNames(moved, "sa_", ".json").digest == first.digest  # wherever the data lie
     assert len(FileNames(moved, "x", ".json")) == 1
+
+
+def test_hashes_of_names_are_kept_for_the_same_list_alone(tmp_path, cache, monkeypatch):
+    root = tmp_path / "data"
+    write_names(root, NAMES)
+    files = FileNames(root, "sa_", ".json")
+    wanted = [file_hash(path) for path in files]
+    assert files.hashes().tolist() == wanted and len(list(cache.iterdir())) == 2
+    assert files.take(np.array([4, 0])).hashes().tolist() == [wanted[4], wanted[0]]
+    with monkeypatch.context() as patched:
+        patched.setattr(index, "file_hash", None)  # kept, and mapped
+        assert FileNames(root, "sa_", ".json").hashes().tolist() == wanted
+    (root / "sa_000000/deep/sa_8.json").touch()
+    again = FileNames(root, "sa_", ".json")
+    assert again.hashes().tolist() == [file_hash(path) for path in again] and len(again) == len(wanted) + 1
 
 
 def test_names_are_packed(tmp_path):

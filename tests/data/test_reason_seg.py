@@ -1,11 +1,13 @@
 """ReasonSeg and RefCOCO-M: polygons with ignored regions, and masks in a parquet file."""
 
 import json
+import sys
 
 import numpy as np
 from PIL import Image
 import pytest
 
+from alto_jax.config import ConfigError
 from alto_jax.data import benchmarks, reason_seg, refcoco
 from alto_jax.data.refcoco_m import open_refcoco_m
 from tests.data import replicas
@@ -83,7 +85,7 @@ def test_few_corners_and_a_corner_alone_are_drawn(tmp_path):
         assert (reason_seg.open_reason_seg(tmp_path, "val")[0]["mask"] > 0).sum() == count
 
 
-def test_refcoco_m_gives_its_masks(tmp_path):
+def test_refcoco_m_gives_its_masks(tmp_path, monkeypatch):
     expected = replicas.write_refcoco_m(tmp_path)
     source = open_refcoco_m(tmp_path)
     assert len(source) == len(expected) and source[0]["phrase"].startswith("Meet all the descriptions: 1. the one. ")
@@ -91,6 +93,10 @@ def test_refcoco_m_gives_its_masks(tmp_path):
         mask = expected[int(record["key"].rpartition("/")[2])]
         np.testing.assert_array_equal(record["mask"] > 0, mask)
     assert len(open_refcoco_m(tmp_path, protocol="per_sentence")) == 2 * len(expected)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(ConfigError, match=r"RefCOCO-M needs pyarrow: pip install 'alto_jax\[parquet\]'"):
+            open_refcoco_m(tmp_path)
     (file,) = (tmp_path / "refcoco-m/data").iterdir()
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(ValueError, match="parquet: cannot be read as RefCOCO-M: "):

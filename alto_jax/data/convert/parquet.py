@@ -116,7 +116,7 @@ def choose_columns(there: Sequence[str], columns: str, label: str, file: pathlib
 def _open(file: pathlib.Path) -> Any:
     """pyarrow's ParquetFile."""
     try:
-        from pyarrow import parquet  # type: ignore[import-untyped]  # late: only these files need it
+        from pyarrow import parquet  # late: only these files need it
     except ImportError as error:
         raise ConfigError("parquet files need pyarrow: pip install 'alto_jax[parquet]'") from error
     try:
