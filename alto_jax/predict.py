@@ -120,9 +120,13 @@ def main() -> int:
                         help="upright: turn the image as its EXIF orientation says (--target is of the turned image)",
     )  # fmt: skip
     parser.add_argument("--mask_rule", default=AUTO, metavar="RULE", help=f"of --target: {RULES} (docs/data.md)")
-    parser.add_argument("--out", metavar="FILE", help="the mask as a PNG, 0 and 255, at the image's size")
+    parser.add_argument("--out", metavar="FILE", help="the mask as a PNG, 0 and 255, at the image's size; "
+                        "further ones of the answer beside it, as NAME_2.png …")  # fmt: skip
+
     parser.add_argument("--overlay", metavar="FILE", help="the image with the mask drawn on it")
-    parser.add_argument("--json", metavar="FILE", help="text, token_ids, codes, length, num_masks, iou, seconds")
+    parser.add_argument(
+        "--json", metavar="FILE", help="text, token_ids, codes, length, masks with run lengths, scores, iou …"
+    )
     options = parser.parse_args()
     cli.check_paths({f"--{name}": getattr(options, name) for name in ("image", "target", "out", "overlay", "json")})
     outputs = {"--out": (options.out, cli.MASK_SUFFIXES), "--overlay": (options.overlay, cli.PICTURE_SUFFIXES),
@@ -149,15 +153,16 @@ def main() -> int:
         end_bias=options.end_bias, forced_prefix=options.forced_prefix,
     )  # fmt: skip
     if options.out:
-        Image.fromarray(result.mask.astype(np.uint8) * 255).save(options.out)
+        for number, mask in enumerate([one.mask for one in result.masks] or [result.mask], 1):
+            path = pathlib.Path(options.out)
+            path = path if number == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
+            Image.fromarray(mask.astype(np.uint8) * 255).save(path)
     if options.overlay:
-        from alto_jax.report import save_overlay  # late: keeps the start fast
-
-        save_overlay(options.overlay, image, result.mask)
+        Image.fromarray(result.overlay(image)).save(options.overlay)
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(result.to_json(), indent=2) + "\n")
     note = "" if result.length else "  (the answer holds no mask)"
-    note = f"  (the first of {result.num_masks} masks)" if result.num_masks > 1 else note
+    note = f"  (of the first of {result.num_masks} masks)" if result.num_masks > 1 else note
     print(f"{result.text}\nmask tokens: {result.length}{note}  pixels: {int(result.mask.sum())}  {result.seconds:.2f} s"
           + (f"  IoU {result.iou:.3f}" if result.iou is not None else ""))  # fmt: skip
     return 0

@@ -14,6 +14,7 @@ import alto_jax
 from alto_jax import predict, report, tokenize
 from alto_jax.checkpoint import loading, runs
 from alto_jax.config import ConfigError
+from alto_jax.data import rle
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import SceneMasks
 from alto_jax.evaluate import tasks
@@ -22,6 +23,7 @@ from alto_jax.evaluate.options import EvaluateOptions
 from alto_jax.inference import segmenter
 from alto_jax.inference.segmenter import Segmenter
 from alto_jax.mllm import alto_llm
+from alto_jax.mllm import generate as generation
 from alto_jax.mllm.generate import Generated
 from alto_jax.parallel import sharding
 from alto_jax.tokenizer.alto import ALTo
@@ -89,7 +91,8 @@ def test_predict_writes_what_the_python_call_gives(run, scene, tmp_path):
     mask, result = np.asarray(Image.open(out)), json.loads(file.read_text())
     assert mask.shape == (HEIGHT, WIDTH) and mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 255}
     assert set(result) == {"text", "token_ids", "codes", "length", "num_masks", "seconds", "iou", "score",
-                           "token_probability", "confidence"}  # fmt: skip
+                           "token_probability", "confidence", "masks"}  # fmt: skip
+    assert [one["codes"] for one in result["masks"]] == [result["codes"]]
     assert result["length"] == len(result["codes"]) == 5 and all(0 <= code < CODES for code in result["codes"])
     # The start of the answer is given, and its mask's end is its end.
     assert result["text"].startswith(f"The mask appears at <ALTo_Start><TOK_{result['codes'][0]}>")
@@ -206,12 +209,34 @@ def test_an_answer_without_a_mask_gives_an_empty_one(quickstart, scene):
     assert result.length == 0 and result.codes == [] and not result.mask.any() and result.iou == 0
 
 
-def test_an_answer_with_two_masks_gives_the_first_and_says_so(debug_model, scene, monkeypatch):
-    """In prediction and in evaluation alike."""
+def answer_of(monkeypatch, model, *masks):
+    """The ids of an answer with these masks, which the model gives from now on to whoever lets it choose the start."""
+    ids, written = model.text.ids, []
+    for codes in masks:
+        written += [ids.mask_start, *(ids.code_0 + c for c in codes), ids.mask_end]
+    written.append(ids.im_end)
+
+    def advance(language_model, params, given, state, cfg, special, until):
+        rows, end = state.ids.shape[0], jnp.arange(state.ids.shape[1]) < jnp.minimum(until, len(written))
+        row = jnp.zeros(state.ids.shape[1], jnp.int32).at[: len(written)].set(jnp.array(written))
+        done = jnp.full(rows, until >= len(written))
+        return state.replace(ids=jnp.tile(row, (rows, 1)), mask=jnp.tile(end, (rows, 1)), step=until, done=done)
+
+    begin = generation.begin
+
+    def first(language_model, cfg, special, count, params, *given):
+        given, state = begin(language_model, cfg, special, count, params, *given)
+        return given, advance(language_model, params, given, state, cfg, special, jnp.int32(1))
+
+    monkeypatch.setattr(generation, "begin", first)
+    monkeypatch.setattr(generation, "advance", advance)
+    return written
+
+
+def test_an_answer_with_several_masks_gives_all(debug_model, scene, tmp_path, monkeypatch):
+    """In prediction and its files; evaluation takes the first."""
     model, image = alto_jax.load(debug_model.path), scene[1]["image"]
-    ids = model.text.ids
-    code = lambda c: ids.code_0 + c
-    answer = [ids.mask_start, code(5), code(7), ids.mask_end, ids.mask_start, code(9), ids.mask_end, ids.im_end]
+    answer = answer_of(monkeypatch, model, [5, 7], [9])
 
     def generate(language_model, params, inputs, prompt_mask, cfg, special, rng, num_samples=None, **kwargs):
         rows = (
@@ -227,8 +252,34 @@ def test_an_answer_with_two_masks_gives_the_first_and_says_so(debug_model, scene
     assert found.num_masks == 2 and found.codes == [5, 7] and found.length == 2
     assert found.to_json()["num_masks"] == 2
     # The probability of the first mask alone, not that of no codes.
-    np.testing.assert_array_equal(found.mask, model.decode([5, 7], image.shape[:2], image))
-    assert found.mask.any() and (found.mask != model.decode([9], image.shape[:2], image)).any()
+    wanted = [model.decode(codes, image.shape[:2], image) for codes in ([5, 7], [9])]
+    np.testing.assert_array_equal(found.mask, wanted[0])
+    assert found.mask.any() and (found.mask != wanted[1]).any()
+    assert [one.codes for one in found.masks] == [[5, 7], [9]] and [one.length for one in found.masks] == [2, 1]
+    np.testing.assert_array_equal(found.masks, wanted)
+    assert found.masks[0].confidence == found.confidence > 0 and found.masks[1].confidence > 0
+    np.testing.assert_array_equal(found.overlay(image), report.overlay(report.overlay(image, wanted[0]), wanted[1]))
+    told = found.to_json()["masks"]
+    assert [one["codes"] for one in told] == [[5, 7], [9]]
+    np.testing.assert_array_equal([rle.decode(one["rle"], *image.shape[:2], "test") for one in told], wanted)
+    # Streamed and in a conversation likewise.
+    *growing, last = model.stream(image, "apple", forced_prefix=False)
+    shown = [(event.mask_index, event.length) for event in growing if event.mask is not None]
+    assert shown == [(0, 1), (0, 2), (1, 1)] and [e.token_id for e in growing] == answer
+    np.testing.assert_array_equal([growing[2].mask, growing[5].mask], wanted)
+    assert growing[5].change == wanted[1].mean() and last.answer.num_masks == 2
+    said = model.chat([{"role": "user", "content": "Both?", "image": image}])
+    np.testing.assert_array_equal(said.masks, wanted)
+    assert said.text == found.text == "<ALTo_Start><TOK_5><TOK_7><ALTo_End><ALTo_Start><TOK_9><ALTo_End>"
+
+    monkeypatch.setattr(segmenter, "load", lambda *arguments: model)
+    monkeypatch.setattr(predict, "describe", lambda *arguments: {"stage": "stage2", "model": {"tokenizer": {
+        "num_latent_tokens": L}}})  # fmt: skip
+    out = tmp_path / "mask.png"
+    given = ("--checkpoint", "x", "--image", scene[0] / "image.png", "--text", "apple", "--no-forced_prefix")
+    main_of(predict, monkeypatch, *given, "--out", out)
+    files = [np.asarray(Image.open(file)) > 0 for file in (out, tmp_path / "mask_2.png")]
+    np.testing.assert_array_equal(files, wanted)
 
     options = EvaluateOptions(debug_model.path, ["scenes"], "", "", scenes=1)
     programs = Programs(sharding.make_mesh(sharding.MeshConfig(1, 1, 1), jax.devices()[:1]))

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -95,7 +96,7 @@ def draw_boxes(image: np.ndarray, boxes: Sequence[Sequence[float]]) -> np.ndarra
 def answer(
     model: Segmenter, image: np.ndarray | None, phrase: str, written: str, *, length: str | int, end_bias: float
 ) -> Iterator[Frame]:
-    """The mask as it grows, a frame a token; the last frame holds the answer.
+    """The mask as it grows, a frame a token while the model writes them; the last frame holds the answer.
 
     Args:
       model: answers.
@@ -116,16 +117,14 @@ def answer(
     boxes = parse_boxes(written)
     if not boxes and not any(c.isalnum() for c in phrase):
         raise ValueError("Say what to segment, or draw a box: click two of its corners.")
-    encoded = model.encode_image(image)
-    asked = {"boxes": boxes} if boxes else {"text": phrase}
-    found = model.segment(encoded, **asked, length=length, end_bias=end_bias)
-    shown, before = draw_boxes(image, boxes), np.zeros(image.shape[:2], bool)
-    masks = model.growth(encoded, found)
-    for count, mask in enumerate(masks, 1):
-        changed = float((mask != before).mean())
-        words = f"token {count} of {found.length} (code {found.codes[count - 1]}): {changed:.1%} of the pixels changed"
-        yield Frame(report.overlay(shown, mask), words)
-        before = mask
+    shown, found = draw_boxes(image, boxes), None
+    options: dict[str, Any] = {"length": length, "end_bias": end_bias}
+    for event in model.stream(image, "" if boxes else phrase, boxes=boxes or None, **options):
+        found = event.answer
+        if event.mask is not None:
+            words = f"token {event.length} (code {event.code}): {event.change:.1%} of the pixels changed"
+            yield Frame(report.overlay(shown, event.mask), words)
+    assert found is not None  # Note: the last event has it.
     codes = " ".join(map(str, found.codes))
     words = f"{found.length} tokens, score {found.score:.2f}, {found.seconds:.2f} s: codes {codes}"
     if not found.mask.any():

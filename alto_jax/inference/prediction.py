@@ -11,11 +11,39 @@ from alto_jax.mllm import text as words
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
-    """An answer with its mask.
+class AnswerMask:
+    """One mask of an answer; `np.asarray` gives `mask`.
 
     Attributes:
-      mask: bool[H, W] at the image's size (all False if the answer holds no mask).
+      mask: bool[H, W] at the image's size.
+      codes: its codes.
+      confidence: mean probability of the mask's pixels; 0 if it has none.
+    """
+
+    mask: np.ndarray = dataclasses.field(repr=False)
+    codes: list[int]
+    confidence: float
+
+    @property
+    def length(self) -> int:
+        """Number of codes."""
+        return len(self.codes)
+
+    @property
+    def rle(self) -> dict[str, Any]:
+        """The mask as COCO's compressed run lengths, {"size": [H, W], "counts": str}."""
+        return rle.encode(self.mask)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.mask, dtype) if copy else np.asarray(self.mask, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """An answer with its masks.
+
+    Attributes:
+      mask: bool[H, W] at the image's size, the first one (all False if the answer holds no mask).
       probability: float32[H, W], of each pixel.
       text: the answer, a forced prefix too, special tokens written out.
       token_ids: its ids.
@@ -23,7 +51,8 @@ class Prediction:
       length: their number, 0 if the answer holds no well-formed mask.
       seconds: wall time of the call, by the number of answers that it gave.
       iou: with the target, if one was given.
-      num_masks: how many the answer holds; mask, codes and length are those of the first.
+      num_masks: how many the answer holds; mask, probability, codes, length and confidence are those of the first.
+      masks: all of them, in the order of the answer.
       token_probability: mean probability that the model gave the tokens that it chose, over its whole vocabulary.
       confidence: mean probability of the mask's pixels; 0 if it has none.
     """
@@ -37,6 +66,7 @@ class Prediction:
     seconds: float
     iou: float | None = None
     num_masks: int = 0
+    masks: list[AnswerMask] = dataclasses.field(default_factory=list, repr=False)
     token_probability: float = 0.0
     confidence: float = 0.0
 
@@ -47,18 +77,26 @@ class Prediction:
 
     @property
     def rle(self) -> dict[str, Any]:
-        """The mask as COCO's compressed run lengths, {"size": [H, W], "counts": str}."""
+        """The (first) mask as COCO's compressed run lengths, {"size": [H, W], "counts": str}."""
         return rle.encode(self.mask)
 
+    @property
+    def message(self) -> dict[str, str]:
+        """The answer as a message of a conversation, for `Segmenter.chat`: {"role": "assistant", "content": text}."""
+        return {"role": "assistant", "content": self.text}
+
     def overlay(self, image: np.ndarray) -> np.ndarray:
-        """The image uint8[H, W, 3] with the mask drawn on it, likewise."""
-        return report.overlay(image, self.mask)
+        """The image uint8[H, W, 3] with the masks drawn on it, likewise."""
+        for mask in [one.mask for one in self.masks] or [self.mask]:
+            image = report.overlay(image, mask)
+        return image
 
     def to_json(self) -> dict[str, Any]:
-        """All but the arrays, JSON-compatible."""
+        """All of it but arrays, JSON-compatible; "masks" has codes, length, confidence and rle of each."""
         names = ("text", "token_ids", "codes", "length", "num_masks", "score", "token_probability", "confidence",
                  "seconds", "iou")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        each = [{name: getattr(one, name) for name in ("codes", "length", "confidence", "rle")} for one in self.masks]
+        return {name: getattr(self, name) for name in names} | {"masks": each}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +105,8 @@ class Answers:
 
     tokenizer: of the text. prefix: ids of a forced start. ids, mask, logps [B, G, T]: the tokens, which of them are
     there, their log-probabilities. codes int32[B, G, L], length and num_masks int32[B, G]: of the first mask, and their
-    number. probability float32[B, G, h, w]: its pixels, at the size of the de-tokenizer.
+    number. probability float32[B, G, h, w]: its pixels, at the size of the de-tokenizer. further: by (b, g), codes and
+    probability float32[h, w] of the masks after the first, where there are any.
     """
 
     tokenizer: words.TextTokenizer = dataclasses.field(repr=False)
@@ -79,22 +118,34 @@ class Answers:
     length: np.ndarray
     num_masks: np.ndarray
     probability: np.ndarray = dataclasses.field(repr=False)
+    further: dict[tuple[int, int], list[tuple[list[int], np.ndarray]]] = dataclasses.field(repr=False)
 
     def at(self, row: int, column: int, size: tuple[int, int]) -> Prediction:
         """The answer to a question about image `row`, which has (height, width) `size`; its seconds are 0."""
         at = (row, column)
         chosen, length = self.ids[at][self.mask[at]].tolist(), int(self.length[at])
         pixels = metrics.resize_probability(self.probability[at], *size)
-        mask = (pixels > 0.5) & bool(length)
+        codes = self.codes[at][:length].tolist()
+        masks = [answer_mask(pixels, codes)] if length else []
+        masks += [
+            answer_mask(metrics.resize_probability(small, *size), found) for found, small in self.further.get(at, ())
+        ]
         return Prediction(
-            mask=mask,
+            mask=masks[0].mask if masks else np.zeros(size, bool),
             probability=pixels,
             text=words.answer_text(self.tokenizer, self.prefix + chosen),
             token_ids=self.prefix + chosen,
-            codes=self.codes[at][:length].tolist(),
+            codes=codes,
             length=length,
             num_masks=int(self.num_masks[at]),
+            masks=masks,
             seconds=0.0,
             token_probability=float(np.exp(self.logps[at][self.mask[at]]).mean()),
-            confidence=float(pixels[mask].mean()) if mask.any() else 0.0,
+            confidence=masks[0].confidence if masks else 0.0,
         )
+
+
+def answer_mask(probability: np.ndarray, codes: list[int]) -> AnswerMask:
+    """The mask of its pixels' probability float32[H, W]."""
+    mask = probability > 0.5
+    return AnswerMask(mask, codes, float(probability[mask].mean()) if mask.any() else 0.0)

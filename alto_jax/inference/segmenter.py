@@ -5,9 +5,11 @@ image = model.encode_image("photo.jpg")                       # seen once
 one = model.segment(image, "the red apple")                   # one.mask is bool, at the image's size
 many = model.segment(image, ["the red apple", "the cup"])     # answered together
 box = model.segment(image, boxes=[(12, 30, 55, 80)])          # what is in a box
+for event in model.stream(image, "the red apple"): ...        # event.mask grows; the last one has the answer
+said = model.chat([{"role": "user", "content": "What is it?", "image": image}])    # said.text, said.masks
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import os
 import time
@@ -17,30 +19,20 @@ import jax
 import numpy as np
 
 from alto_jax import metrics
-from alto_jax.batch import PromptBatch
 from alto_jax.checkpoint import loading
 from alto_jax.config import Quantize
 from alto_jax.data import images, transforms
 from alto_jax.inference.answering import Reply, reply
+from alto_jax.inference.chat import read_messages
+from alto_jax.inference.decoding import AT_ONCE, Decoding, EncodedImage
 from alto_jax.inference.prediction import Answers, Prediction
 from alto_jax.inference.settings import Settings
+from alto_jax.inference.streaming import Growth, StreamEvent, events
 from alto_jax.inference.tokenizer import TokenizerModel, is_whole
 from alto_jax.layers import apply_module, told_precision
 from alto_jax.mllm import boxes as box_text
 from alto_jax.mllm import text as words
-from alto_jax.mllm.alto_llm import ALToLLM, segment
-from alto_jax.mllm.generate import bucket_length
-
-_AT_ONCE = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32)  # requests about an image; few numbers are ever compiled
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodedImage:
-    """An image that the model has seen: size (height, width), image_tokens float[I, D], features float[g, g, F]."""
-
-    size: tuple[int, int]
-    image_tokens: jax.Array = dataclasses.field(repr=False)
-    features: jax.Array | None = dataclasses.field(repr=False)
+from alto_jax.mllm.alto_llm import ALToLLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,31 +90,23 @@ class Segmenter(TokenizerModel):
           ValueError: no object named, an image, box or target that does not fit, or a length out of range.
         """
         began = time.monotonic()
-        if not isinstance(image, EncodedImage):
-            image = images.as_array(image)
+        image = self.seen_or_array(image)
         size = image.size if isinstance(image, EncodedImage) else image.shape[:2]
-        if sum(given is not None for given in (boxes, prompt, text or None)) > 1:
-            raise ValueError("text, boxes, prompt: expected one of them")
         several = not isinstance(text, str)
-        if boxes is not None:
-            requests: list[str] = [self.box_phrase(boxes, size)]
-        else:
-            requests = list(text) if several else [str(text)]
-        if several and (target is not None or not requests):
+        questions, settings = self._questions(size, text, boxes, prompt, options)
+        if several and (target is not None or not questions):
             raise ValueError("text: expected at least one request, and no target beside several")
         if target is not None and np.shape(target) != tuple(size):
             raise ValueError(f"target: expected the image's size {tuple(size)}, got {np.shape(target)}")
-        settings = Settings.of(self.cfg.tokenizer.num_latent_tokens, prompt, options)
-        questions = [settings.question(request) if prompt is None else prompt for request in requests]
         found: dict[int, Prediction] = {}
         groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for index, question in enumerate(questions):
             beginning, rest = self.prompt(question, settings)
             groups.setdefault(beginning, []).append((index, rest))
-        encoded = image if isinstance(image, EncodedImage) else self.encode_inputs([self.inputs(image)])[0]
+        encoded = self.encoded(image)
         for beginning, asked in groups.items():
-            for part in range(0, len(asked), _AT_ONCE[-1]):
-                rows = asked[part : part + _AT_ONCE[-1]]
+            for part in range(0, len(asked), AT_ONCE[-1]):
+                rows = asked[part : part + AT_ONCE[-1]]
                 answers = self.ask([encoded], beginning, [[ids for _, ids in rows]], [settings])
                 found |= {index: answers.at(0, column, size) for column, (index, _) in enumerate(rows)}
         seconds = round((time.monotonic() - began) / len(found), 4)
@@ -130,6 +114,85 @@ class Segmenter(TokenizerModel):
         if target is not None:
             done[0] = dataclasses.replace(done[0], iou=_iou(done[0].mask, np.asarray(target) > 0))
         return done if several else done[0]
+
+    def stream(
+        self,
+        image: Any,
+        text: str = "",
+        *,
+        boxes: Sequence[Sequence[float]] | None = None,
+        prompt: str | None = None,
+        **options: Any,
+    ) -> Iterator[StreamEvent]:
+        """`segment` of one request, told while the model writes: each token as it comes, with the mask so far.
+
+        Args:
+          image, text, boxes, prompt, **options: as of `segment`.
+
+        Returns:
+          An iterator of StreamEvent: one for each token that the model chooses, then one with the whole answer.
+
+        Raises:
+          ValueError: as for `segment`, before anything is computed.
+        """
+        began = time.monotonic()
+        if not isinstance(text, str):
+            raise ValueError(f"text: expected one request, got {text!r:.80}")
+        image = self.seen_or_array(image)
+        size = image.size if isinstance(image, EncodedImage) else image.shape[:2]
+        [question], settings = self._questions(size, text, boxes, prompt, options)
+        beginning, rest = self.prompt(question, settings)
+
+        def run() -> Iterator[StreamEvent]:
+            encoded = self.encoded(image)
+            decoding = self.asked([encoded], beginning, [[rest]], [settings])
+            growth = Growth(self, self.text.ids, encoded.features, inside=settings.forced)
+            yield from events(decoding, growth, self.text, encoded.size)
+            answer = decoding.answers().at(0, 0, encoded.size)
+            seconds = round(time.monotonic() - began, 4)
+            yield StreamEvent(answer=dataclasses.replace(answer, seconds=seconds))
+
+        return run()
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        length: str | int = "adaptive",
+        max_new_tokens: int | None = None,
+        min_length: int = 1,
+        max_length: int | None = None,
+        end_bias: float = 0.0,
+    ) -> Prediction:
+        """The answer to the last message of a conversation, in text, which may hold masks.
+
+        Args:
+          messages: {"role": "system" | "user" | "assistant", "content": text, "image": …} each, users and assistants
+            in turn, the last one a user's. One of the users' messages may have an image (as for `encode_image`, or
+            what that gave), which stands at `<image>` in its content, or in front. A first message of the role system
+            replaces the model's own. Earlier answers are `Prediction.message`, their masks as mask tokens.
+          length, min_length, max_length, end_bias: of each mask, as for `segment_batch`.
+          max_new_tokens: longest answer; None: enough for two masks and 64 tokens of text.
+
+        Returns:
+          Prediction; `text` and `masks` are the answer. Its masks have the image's size; without an image that of the
+          mask tokenizer.
+
+        Raises:
+          ValueError: a message that does not fit (the error names it), or an option out of range.
+        """
+        began = time.monotonic()
+        turns, image = read_messages(self.text, messages)
+        longest = 2 * self.cfg.tokenizer.num_latent_tokens + 64 if max_new_tokens is None else max_new_tokens
+        options = {"length": length, "max_new_tokens": longest, "min_length": min_length, "max_length": max_length,
+                   "end_bias": end_bias}  # fmt: skip
+        settings = Settings.of(self.cfg.tokenizer.num_latent_tokens, turns[-1]["value"], options)
+        count = 0 if image is None else self.cfg.num_image_tokens
+        ids, _ = words.render_conversation(self.text, turns, count, self.system)
+        encoded = self.no_image() if image is None else self.encoded(self.seen_or_array(image))
+        beginning, rest = self._cut(ids)
+        answer = self.ask([encoded], beginning, [[rest]], [settings]).at(0, 0, encoded.size)
+        return dataclasses.replace(answer, seconds=round(time.monotonic() - began, 4))
 
     def segment_batch(
         self,
@@ -209,27 +272,35 @@ class Segmenter(TokenizerModel):
 
     def growth(self, image: Any, prediction: Prediction) -> np.ndarray:
         """A prediction's mask after 1, 2, … of its codes, bool[length, H, W]; image: as for `segment`."""
-        encoded = image if isinstance(image, EncodedImage) else self.encode_image(image)
-        small = self.growing(encoded, prediction.codes) if prediction.length else ()
+        encoded, codes = self.encoded(self.seen_or_array(image)), prediction.codes
+        small = self.drawn([codes[:count] for count in range(1, len(codes) + 1)], encoded.features) if codes else ()
         grown = [metrics.resize_probability(p, *encoded.size) > 0.5 for p in small]
         return np.stack(grown) if grown else np.zeros((0, *encoded.size), bool)
 
-    def growing(self, encoded: EncodedImage, codes: Sequence[int]) -> np.ndarray:
-        """Probabilities of the mask of the first 1, 2, … of L codes at most, float32[len(codes), h, w]."""
-        rows = next(rows for rows in self.growth_rows() if rows >= len(codes))
-        filled = np.zeros((rows, self.cfg.tokenizer.num_latent_tokens), np.int32)
-        filled[:, : len(codes)] = codes
-        count = np.arange(1, rows + 1, dtype=np.int32)
-        features = None
-        if encoded.features is not None:
-            features = np.repeat(np.asarray(encoded.features)[None], len(filled), axis=0)
-        logits = self.method("decode_codes")(self.params["tokenizer"], filled, count, features)
-        return np.asarray(jax.nn.sigmoid(logits))[: len(codes)]
+    def seen_or_array(self, image: Any) -> Any:
+        """An image as for `encode_image` as uint8[H, W, 3]; an EncodedImage as it is. ValueError: it is no image."""
+        return image if isinstance(image, EncodedImage) else images.as_array(image)
 
-    def growth_rows(self) -> list[int]:
-        """The numbers of masks, 8, 16, … L, that `growing` computes at once; a program is compiled for each."""
-        most = self.cfg.tokenizer.num_latent_tokens
-        return [*(8 << step for step in range(max(most - 1, 1).bit_length()) if 8 << step < most), most]
+    def encoded(self, image: Any) -> EncodedImage:
+        """What the model sees of an image uint8[H, W, 3]; an EncodedImage as it is."""
+        return image if isinstance(image, EncodedImage) else self.encode_inputs([self.inputs(image)])[0]
+
+    def no_image(self) -> EncodedImage:
+        """What stands for an image in a conversation that has none; masks have the mask tokenizer's size."""
+        side, width = self.cfg.tokenizer.mask_size, self.cfg.need_language_model().embed_dim
+        return EncodedImage((side, side), jax.numpy.zeros((self.cfg.num_image_tokens, width)), None)
+
+    def _questions(
+        self, size: tuple[int, int], text: str | Sequence[str], boxes: Any, prompt: str | None, options: dict[str, Any]
+    ) -> tuple[list[str], Settings]:
+        """The questions of a call of `segment` about an image of (height, width), and how they are answered."""
+        if sum(given is not None for given in (boxes, prompt, text or None)) > 1:
+            raise ValueError("text, boxes, prompt: expected one of them")
+        settings = Settings.of(self.cfg.tokenizer.num_latent_tokens, prompt, options)
+        if boxes is not None:
+            return [settings.question(self.box_phrase(boxes, size))], settings
+        requests = [text] if isinstance(text, str) else list(text)
+        return [settings.question(request) if prompt is None else prompt for request in requests], settings
 
     def box_phrase(self, boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> str:
         """Boxes (x1, y1, x2, y2) in pixels of an image of (height, width), as the model reads them.
@@ -254,8 +325,12 @@ class Segmenter(TokenizerModel):
         begin = words.FORCED_ANSWER_PREFIX if settings.forced else ""
         count = self.cfg.num_image_tokens
         ids = words.render_prompt(self.text, question, count, system=self.system, answer_prefix=begin)
+        return self._cut(ids)
+
+    def _cut(self, ids: list[int]) -> tuple[tuple[int, ...], list[int]]:
+        """A prompt's ids up to the end of its image (without one: its first token), and from there."""
         image = {self.text.ids.img_context, self.text.ids.img_end}
-        cut = max(index for index, token in enumerate(ids) if token in image) + 1
+        cut = max((index for index, token in enumerate(ids) if token in image), default=0) + 1
         return tuple(ids[:cut]), ids[cut:]
 
     def inputs(self, image: np.ndarray) -> ImageInputs:
@@ -275,66 +350,17 @@ class Segmenter(TokenizerModel):
                 tokens = apply_module(ALToLLM(cfg), params, image, method="image_tokens")
                 return tokens, apply_module(ALToLLM(cfg), params, image, pixels, method="image_features")
 
-        tokens, features = self._compiled("encode", lambda: run)(self.params, image, pixels)
+        tokens, features = self.compiled("encode", lambda: run)(self.params, image, pixels)
         at = lambda index: None if features is None else features[index]
         return [EncodedImage(one.size, tokens[i], at(i)) for i, one in enumerate(given)]
 
-    def ask(
-        self,
-        encoded: Sequence[EncodedImage],
-        beginning: tuple[int, ...],
-        asked: Sequence[Sequence[list[int]]],
-        settings: Sequence[Settings],
-        rows: int = 1,
-        width: int = 0,
-    ) -> Answers:
-        """Answers as many questions about each image, whose prompts begin alike.
+    def asked(self, encoded: Sequence[EncodedImage], *prompts: Any) -> Decoding:
+        """Questions about images that begin to be answered; `prompts`: the further arguments of `Decoding`."""
+        return Decoding(self, self.text, encoded, *prompts)
 
-        Args:
-          encoded: B images, `rows` at most; fewer are filled up to as many, so that one program serves.
-          beginning, asked: of each prompt, as `prompt` gives them; asked has G of each image.
-          settings: of each image; alike in what is compiled in (`GenerateConfig.static`) and in what is forced.
-          width: the questions are padded to so many tokens; 0: to the bucket of the longest one.
-        """
-        count = len(asked[0])
-        at_once = next(n for n in _AT_ONCE if n >= count)
-        filled = [[*ids, *[ids[-1]] * (at_once - count)] for ids in asked]
-        filled += [filled[-1]] * (rows - len(filled))
-        seen = [*encoded, *[encoded[-1]] * (rows - len(encoded))]
-        length = width or bucket_length(max(len(ids) for row in filled for ids in row))
-        pad = lambda ids: [self.text.ids.pad] * (length - len(ids)) + ids
-        questions = (
-            np.array([[pad(ids) for ids in row] for row in filled], np.int32),
-            np.array([[np.arange(length) >= length - len(ids) for ids in row] for row in filled]),
-        )
-        empty = np.zeros((rows, 0, 0, 3), np.uint8)  # Note: what is seen of the images is given.
-        stacked = lambda parts: None if parts[0] is None else jax.numpy.stack(parts)
-        prompt = np.tile(np.array(beginning, np.int32), (rows, 1))
-        batch = PromptBatch(empty, empty, prompt, np.ones(prompt.shape, bool), np.zeros((rows, 0, 0), np.float32),
-                            features=stacked([e.features for e in seen]))  # fmt: skip
-        cfg, special, static = self.cfg, self.text.ids, settings[0].generate.static()
-        each = [s.generate.controls() for s in [*settings, *[settings[-1]] * (rows - len(settings))]]
-        controls = jax.tree.map(lambda *values: np.stack(values), *each)  # of each image
-
-        def run(
-            params: dict, batch: PromptBatch, tokens: jax.Array, questions: tuple, key: jax.Array, controls: Any
-        ) -> Any:
-            found = segment(cfg, params, batch, static, special, key, controls=controls, image_tokens=tokens,
-                            questions=questions)  # fmt: skip
-            return found.generated, found.codes, found.length, found.masks.num_masks, jax.nn.sigmoid(found.mask_logits)
-
-        call = self._compiled(static, lambda: run)
-        tokens = stacked([e.image_tokens for e in seen])
-        given = self.params, batch, tokens, questions, jax.random.key(0), controls
-        generated, *found = jax.device_get(call(*given))
-        prefix = self.text.encode(words.FORCED_ANSWER_PREFIX) if settings[0].forced else []
-        return Answers(self.text, prefix, generated.ids, generated.mask, generated.per_token_logps, *found)
-
-    def _compiled(self, name: Any, make: Callable[[], Callable]) -> Any:
-        """The function `make()`, compiled once a shape; the first of each name is kept."""
-        if name not in self._functions:
-            self._functions[name] = jax.jit(make())
-        return self._functions[name]
+    def ask(self, encoded: Sequence[EncodedImage], *prompts: Any) -> Answers:
+        """Answers of `asked`."""
+        return self.asked(encoded, *prompts).answers()
 
 
 def _iou(mask: np.ndarray, target: np.ndarray) -> float:

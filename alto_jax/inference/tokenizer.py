@@ -1,5 +1,6 @@
 """The mask tokenizer of a checkpoint: mask → codes → mask."""
 
+from collections.abc import Callable, Sequence
 import numbers
 from typing import Any
 
@@ -20,18 +21,22 @@ class TokenizerModel:
         self.cfg, self.params, self.directory = cfg, params, directory
         self._functions: dict = {}
 
+    def compiled(self, name: Any, make: Callable[[], Callable], donated: str | None = None) -> Any:
+        """The function `make()`, compiled once a shape; the first of each name is kept. `donated`: the argument whose
+        memory the result takes over."""
+        if name not in self._functions:
+            self._functions[name] = jax.jit(make(), donate_argnames=donated)
+        return self._functions[name]
+
     def method(self, name: str) -> Any:
         """The tokenizer's method `name` as a function of (parameters, *arguments), compiled once per shape."""
-        if name not in self._functions:
-            model, precision = ALTo(self.cfg.tokenizer), self.cfg.matmul_precision
+        model, precision = ALTo(self.cfg.tokenizer), self.cfg.matmul_precision
 
-            @jax.jit
-            def run(params: dict, *args: Any) -> Any:
-                with layers.told_precision(precision):
-                    return model.apply({"params": params}, *args, method=name)
+        def run(params: dict, *args: Any) -> Any:
+            with layers.told_precision(precision):
+                return model.apply({"params": params}, *args, method=name)
 
-            self._functions[name] = run
-        return self._functions[name]
+        return self.compiled(name, lambda: run)
 
     def encode(self, mask: np.ndarray, length: str | int = "adaptive") -> list[int]:
         """Codes of a mask.
@@ -84,6 +89,25 @@ class TokenizerModel:
         logits = self.method("decode_codes")(params, padded, np.array([len(codes)], np.int32), features)[0]
         probability = metrics.resize_probability(np.asarray(jax.nn.sigmoid(logits)), *size)
         return probability > 0.5
+
+    def drawn(self, masks: Sequence[Sequence[int]], features: Any = None) -> np.ndarray:
+        """Probabilities of masks, each of 1..L codes, float32[len(masks), h, w]; features: [g, g, F] of their image."""
+        most, found = self.cfg.tokenizer.num_latent_tokens, []
+        for start in range(0, len(masks), most):
+            part = masks[start : start + most]
+            rows = next(rows for rows in self.rows_at_once() if rows >= len(part))
+            codes, length = np.zeros((rows, most), np.int32), np.ones(rows, np.int32)
+            for row, mask in enumerate(part):
+                codes[row, : len(mask)], length[row] = mask, len(mask)
+            each = None if features is None else np.repeat(np.asarray(features)[None], rows, axis=0)
+            logits = self.method("decode_codes")(self.params["tokenizer"], codes, length, each)
+            found.append(np.asarray(jax.nn.sigmoid(logits))[: len(part)])
+        return np.concatenate(found)
+
+    def rows_at_once(self) -> list[int]:
+        """The numbers of masks, 1, 8, 16, … L, that `drawn` computes at once; a program is compiled for each."""
+        most = self.cfg.tokenizer.num_latent_tokens
+        return sorted({1, *(8 << step for step in range(most.bit_length()) if 8 << step < most), most})
 
 
 def is_whole(value: Any, low: int, high: int) -> bool:

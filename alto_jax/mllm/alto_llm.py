@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from alto_jax.batch import PromptBatch
 from alto_jax.config import ConfigError, require
 from alto_jax.layers import apply_module, told_precision
-from alto_jax.mllm.generate import Controls, GenerateConfig, Generated, Questions, generate, mask_state
+from alto_jax.mllm import generate as generation
+from alto_jax.mllm.choice import mask_state
+from alto_jax.mllm.generate import Controls, GenerateConfig, Generated, Given, Questions, State, generate
 from alto_jax.mllm.intern_vit import InternViT, InternViTConfig, Projector, imagenet_normalise, pixel_shuffle
 from alto_jax.mllm.language_model import LanguageModel, LanguageModelConfig
 from alto_jax.mllm.mask_tokens import AnswerMasks, ParsedMask, parse_completion, parse_masks
@@ -191,10 +193,10 @@ def init_params(cfg: ModelConfig, key: Array) -> dict:
 class Segmentation:
     """Answers with their masks; leading axes [B], or [B, G] if `num_samples` was given.
 
-    generated: the new tokens. masks: those of the answer, with one slot. codes int32[..., L], length int32[...] and
-    valid bool[...]: the first of them, and whether there is one. parsed: the answer as rewards read it, which ask for
-    exactly one mask. mask_logits float32[..., H, W]: the first mask decoded; where there is none, what no codes at
-    all decode to. image_tokens float[B, I, D].
+    generated: the new tokens. masks: those of the answer, with `max_masks` slots. codes int32[..., L], length
+    int32[...] and valid bool[...]: the first of them, and whether there is one. parsed: the answer as rewards read it,
+    which ask for exactly one mask. mask_logits float32[..., H, W]: the first mask decoded; where there is none, what no
+    codes at all decode to. image_tokens float[B, I, D].
     """
 
     generated: Generated
@@ -231,8 +233,9 @@ def segment(
     *,
     image_tokens: Array | None = None,
     questions: tuple[Array, Array] | None = None,
+    max_masks: int = 1,
 ) -> Segmentation:
-    """Answers prompts about images and decodes the masks in the answers; jittable.
+    """Answers prompts about images and decodes the first mask of each answer; jittable.
 
     Prediction, evaluation and the GRPO rollout are this one function. Vision and prompt run once per
     image, whatever the number of samples.
@@ -244,9 +247,10 @@ def segment(
       image_tokens: float[B, I, D] of the images, computed before; None: computed here.
       questions: (ids int32[B, G, Q], mask bool[B, G, Q]), left padded: G ends of each prompt, which then is only their
         common beginning, with the image; the answers are [B, G].
+      max_masks: M, how many masks of an answer are read.
     """
     with told_precision(cfg.matmul_precision):
-        given = num_samples, controls, image_tokens, questions
+        given = num_samples, controls, image_tokens, questions, max_masks
         return _segment(cfg, params, batch, generate_cfg, special, rng, *given)
 
 
@@ -261,35 +265,128 @@ def _segment(
     controls: Controls | None,
     image_tokens: Array | None,
     questions: tuple[Array, Array] | None,
+    max_masks: int,
 ) -> Segmentation:
     """`segment`, with the precision told."""
     apply = functools.partial(apply_module, ALToLLM(cfg), params)
     if image_tokens is None:
         image_tokens = apply(batch.image, method="image_tokens")
-    inputs = apply(batch.prompt_ids, image_tokens, special.img_context, method="embed")
-    language_model = LanguageModel(cfg.need_language_model()), params["language_model"]
-    asked, last_ids = None, batch.prompt_ids
-    if questions is not None:
-        last_ids, num_samples = questions[0], questions[0].shape[1]
-        flat = apply(last_ids.reshape(-1, last_ids.shape[-1]), method="embed_text")
-        asked = Questions(flat.reshape(*last_ids.shape, -1), questions[1], last_ids)
+    inputs, asked = _inputs(cfg, params, batch.prompt_ids, special, image_tokens, questions)
+    num_samples = num_samples if questions is None else questions[0].shape[1]
     generated = generate(
-        *language_model, inputs, batch.prompt_mask, generate_cfg, special, rng, num_samples,
-        prompt_ids=batch.prompt_ids, controls=controls, questions=asked,
+        LanguageModel(cfg.need_language_model()), params["language_model"], inputs, batch.prompt_mask, generate_cfg,
+        special, rng, num_samples, prompt_ids=batch.prompt_ids, controls=controls, questions=asked,
     )  # fmt: skip
+    features = apply(batch.image, batch.pixel_image, batch.features, method="image_features")
+    if num_samples is not None and features is not None:
+        features = jnp.repeat(features, num_samples, axis=0)
+    last_ids = batch.prompt_ids if questions is None else questions[0]
+    return _read(cfg, params, generated, last_ids, features, special, max_masks, image_tokens)
+
+
+def _inputs(
+    cfg: ModelConfig,
+    params: dict,
+    prompt_ids: Array,
+    special: SpecialIds,
+    image_tokens: Array,
+    questions: tuple[Array, Array] | None,
+) -> tuple[Array, Questions | None]:
+    """The embeddings of prompts [B, P, D], and their different ends."""
+    apply = functools.partial(apply_module, ALToLLM(cfg), params)
+    inputs = apply(prompt_ids, image_tokens, special.img_context, method="embed")
+    if questions is None:
+        return inputs, None
+    ids, mask = questions
+    flat = apply(ids.reshape(-1, ids.shape[-1]), method="embed_text")
+    return inputs, Questions(flat.reshape(*ids.shape, -1), mask, ids)
+
+
+def _read(
+    cfg: ModelConfig,
+    params: dict,
+    generated: Generated,
+    last_ids: Array,
+    features: Array | None,
+    special: SpecialIds,
+    max_masks: int,
+    image_tokens: Array,
+) -> Segmentation:
+    """The answers that were generated after `last_ids`, with `features` of each."""
     # A prompt may end with <ALTo_Start> (a forced answer prefix); the mask's format counts from there.
     inside, _ = mask_state(last_ids, special)
     inside = inside.reshape(*inside.shape, *(1,) * (generated.ids.ndim - inside.ndim))
     inside = jnp.broadcast_to(inside, (*generated.ids.shape[:-1], 1))
     ids = jnp.concatenate([jnp.where(inside, special.mask_start, special.pad), generated.ids], axis=-1)
     mask = jnp.concatenate([inside, generated.mask], axis=-1)
-    masks = parse_masks(ids, mask, special, cfg.tokenizer.num_latent_tokens)
+    masks = parse_masks(ids, mask, special, cfg.tokenizer.num_latent_tokens, max_masks)
     parsed = parse_completion(ids, mask, special, cfg.tokenizer.num_latent_tokens)
-    features = apply(batch.image, batch.pixel_image, batch.features, method="image_features")
-    codes, length = masks.codes.reshape(-1, masks.codes.shape[-1]), masks.length.reshape(-1)
-    if num_samples is not None and features is not None:
-        features = jnp.repeat(features, num_samples, axis=0)
+    codes, length = masks.codes[..., 0, :].reshape(-1, masks.codes.shape[-1]), masks.length[..., 0].reshape(-1)
     tokenizer = ALTo(cfg.tokenizer), params["tokenizer"]
     logits = apply_module(*tokenizer, codes, length, features, method="decode_codes")
     logits = logits.reshape(*parsed.length.shape, *logits.shape[1:])
     return Segmentation(generated, masks, parsed, logits, image_tokens)
+
+
+def begin(
+    cfg: ModelConfig,
+    params: dict,
+    prompts: tuple[Array, Array],
+    questions: tuple[Array, Array],
+    image_tokens: Array,
+    generate_cfg: GenerateConfig,
+    special: SpecialIds,
+    rng: Array,
+    controls: Controls,
+) -> tuple[Given, State]:
+    """`segment` in steps: the first token of each answer; `advance` gives the others, `finish` the masks. Traceable.
+
+    Args:
+      prompts: (ids int32[B, P], mask bool[B, P]), the common beginning of the questions about each image.
+      cfg, params, questions, image_tokens, generate_cfg, special, rng, controls: as of `segment`.
+    """
+    with told_precision(cfg.matmul_precision):
+        inputs, asked = _inputs(cfg, params, prompts[0], special, image_tokens, questions)
+        count = questions[0].shape[1]
+        given = generation.arguments(inputs, prompts[1], generate_cfg, special, rng, count, None, controls, asked)
+        model = LanguageModel(cfg.need_language_model()), generate_cfg.static(), special, count
+        return generation.begin(*model, params["language_model"], *given)
+
+
+def advance(
+    cfg: ModelConfig,
+    params: dict,
+    given: Given,
+    state: State,
+    generate_cfg: GenerateConfig,
+    special: SpecialIds,
+    until: Array,
+) -> State:
+    """Goes on until each answer is done or has `until` tokens, see `generate.advance`; the rest is as of `begin`."""
+    with told_precision(cfg.matmul_precision):
+        model = LanguageModel(cfg.need_language_model()), params["language_model"]
+        return generation.advance(*model, given, state, generate_cfg.static(), special, until)
+
+
+def finish(
+    cfg: ModelConfig,
+    params: dict,
+    generated: Generated,
+    last_ids: Array,
+    features: Array | None,
+    image_tokens: Array,
+    special: SpecialIds,
+    max_masks: int = 1,
+) -> Segmentation:
+    """The answers [B, G] of `State.generated`.
+
+    Args:
+      last_ids: int32[B, G, Q], of the questions. features: float[B, g, g, F] of the images, None: masks without them.
+      cfg, params, image_tokens, special, max_masks: as of `segment`.
+    """
+    batch, count = last_ids.shape[:2]
+    generated = jax.tree.map(lambda a: a.reshape(batch, count, *a.shape[1:]) if a.ndim else a, generated)
+    if features is not None:
+        features = jnp.repeat(features, count, axis=0)
+    with told_precision(cfg.matmul_precision):
+        return _read(cfg, params, generated, last_ids, features, special, max_masks, image_tokens)

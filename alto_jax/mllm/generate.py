@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from alto_jax.config import QUANTIZE, Quantize, require
 from alto_jax.layers import unstacked
+from alto_jax.mllm.choice import allowed_tokens, choose, mask_state
 from alto_jax.mllm.language_model import DTYPES, KVCache, LanguageModel, for_inference
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class Questions:
 
 
 @struct.dataclass
-class _State:
+class State:
     """The loop's state; R = B * G rows. `cache` holds the new tokens only; inside, count: see mask_state."""
 
     step: Array
@@ -169,81 +170,23 @@ class _State:
     count: Array
     cache: tuple[KVCache, ...]
 
-
-def mask_state(ids: Array, special: SpecialIds) -> tuple[Array, Array]:
-    """Tells whether rows of ids end inside a mask, as with a forced answer prefix.
-
-    Args:
-      ids: int32[..., P], left padded.
-      special: ids of the special tokens.
-
-    Returns:
-      (inside bool[...], count int32[...]): the last `<ALTo_Start>` is not followed by an end; tokens after it.
-    """
-    index = jnp.arange(ids.shape[-1])
-    last = lambda token: jnp.max(jnp.where(ids == token, index, -1), axis=-1)
-    start, end = last(special.mask_start), last(special.mask_end)
-    inside = start > end
-    return inside, jnp.where(inside, ids.shape[-1] - 1 - start, 0).astype(jnp.int32)
+    @property
+    def generated(self) -> Generated:
+        """The tokens so far, of R rows."""
+        return Generated(self.ids, self.mask, self.per_token_logps, self.sampling_logps, self.step)
 
 
-def allowed_tokens(
-    vocab_size: int, special: SpecialIds, inside: Array, count: Array, remaining: Array, low: Array, high: Array
-) -> Array:
-    """The grammar: which tokens may come next.
+@struct.dataclass
+class Given:
+    """What every step reads: keys and values of the prompts, with their mask bool[B, P]; which of a row's own keys may
+    be attended to, bool[R, 1, S] (None: all that come before); positions before the new tokens, int32[R]."""
 
-    Outside a mask: all but codes, the end, padding, begin of text, begin of turn and image tokens; the
-    start only if the shortest allowed mask still fits. Inside: codes, up to `high` of them and with room
-    left for the end; the end after at least `low`.
-
-    Args:
-      vocab_size: V. special: ids of the special tokens.
-      inside, count: bool[R], int32[R], see `mask_state`.
-      remaining: int32 scalar, tokens that may still be generated, this one included.
-      low, high: int32, broadcastable to [R, 1], limits of the number of codes.
-
-    Returns:
-      bool[R, V].
-    """
-    token = jnp.arange(vocab_size)
-    is_code = (token >= special.code_0) & (token < special.code_0 + special.num_codes)
-    is_start, is_end = token == special.mask_start, token == special.mask_end
-    structural = {special.pad, special.bos, special.im_start, special.img, special.img_end, special.img_context}
-    is_text = ~(is_code | is_end | is_start) & ~jnp.isin(token, jnp.array(sorted(structural - {None, special.im_end})))
-    inside, count = inside[:, None], count[:, None]
-    last = remaining <= 1
-    may_code, may_end = (count < high) & ~last, (count >= low) | last
-    when_inside = (is_code & may_code) | (is_end & may_end)
-    when_outside = is_text | (is_start & (remaining >= low + 2))
-    return jnp.where(inside, when_inside, when_outside)
-
-
-def choose(logits: Array, keys: Array, cfg: GenerateConfig, temperature: Array) -> tuple[Array, Array]:
-    """Takes one token per row.
-
-    Args:
-      logits: float32[R, V], -inf where not allowed.
-      keys: random keys [R], one per row.
-      cfg: greedy if its temperature is 0; top_k and top_p (applied in this order after the temperature).
-      temperature: float32, broadcastable to [R, 1].
-
-    Returns:
-      (ids int32[R], logps float32[R] under the distribution sampled from, 0 for greedy).
-    """
-    if cfg.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[:1], jnp.float32)
-    scaled, tokens = logits / temperature, None
-    top_k = min(cfg.top_k, logits.shape[-1])
-    if top_k or cfg.top_p < 1:
-        scaled, tokens = jax.lax.top_k(scaled, top_k or logits.shape[-1])
-    if cfg.top_p < 1:
-        probs = jax.nn.softmax(scaled, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs
-        scaled = jnp.where(before < cfg.top_p, scaled, -jnp.inf)
-    index = jax.vmap(jax.random.categorical)(keys, scaled)[:, None]
-    logps = jnp.take_along_axis(jax.nn.log_softmax(scaled, axis=-1), index, axis=-1)[:, 0]
-    ids = index if tokens is None else jnp.take_along_axis(tokens, index, axis=-1)
-    return ids[:, 0].astype(jnp.int32), logps
+    prefix: tuple[KVCache, ...]
+    prompt_mask: Array
+    own: Array | None
+    lengths: Array
+    controls: Controls
+    keys: Array
 
 
 def generate(
@@ -280,6 +223,27 @@ def generate(
     Returns:
       Generated.
     """
+    batch = inputs_embeds.shape[0]
+    given = arguments(inputs_embeds, prompt_mask, cfg, special, rng, num_samples, prompt_ids, controls, questions)
+    out = _generate(model, cfg.static(), special, num_samples or 1, params, *given)
+    if num_samples is not None:
+        group = lambda a: a.reshape(batch, num_samples, *a.shape[1:]) if a.ndim else a
+        out = jax.tree.map(group, out)
+    return out
+
+
+def arguments(
+    inputs_embeds: Array,
+    prompt_mask: Array,
+    cfg: GenerateConfig,
+    special: SpecialIds,
+    rng: Array,
+    num_samples: int | None,
+    prompt_ids: Array | None,
+    controls: Controls | None,
+    questions: Questions | None,
+) -> tuple[Any, ...]:
+    """The arguments of `generate`, checked, as `begin` wants them behind the parameters."""
     require(num_samples is None or num_samples >= 1, "num_samples", num_samples, "at least 1, or None")
     if questions is not None:
         require(num_samples == questions.mask.shape[1], "num_samples", num_samples, "the number of questions")
@@ -292,13 +256,7 @@ def generate(
         start = jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32)
     else:
         start = mask_state(jnp.asarray(prompt_ids), special)
-    controls = cfg.controls() if controls is None else controls
-    arrays = params, inputs_embeds, prompt_mask, start, controls, rng, questions
-    out = _generate(model, cfg.static(), special, num_samples or 1, *arrays)
-    if num_samples is not None:
-        group = lambda a: a.reshape(batch, num_samples, *a.shape[1:]) if a.ndim else a
-        out = jax.tree.map(group, out)
-    return out
+    return inputs_embeds, prompt_mask, start, cfg.controls() if controls is None else controls, rng, questions
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -316,13 +274,34 @@ def _generate(
     questions: Questions | None = None,
 ) -> Generated:
     """The compiled part of `generate`; results have R = B * G rows."""
+    # Note: the loop's operands are whole arrays; slices of stacked ones would be copied for every token.
+    params = for_inference(model.cfg, params, cfg.quantize)
+    given, state = begin(
+        model, cfg, special, num_samples, params, inputs_embeds, prompt_mask, start, controls, keys, questions
+    )
+    return advance(model, params, given, state, cfg, special, cfg.max_new_tokens).generated
+
+
+def begin(
+    model: LanguageModel,
+    cfg: GenerateConfig,
+    special: SpecialIds,
+    num_samples: int,
+    params: Any,
+    inputs_embeds: Array,
+    prompt_mask: Array,
+    start: tuple[Array, Array],
+    controls: Controls,
+    keys: Array,
+    questions: Questions | None,
+) -> tuple[Given, State]:
+    """The prompts, and the first token after them; `advance` gives the others. Traceable."""
     rows = inputs_embeds.shape[0] * num_samples
     first = 0 if questions is None else questions.mask.shape[2]  # of the new tokens, in a row's cache
     repeat = lambda a: jnp.repeat(a, num_samples, axis=0)
     keys = jax.vmap(lambda key: jax.random.split(key, num_samples))(keys).reshape(rows)
     inside, count = jax.tree.map(repeat, start) if questions is None else start
     controls = jax.tree.map(lambda a: repeat(a)[:, None] if jnp.ndim(a) else a, controls)
-    # Note: the loop's operands are whole arrays; slices of stacked ones would be copied for every token.
     apply: Any = functools.partial(model.apply, {"params": for_inference(model.cfg, params, cfg.quantize)})
     if not cfg.share_prompt:
         inputs_embeds, prompt_mask = repeat(inputs_embeds), repeat(prompt_mask)
@@ -347,7 +326,7 @@ def _generate(
 
     shape = (rows, cfg.max_new_tokens)
     zeros = jnp.zeros(shape, jnp.float32)
-    state = _State(
+    state = State(
         step=jnp.int32(0),
         ids=jnp.full(shape, special.pad, jnp.int32),
         mask=jnp.zeros(shape, bool),
@@ -359,20 +338,42 @@ def _generate(
         cache=cache,
     )
 
-    def body(state: _State) -> _State:
+    given = Given(prefix, prompt_mask, own, lengths, controls, keys)
+    return given, _append(state, first_logits, cfg, special, controls, keys)
+
+
+def advance(
+    model: LanguageModel,
+    params: Any,
+    given: Given,
+    state: State,
+    cfg: GenerateConfig,
+    special: SpecialIds,
+    until: int | Array,
+) -> State:
+    """Goes on until every row is done or has `until` tokens (int32 scalar, at most cfg.max_new_tokens); traceable.
+
+    Args:
+      model, params, cfg, special: as of `generate`.
+      given, state: as `begin` and `advance` gave them.
+    """
+    apply: Any = functools.partial(model.apply, {"params": for_inference(model.cfg, params, cfg.quantize)})
+    own, prefix, prompt_mask = given.own, given.prefix, given.prompt_mask
+    first = 0 if own is None else own.shape[-1] - cfg.max_new_tokens
+
+    def body(state: State) -> State:
         previous = state.step - 1
         token = jax.lax.dynamic_index_in_dim(state.ids, previous, axis=1)
         seen = None if own is None else own & (jnp.arange(own.shape[-1]) <= first + previous)
         hidden, cache = apply(
-            apply(token, method="embed"), (lengths + previous)[:, None], seen, cache=state.cache,
+            apply(token, method="embed"), (given.lengths + previous)[:, None], seen, cache=state.cache,
             cache_index=first + previous, prefix=prefix, prefix_mask=prompt_mask,
         )  # fmt: skip
         logits = apply(hidden[:, 0], method="logits")
-        return _append(dataclasses.replace(state, cache=cache), logits, cfg, special, controls, keys)
+        state = dataclasses.replace(state, cache=cache)
+        return _append(state, logits, cfg, special, given.controls, given.keys)
 
-    state = _append(state, first_logits, cfg, special, controls, keys)
-    state = jax.lax.while_loop(lambda s: (s.step < cfg.max_new_tokens) & ~jnp.all(s.done), body, state)
-    return Generated(state.ids, state.mask, state.per_token_logps, state.sampling_logps, state.step)
+    return jax.lax.while_loop(lambda s: (s.step < until) & ~jnp.all(s.done), body, state)
 
 
 def _prefill(
@@ -387,8 +388,8 @@ def _prefill(
 
 
 def _append(
-    state: _State, logits: Array, cfg: GenerateConfig, special: SpecialIds, controls: Controls, keys: Array
-) -> _State:
+    state: State, logits: Array, cfg: GenerateConfig, special: SpecialIds, controls: Controls, keys: Array
+) -> State:
     """Chooses the token of the current step from logits float32[R, V] and writes it into the state."""
     token = jnp.arange(logits.shape[-1])
     bias = jnp.where(state.inside[:, None] & (token == special.mask_end), controls.end_logit_bias, 0.0)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import os
 import time
@@ -20,14 +21,18 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 import alto_jax
+from alto_jax.inference.streaming import Grown
 from alto_jax.serve import schema, work
 from alto_jax.serve.batcher import Batcher, Job
 from alto_jax.serve.guard import Guard
 from alto_jax.serve.limits import FAULTS, Fault, Limits
 from alto_jax.serve.metrics import Metrics
 from alto_jax.serve.schema import ErrorResponse, ModelResponse, Options, SegmentRequest, SegmentResponse
+
+_log = logging.getLogger(__name__)
 
 
 class Service:
@@ -142,7 +147,9 @@ class Service:
         return JSONResponse(fault.body(), fault.status, fault.headers)
 
     async def _answered(
-        self, request: Request, answer: Callable[[Request, bytes, Options, float], Awaitable[Response]]
+        self,
+        request: Request,
+        answer: Callable[[bytes, Options, float, contextlib.AsyncExitStack], Awaitable[Response]],
     ) -> Response:
         """Reads a request, and answers it within the time, unless its client goes away before."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -153,12 +160,13 @@ class Service:
         content = await bodies.read(request.scope, request.receive)
         held, began = len(content), time.monotonic()
         main: asyncio.Task[Response] | None = None
+        stack = contextlib.AsyncExitStack()
         try:
-            async with asyncio.timeout(self.limits.request_seconds):
+            async with stack, asyncio.timeout(self.limits.request_seconds):
                 image, asked = await (self._in_thread(work.parse_json, content) if kind == "application/json"
                                       else _parse_form(request, content, self.limits))  # fmt: skip
                 del content
-                main = asyncio.create_task(answer(request, image, asked, began))  # type: ignore[arg-type]
+                main = asyncio.create_task(answer(image, asked, began, stack))  # type: ignore[arg-type]
                 gone = asyncio.create_task(_disconnected(request))
                 try:
                     await asyncio.wait({main, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -166,7 +174,10 @@ class Service:
                     gone.cancel()
                 if not main.done():
                     raise Fault("client_closed", "the client went away before its answer")
-                return main.result()
+                response = main.result()
+                if isinstance(response, _Events):  # Note: what it holds is given back when all of it is sent.
+                    response.held = stack.pop_all()
+                return response
         except TimeoutError as error:
             told = f"no answer within {self.limits.request_seconds:g} s"
             raise Fault("timeout", told, headers={"retry-after": "5"}) from error
@@ -176,8 +187,10 @@ class Service:
                 main.cancel()
 
     @contextlib.asynccontextmanager
-    async def _done(self, image: bytes, asked: Options, *, grows: bool) -> AsyncIterator[Job]:
-        """The job of a request, computed; its places in the queue are held meanwhile."""
+    async def _submitted(
+        self, image: bytes, asked: Options, listener: Callable[[int, Grown], None] | None = None
+    ) -> AsyncIterator[Job]:
+        """The job of a request, in the queue; its places there are held meanwhile."""
         count = len(work.requests_of(asked, self.limits)) or 1
         wait = self.batcher.reserve(count)
         if wait is not None:
@@ -185,42 +198,62 @@ class Service:
             raise Fault("busy", told, headers={"retry-after": str(math.ceil(wait))})
         job = None
         try:
-            job = await self._in_thread(work.prepare, self.batcher.engine, self.limits, image, asked, grows=grows)
-            await asyncio.wrap_future(self.batcher.submit(job))
+            job = await self._in_thread(work.prepare, self.batcher.engine, self.limits, image, asked, listener)
+            self.batcher.submit(job)
             yield job
         finally:
             if job is not None:
                 job.give_up()
             self.batcher.release(count)
 
-    async def _segment(self, request: Request, image: bytes, asked: Options, began: float) -> Response:
-        async with self._done(image, asked, grows=False) as job:
-            pass
+    async def _segment(self, image: bytes, asked: Options, began: float, held: contextlib.AsyncExitStack) -> Response:
+        async with self._submitted(image, asked) as job:
+            await asyncio.wrap_future(job.future)
         seconds = time.monotonic() - began
         found = await self._in_thread(work.finish, self.name, self.limits, job, image, asked, seconds)
         return Response(found, media_type="application/json")
 
-    async def _stream(self, request: Request, image: bytes, asked: Options, began: float) -> Response:
-        async with self._done(image, asked, grows=True) as job:
-            pass
-        return StreamingResponse(self._events(job, image, asked, began), media_type="text/event-stream",
-                                 headers={"cache-control": "no-store", "x-accel-buffering": "no"})  # fmt: skip
+    async def _stream(self, image: bytes, asked: Options, began: float, held: contextlib.AsyncExitStack) -> Response:
+        """Begins with the first token; what fails before it is a fault of its own status."""
+        loop, told = asyncio.get_running_loop(), asyncio.Queue()  # type: ignore[var-annotated]
 
-    async def _events(self, job: Job, image: bytes, asked: Options, began: float) -> AsyncIterator[bytes]:
-        """Server-sent events: a "token" for each mask token, then the "answer"; or an "error"."""
+        def tell(event: tuple[int, Grown] | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the service has ended
+                loop.call_soon_threadsafe(told.put_nowait, event)
+
+        listener = lambda index, grown: tell((index, grown))
+        job = await held.enter_async_context(self._submitted(image, asked, listener))
+        job.future.add_done_callback(lambda _: tell(None))
+        first = await told.get()
+        if first is None:
+            await asyncio.wrap_future(job.future)
+        return _Events(self._events(job, first, told, image, asked, began), media_type="text/event-stream",
+                       headers={"cache-control": "no-store", "x-accel-buffering": "no"})  # fmt: skip
+
+    async def _events(
+        self, job: Job, event: tuple[int, Grown] | None, told: asyncio.Queue, image: bytes, asked: Options, began: float
+    ) -> AsyncIterator[bytes]:
+        """Server-sent events: a "token" for each mask token, the first one given, then the "answer"; or an "error"."""
+        size, masks = job.inputs.size, {}  # type: ignore[var-annotated]
         try:
             async with asyncio.timeout(max(0.0, began + self.limits.request_seconds - time.monotonic())):
-                for index in range(len(job.questions)):
-                    growing = work.grow(job, index, asked)
-                    while (event := await self._in_thread(next, growing, None)) is not None:
-                        yield b"event: token\ndata: " + event + b"\n\n"
+                while event is not None:
+                    index, grown = event
+                    data, masks[index] = await self._in_thread(work.grow, size, index, grown, masks.get(index), asked)
+                    yield b"event: token\ndata: " + data + b"\n\n"
+                    event = await told.get()
+                await asyncio.wrap_future(job.future)
                 seconds = time.monotonic() - began
                 done = await self._in_thread(work.finish, self.name, self.limits, job, image, asked, seconds)
                 yield b"event: answer\ndata: " + done + b"\n\n"
+                return
         except TimeoutError:
             fault = Fault("timeout", f"not all was sent within {self.limits.request_seconds:g} s")
-            self.metrics.faults.labels(fault.code).inc()
-            yield b"event: error\ndata: " + JSONResponse(fault.body()).body + b"\n\n"
+        except Exception:
+            _log.exception("a stream failed after its first token")
+            fault = Fault("internal", "the service failed to answer; its log has the trace")
+        self.metrics.faults.labels(fault.code).inc()
+        yield b"event: error\ndata: " + JSONResponse(fault.body()).body + b"\n\n"
 
     def _model(self) -> dict[str, Any]:
         engine = self.batcher.engine
@@ -233,6 +266,19 @@ class Service:
             "question_buckets": list(engine.widths),
             "limits": dataclasses.asdict(self.limits),
         }  # fmt: skip
+
+
+class _Events(StreamingResponse):
+    """A stream that gives back, however it ends, what it `held`."""
+
+    held: contextlib.AsyncExitStack | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self.held is not None:
+                await self.held.aclose()
 
 
 async def _disconnected(request: Request) -> None:

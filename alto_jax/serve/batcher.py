@@ -8,15 +8,15 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 import dataclasses
+import functools
 import logging
 import threading
 import time
 from typing import Any
 
-import numpy as np
-
 from alto_jax.inference.prediction import Answers
-from alto_jax.inference.segmenter import EncodedImage, ImageInputs
+from alto_jax.inference.segmenter import ImageInputs
+from alto_jax.inference.streaming import Grown
 from alto_jax.serve.engine import Engine, Question, batch_size
 from alto_jax.serve.metrics import Metrics
 
@@ -27,17 +27,25 @@ _log = logging.getLogger(__name__)
 class Job:
     """Questions about one image.
 
-    key: of the image, its own. inputs: of the model. grows: whether the masks of fewer codes are wanted too.
+    key: of the image, its own. inputs: of the model. listener: of (index of the question, a code of its mask), called
+    in the model's thread while the answer is computed.
     """
 
     key: str
     inputs: ImageInputs
     questions: list[Question]
-    grows: bool = False
+    listener: Callable[[int, Grown], None] | None = None
     given_up: bool = False
     future: Future = dataclasses.field(default_factory=Future)
     found: dict[int, "Found"] = dataclasses.field(default_factory=dict)
     batches: list[int] = dataclasses.field(default_factory=list)
+    told: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def tell(self, index: int, grown: Grown) -> None:
+        """Tells the listener of a code, once: after a failure a batch is computed again."""
+        if self.listener is not None and not self.given_up and len(grown.codes) > self.told.get(index, 0):
+            self.told[index] = len(grown.codes)
+            self.listener(index, grown)
 
     def give_up(self) -> None:
         """Nobody waits for it any more: what is still in the queue is not computed."""
@@ -46,11 +54,10 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Where the answer to a question is: a row of a batch's answers; growth float32[length, h, w] if it was wanted."""
+    """Where the answer to a question is: a row of a batch's answers."""
 
     answers: Answers
     row: int
-    growth: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -189,7 +196,9 @@ class Batcher:
         images = {row.job.key: row.job.inputs for row in rows}
         new = sum(not engine.has_seen(key) for key in images)
         encoded = dict(zip(images, engine.encode(list(images.items())), strict=True))
-        answers = engine.answer([encoded[row.job.key] for row in rows], [row.question for row in rows])
+        listeners = [None if row.job.listener is None else functools.partial(row.job.tell, row.index) for row in rows]
+        given = [encoded[row.job.key] for row in rows], [row.question for row in rows]
+        answers = engine.answer(*given, listeners) if any(listeners) else engine.answer(*given)
         seconds = time.monotonic() - began
         self._pace = 0.8 * self._pace + 0.2 * seconds / len(rows)
         if self.metrics is not None:
@@ -203,14 +212,12 @@ class Batcher:
         self._count("padding", next(s for s in engine.sizes if s >= len(rows)) - len(rows))
         self._count("tokens", int(answers.length[: len(rows)].sum()))
         for at, row in enumerate(rows):
-            self._give(row, answers, at, encoded[row.job.key], len(rows))
+            self._give(row, answers, at, len(rows))
 
-    def _give(self, row: _Waiting, answers: Answers, at: int, encoded: EncodedImage, together: int) -> None:
+    def _give(self, row: _Waiting, answers: Answers, at: int, together: int) -> None:
         """Writes an answer into its job."""
-        job, growth = row.job, None
-        if job.grows and not job.given_up:
-            growth = self.engine.grow(encoded, answers.codes[at, 0][: answers.length[at, 0]].tolist())
-        job.found[row.index] = Found(answers, at, growth)
+        job = row.job
+        job.found[row.index] = Found(answers, at)
         job.batches.append(together)
         if len(job.found) == len(job.questions):
             _end(job)

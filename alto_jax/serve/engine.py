@@ -10,6 +10,7 @@ import numpy as np
 from alto_jax.inference.prediction import Answers
 from alto_jax.inference.segmenter import EncodedImage, ImageInputs, Segmenter
 from alto_jax.inference.settings import Settings
+from alto_jax.inference.streaming import Grown, Growth, follow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,7 @@ class Engine:
             for width in self.widths:
                 self.answer(encoded, [Question(ids, width, settings)] * size)
                 tell(f"compiled: batches of {size}, questions of {width} tokens")
-        for rows in self.model.growth_rows():
-            self.grow(encoded[0], [0] * rows)
+        self.model.drawn([[0]], encoded[0].features)  # Note: a stream's masks are decoded one at a time.
         self._seen.clear()
 
     def encode(self, images: Sequence[tuple[str, ImageInputs]]) -> list[EncodedImage]:
@@ -82,17 +82,32 @@ class Engine:
         """Whether an image is still encoded."""
         return key in self._seen
 
-    def answer(self, encoded: Sequence[EncodedImage], questions: Sequence[Question]) -> Answers:
-        """Answers a question about each image; at most as many as the largest batch holds."""
+    def answer(
+        self,
+        encoded: Sequence[EncodedImage],
+        questions: Sequence[Question],
+        listeners: Sequence[Callable[[Grown], None] | None] = (),
+    ) -> Answers:
+        """Answers a question about each image; at most as many as the largest batch holds.
+
+        If there are `listeners`, one or None of each question, they hear of each code as soon as the model has it.
+        """
         rows = next(size for size in self.sizes if size >= len(questions))
         width = max(question.width for question in questions)
         asked = [[question.ids] for question in questions]
         settings = [question.settings for question in questions]
-        return self.model.ask(encoded, self.beginning, asked, settings, rows, width)
-
-    def grow(self, encoded: EncodedImage, codes: Sequence[int]) -> np.ndarray:
-        """Probabilities of the mask of the first 1, 2, … codes, float32[len(codes), h, w]."""
-        return self.model.growing(encoded, codes)
+        decoding = self.model.asked(encoded, self.beginning, asked, settings, rows, width)
+        special = self.model.text.ids
+        growths = [
+            None if tell is None else Growth(self.model, special, image.features, inside=True)
+            for image, tell in zip(encoded, listeners)
+        ]
+        if any(growths):
+            for row, _, grown in follow(decoding, growths):
+                tell = listeners[row]
+                if grown is not None and tell is not None:
+                    tell(grown)
+        return decoding.answers()
 
     @property
     def device(self) -> str:

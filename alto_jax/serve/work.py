@@ -2,7 +2,7 @@
 
 import base64
 import binascii
-from collections.abc import Iterator
+from collections.abc import Callable
 import hashlib
 import io
 import json
@@ -17,6 +17,7 @@ from alto_jax.data import images, rle
 from alto_jax.data.bad_data import RecordError
 from alto_jax.inference.prediction import Prediction
 from alto_jax.inference.settings import Settings
+from alto_jax.inference.streaming import Grown
 from alto_jax.mllm import text as words
 from alto_jax.serve.batcher import Job
 from alto_jax.serve.engine import Engine, Question
@@ -81,7 +82,9 @@ def _phrase(phrase: str, field: str, limits: Limits) -> str:
     return phrase
 
 
-def prepare(engine: Engine, limits: Limits, content: bytes, asked: Options, *, grows: bool) -> Job:
+def prepare(
+    engine: Engine, limits: Limits, content: bytes, asked: Options, listener: Callable[[int, Grown], None] | None = None
+) -> Job:
     """A request's job: the image decoded and brought to the model's sizes, the questions as token ids.
 
     Raises:
@@ -115,7 +118,7 @@ def prepare(engine: Engine, limits: Limits, content: bytes, asked: Options, *, g
             raise Fault("invalid_field", message, field)
         width = next(w for w in engine.widths if w >= len(ids))
         questions.append(Question(ids, width, settings))
-    return Job(hashlib.sha256(content).hexdigest(), model.inputs(image), questions, grows)
+    return Job(hashlib.sha256(content).hexdigest(), model.inputs(image), questions, listener)
 
 
 def decode(content: bytes, limits: Limits) -> np.ndarray:
@@ -146,19 +149,21 @@ def finish(model: str, limits: Limits, job: Job, content: bytes, asked: Options,
     return _dump({"model": model, "size": [height, width], "results": results, "seconds": round(seconds, 4)})
 
 
-def grow(job: Job, index: int, asked: Options) -> Iterator[bytes]:
-    """Yields the events of a mask that grows, JSON each: {"result", "index", "code", "change", "rle"}."""
-    found = job.found[index]
-    codes = found.answers.codes[found.row, 0].tolist()
-    before = np.zeros(job.inputs.size, bool)
-    for count, small in enumerate(found.growth if found.growth is not None else (), 1):
-        mask = metrics.resize_probability(small, *job.inputs.size) > 0.5
-        event: dict[str, Any] = {"result": index, "index": count, "code": codes[count - 1],
-                 "change": round(float((mask != before).mean()), 6)}  # fmt: skip
-        if "rle" in asked.returns:
-            event["rle"] = rle.encode(mask)
-        before = mask
-        yield _dump(event)
+def grow(
+    size: tuple[int, int], index: int, grown: Grown, before: np.ndarray | None, asked: Options
+) -> tuple[bytes, np.ndarray]:
+    """A code of question `index` as JSON, {"result", "index", "code", "change", "rle"}, and the mask so far bool[H, W].
+
+    Args:
+      size: (height, width) of the image. before: bool[H, W], the mask before this code; None: it is the first.
+    """
+    mask = metrics.resize_probability(grown.probability, *size) > 0.5
+    change = float((mask if before is None else mask != before).mean())
+    event: dict[str, Any] = {"result": index, "index": len(grown.codes), "code": grown.codes[-1],
+                             "change": round(change, 6)}  # fmt: skip
+    if "rle" in asked.returns:
+        event["rle"] = rle.encode(mask)
+    return _dump(event), mask
 
 
 def _forms(found: Prediction, asked: Options, image: np.ndarray | None) -> dict[str, Any]:

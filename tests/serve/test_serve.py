@@ -16,6 +16,7 @@ import pytest
 
 import alto_jax
 from alto_jax.data import rle
+from alto_jax.inference.decoding import Decoding
 from alto_jax.serve import __main__ as command
 from alto_jax.serve import limits as bounds
 from alto_jax.serve.app import Service
@@ -99,6 +100,7 @@ def test_stream_grows_to_the_answer(served):
     photo = image_file(2)
     array = np.asarray(Image.open(io.BytesIO(photo)))
     *growing, (last, answer) = Client(served.url).stream(photo, phrases=["the red apple", "the small cup"], length=3)
+    growing.sort(key=lambda event: event[1]["result"])  # those of one batch come together
     own = direct(served, photo, ["the red apple", "the small cup"], length=3)
     assert last == "answer" and [one["codes"] for one in answer["results"]] == [one.codes for one in own]
     assert [(name, event["result"], event["index"]) for name, event in growing] == [
@@ -111,6 +113,56 @@ def test_stream_grows_to_the_answer(served):
         np.testing.assert_array_equal(shown[1:], served.model.growth(array, own[result]))
         changes = [float((a != b).mean()) for a, b in zip(shown, shown[1:])]
         assert [event["change"] for event in events] == pytest.approx(changes, abs=1e-6)
+
+
+def test_tokens_come_while_the_model_writes(served, monkeypatch):
+    """The model writes a token only after the client has the one before; what fails then is told in the stream."""
+    photo, got, steps, fails = image_file(9), threading.Semaphore(0), [], []
+    advance = Decoding.advance
+
+    def after_the_client(self, count=1):
+        assert got.acquire(timeout=20)
+        if fails:
+            raise RuntimeError("a fault of the device")
+        steps.append(count)
+        advance(self, count)
+
+    monkeypatch.setattr(Decoding, "advance", after_the_client)
+    names = []
+    for name, event in Client(served.url).stream(photo, phrase="a", length=3):
+        assert name == "answer" or len(steps) == event["index"] - 1
+        names.append(name)
+        got.release()
+    assert names == ["token", "token", "token", "answer"] and steps == [1, 1, 1]
+
+    fails.append(True)
+    events = Client(served.url).stream(photo, phrase="a", length=3)
+    assert next(events)[0] == "token"
+    got.release(5)
+    with pytest.raises(ServiceError, match="failed to answer") as told:
+        list(events)
+    assert told.value.code == "internal"
+    wait_until(lambda: served.batcher.depth == 0)
+
+
+def test_a_stream_that_nobody_reads_gives_its_places_back(served, monkeypatch):
+    hold, held = threading.Event(), threading.Event()
+    advance = Decoding.advance
+
+    def slowly(self, count=1):
+        held.set()
+        assert hold.wait(20)
+        advance(self, count)
+
+    monkeypatch.setattr(Decoding, "advance", slowly)
+    with connect(served.port) as gone:
+        gone.sendall(http(asked(image_file(8), length=3), path="/v1/segment/stream"))
+        assert held.wait(20) and served.batcher.depth == 1
+        while b"event: token" not in gone.recv(65536):
+            pass
+    wait_until(lambda: served.batcher.depth == 0)  # while the model still computes
+    hold.set()
+    assert Client(served.url).segment(image_file(8), phrase="a")["results"]
 
 
 def test_everyone_gets_their_own_answer(served):
