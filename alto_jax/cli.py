@@ -122,8 +122,8 @@ def _is_same(first: str, second: str) -> bool:
 class Progress:
     """A progress line: step, share, metrics, speed and time left."""
 
-    def __init__(self, name: str, total: int, start: int = 0, stream: TextIO | None = None):
-        self._name, self._total, self._start = name, total, start
+    def __init__(self, name: str, total: int, start: int = 0, stream: TextIO | None = None, unit: str = "steps"):
+        self._name, self._total, self._start, self._unit = name, total, start, unit
         self._stream = stream or sys.stdout
         self._began = time.monotonic()
 
@@ -137,7 +137,7 @@ class Progress:
         text = f"[{self._name}] {step}/{self._total}  {values}"
         if step > self._start:
             rate = (step - self._start) / max(time.monotonic() - self._began, 1e-9)
-            speed = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
+            speed = f"{rate:.1f} {self._unit}/s" if rate >= 1 else f"{1 / rate:.1f} s/{self._unit.removesuffix('s')}"
             text += f"  {speed}  ETA {duration((self._total - step) / rate)}"
         print(text, file=self._stream, flush=True)
 

@@ -2,6 +2,7 @@
 
 python -m alto_jax.predict --checkpoint DIR --image FILE --text "the red apple" --out mask.png
 python -m alto_jax.predict --checkpoint DIR --image FILE --question "What is on the sign?" --max_tiles 12
+python -m alto_jax.predict --checkpoint DIR --images DIR --text "the red apple" --out DIR
 """
 
 import argparse
@@ -14,7 +15,21 @@ from typing import Any
 import numpy as np
 
 from alto_jax import cli
-from alto_jax.config import ConfigError
+from alto_jax.config import ConfigError, require
+
+_EXAMPLES = """
+One image; what is in two boxes; an answer that may also be "No":
+  python -m alto_jax.predict --checkpoint alto-tiny --image photo.jpg --text "the red apple" --out mask.png
+  python -m alto_jax.predict --checkpoint alto-tiny --image photo.jpg --box 12,30,55,80 --box 60,10,90,40 --json a.json
+  python -m alto_jax.predict --checkpoint alto-tiny --image photo.jpg --text "the cup" --no-forced_prefix --json a.json
+
+All images of a folder, or each line of a JSONL file, such as {"image": "a.jpg", "text": "the cup", "id": "a/cup"} or
+{"image": "a.jpg", "boxes": [[12, 30, 55, 80]]}; the same command goes on where a killed one was:
+  python -m alto_jax.predict --checkpoint alto-tiny --images photos --text "the red apple" --out answers --save_masks
+  python -m alto_jax.predict --checkpoint alto-tiny --requests requests.jsonl --out answers --save_overlays
+
+Exit codes: 0 all answered; 1 some requests left out, named in OUT/bad.jsonl; 2 bad input; 130 interrupted.
+"""
 
 
 def parse_length(text: str) -> str | int:
@@ -62,7 +77,10 @@ def _check_request(options: argparse.Namespace, meta: dict[str, Any]) -> None:
         return
     if options.prompt is not None and not options.prompt.strip():
         raise ConfigError(f"--prompt={options.prompt!r}: expected a question")
-    if options.prompt is None and not any(c.isalnum() for c in options.text):
+    given = [name for name in ("text", "box", "prompt") if getattr(options, name)]
+    if len(given) > 1:
+        raise ConfigError(f"--{given[0]}, --{given[1]}: expected one of them")
+    if (options.text or not (given or options.requests)) and not any(c.isalnum() for c in options.text):
         raise ConfigError(f"--text={options.text!r}: expected the name or description of an object")
 
 
@@ -76,7 +94,8 @@ def _check_question(options: argparse.Namespace) -> None:
         return
     if not options.question.strip():
         raise ConfigError(f"--question={options.question!r}: expected some text")
-    of_masks = ("text", "prompt", "target", "out", "overlay", "length", "max_length", "end_bias", "forced_prefix")
+    of_masks = ("text", "box", "prompt", "target", "out", "overlay", "length", "max_length", "end_bias",
+                "forced_prefix")  # fmt: skip
     for name in of_masks:
         value = getattr(options, name)
         if value not in ("", None, 0.0, "adaptive"):
@@ -92,17 +111,24 @@ def _answer(model: Any, image: np.ndarray, options: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
-    """The command; see the module's docstring."""
-    from alto_jax.data.masks import AUTO, RULES, parse_rule  # late: keeps the start fast
-    from alto_jax.data.reading import Reading
+def _parser() -> argparse.ArgumentParser:
+    from alto_jax.data.masks import AUTO, RULES  # late: keeps the start fast
 
-    parser = argparse.ArgumentParser(prog="python -m alto_jax.predict", description="Segment what a phrase names.")
+    parser = argparse.ArgumentParser(
+        prog="python -m alto_jax.predict", description="Segment what a phrase names.", epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory (stage 2 or 3)")
     parser.add_argument("--step", type=int, metavar="N", help="of the run's checkpoints (default: the newest)")
     cli.add_quantize(parser)
-    parser.add_argument("--image", required=True, metavar="FILE")
-    parser.add_argument("--text", default="", help='the object, such as "the red apple"')
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--image", metavar="FILE")
+    source.add_argument("--images", metavar="DIR", help="all pictures in a folder and those in it")
+    source.add_argument("--requests", metavar="FILE", help="JSONL: image, text or box or boxes, id")
+    parser.add_argument("--text", default="", help='the object, such as "the red apple"; of --requests: where a line '
+                        "has none")  # fmt: skip
+    parser.add_argument("--box", action="append", metavar="X1,Y1,X2,Y2", help="in pixels, instead of --text; several: "
+                        "one mask of all that they mean")  # fmt: skip
     parser.add_argument("--length", default="adaptive", help="adaptive, full, or a number of mask tokens")
     parser.add_argument("--max_length", type=int, metavar="N", help="at most so many mask tokens (adaptive)")
     parser.add_argument("--end_bias", type=float, default=0.0, metavar="X", help="> 0: fewer mask tokens; < 0: more")
@@ -120,20 +146,47 @@ def main() -> int:
                         help="upright: turn the image as its EXIF orientation says (--target is of the turned image)",
     )  # fmt: skip
     parser.add_argument("--mask_rule", default=AUTO, metavar="RULE", help=f"of --target: {RULES} (docs/data.md)")
-    parser.add_argument("--out", metavar="FILE", help="the mask as a PNG, 0 and 255, at the image's size; "
-                        "further ones of the answer beside it, as NAME_2.png …")  # fmt: skip
-
+    parser.add_argument("--out", metavar="FILE", help="the mask as a PNG, 0 and 255, at the image's size; further ones "
+                        "of the answer beside it, as NAME_2.png … Of --images and --requests: a folder")  # fmt: skip
     parser.add_argument("--overlay", metavar="FILE", help="the image with the mask drawn on it")
-    parser.add_argument(
-        "--json", metavar="FILE", help="text, token_ids, codes, length, masks with run lengths, scores, iou …"
-    )
-    options = parser.parse_args()
-    cli.check_paths({f"--{name}": getattr(options, name) for name in ("image", "target", "out", "overlay", "json")})
+    parser.add_argument("--json", metavar="FILE", help="text, token_ids, codes, length, masks (RLE), scores, iou …")
+    many = parser.add_argument_group("of --images and --requests")
+    many.add_argument("--batch_size", type=int, default=8, metavar="N", help="images at once (default: 8)")
+    many.add_argument("--save_masks", action="store_true", help="OUT/masks/ID.png, 0 and 255")
+    many.add_argument("--save_overlays", action="store_true", help="OUT/overlays/ID.png")
+    return parser
+
+
+def main() -> int:
+    """The command; see the module's docstring."""
+    options = _parser().parse_args()
+    names = ("image", "images", "requests", "target", "out", "overlay", "json")
+    cli.check_paths({f"--{name}": getattr(options, name) for name in names})
+    return _one(options) if options.image is not None else _many(options)
+
+
+def _boxes(options: argparse.Namespace) -> list[tuple[float, float, float, float]] | None:
+    """Those of --box; ConfigError."""
+    from alto_jax.inference.requests import parse_boxes  # late: keeps the start fast
+
+    try:
+        return [box for written in options.box for box in parse_boxes(written, "--box")] if options.box else None
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _one(options: argparse.Namespace) -> int:
+    """One image into the files that were named."""
+    from alto_jax.data.masks import parse_rule  # late: keeps the start fast
+    from alto_jax.data.reading import Reading
+
     outputs = {"--out": (options.out, cli.MASK_SUFFIXES), "--overlay": (options.overlay, cli.PICTURE_SUFFIXES),
                "--json": (options.json, (".json",))}  # fmt: skip
     cli.check_outputs(outputs, {"--image": options.image, "--target": options.target})
+    for name in ("save_masks", "save_overlays"):
+        require(not getattr(options, name), f"--{name}", True, "it with --images or --requests alone")
     _check_question(options)
-    length = parse_length(options.length)
+    length, boxes = parse_length(options.length), _boxes(options)
     _check_request(options, describe(options.checkpoint, options.step, length))
     from PIL import Image  # late: keeps the start fast
 
@@ -149,8 +202,8 @@ def main() -> int:
     if options.question is not None:
         return _answer(model, image, options)
     result = model.segment(
-        image, options.text, length=length, prompt=options.prompt, target=target, max_length=options.max_length,
-        end_bias=options.end_bias, forced_prefix=options.forced_prefix,
+        image, options.text, boxes=boxes, length=length, prompt=options.prompt, target=target,
+        max_length=options.max_length, end_bias=options.end_bias, forced_prefix=options.forced_prefix,
     )  # fmt: skip
     if options.out:
         for number, mask in enumerate([one.mask for one in result.masks] or [result.mask], 1):
@@ -166,6 +219,48 @@ def main() -> int:
     print(f"{result.text}\nmask tokens: {result.length}{note}  pixels: {int(result.mask.sum())}  {result.seconds:.2f} s"
           + (f"  IoU {result.iou:.3f}" if result.iou is not None else ""))  # fmt: skip
     return 0
+
+
+def _many(options: argparse.Namespace) -> int:
+    """A folder of images, or a file of requests, into a folder."""
+    from alto_jax.inference import requests  # late: keeps the start fast
+
+    for name in ("target", "overlay", "json", "question"):
+        require(getattr(options, name) is None, f"--{name}", getattr(options, name), "it with --image alone")
+    _check_question(options)
+    check_folder(options.out, options.batch_size)
+    length, boxes = parse_length(options.length), _boxes(options)
+    _check_request(options, describe(options.checkpoint, options.step, length))
+    given = {"text": options.text, "prompt": options.prompt, "boxes": [list(box) for box in boxes or ()]}
+    default = {name: value for name, value in given.items() if value}
+    if options.images is not None:
+        root, found = options.images, requests.of_folder(options.images, "--images", "image", default)
+    else:
+        root = pathlib.Path(options.requests).parent
+        found = requests.of_jsonl(options.requests, "--requests", default)
+    from alto_jax.inference import bulk, bulk_work  # late: --help needs no JAX
+    from alto_jax.inference.segmenter import Segmenter, load
+
+    model = load(options.checkpoint, options.step, options.quantize)
+    assert isinstance(model, Segmenter)
+    asked = {name: getattr(options, name) for name in ("max_length", "end_bias", "forced_prefix")} | {"length": length}
+    work = bulk_work.SegmentWork(
+        model, root, asked, prompt=options.prompt, exif=options.exif, batch_size=options.batch_size,
+        save_masks=options.save_masks, save_overlays=options.save_overlays,
+    )  # fmt: skip
+    outcome = bulk.run(found, work, options.out)
+    count = bulk_work.write_coco(options.out)
+    print(f"{outcome.before + outcome.answered} answers, {count} masks: {options.out}/{bulk.RESULTS}, {bulk_work.COCO}")
+    return outcome.exit_code
+
+
+def check_folder(out: str | None, batch_size: int) -> None:
+    """Raises ConfigError unless `out` is a folder, or can be made one, and the batch size is one."""
+    require(out is not None, "--out", out, "a folder")
+    path = pathlib.Path(out or "")
+    require(path.is_dir() or not path.exists(), "--out", out, "a folder")
+    require(path.exists() or path.parent.is_dir(), "--out", out, f"a folder in one that is there, {path.parent} is not")
+    require(1 <= batch_size <= 1 << 12, "--batch_size", batch_size, f"1..{1 << 12}")
 
 
 def command() -> None:

@@ -140,6 +140,7 @@ def pictures(tmp_path, monkeypatch):
     image[20:60, 30:90] = (220, 40, 30)
     Image.fromarray(image).save(tmp_path / "photo.jpg")
     Image.fromarray(image[..., 0]).save(tmp_path / "mask.png")
+    (tmp_path / "requests.jsonl").write_text('{"image": "photo.jpg", "boxes": [[30, 20, 90, 60]]}\n')
     for folder, pixels in (("images", image), ("masks", image[..., 0])):
         (tmp_path / "runs/umbrellas" / folder).mkdir(parents=True)
         Image.fromarray(pixels).save(tmp_path / "runs/umbrellas" / folder / "umbrella_0000.png")

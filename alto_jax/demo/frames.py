@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import json
 import pathlib
-import re
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,13 @@ from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import ChatConfig, SceneChats
 from alto_jax.evaluate.scene_answers import KINDS
 from alto_jax.inference.prediction import Prediction
+from alto_jax.inference.requests import parse_boxes
 from alto_jax.inference.segmenter import Segmenter
 from alto_jax.mllm import text
 
 MAX_SIDE = 4096
 _LARGER = 3  # than the built-in pictures are: those of the page
 _BOX_COLOR = (255, 196, 0)
-_BOX = re.compile(r"\(?\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*\)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,21 +52,6 @@ def examples(count: int = 6) -> list[tuple[np.ndarray, str, str]]:
         assert phrase is not None  # Note: every one of these records asks for a mask.
         found.append((image, phrase.removeprefix(text.REF).removesuffix(text.REF_END), ""))
     return found
-
-
-def parse_boxes(written: str) -> list[tuple[float, float, float, float]]:
-    """Boxes "x1,y1,x2,y2; …" in pixels.
-
-    Raises:
-      ValueError: something else is written.
-    """
-    found = []
-    for part in filter(str.strip, written.split(";")):
-        match = _BOX.fullmatch(part.strip())
-        if match is None:
-            raise ValueError(f"boxes: expected x1,y1,x2,y2 in pixels, several with ; between, got {part.strip()!r}")
-        found.append(tuple(float(number) for number in match.groups()))
-    return found  # type: ignore[return-value]
 
 
 def add_corner(written: str, corner: tuple[int, int] | None, at: tuple[int, int]) -> tuple[str, tuple[int, int] | None]:

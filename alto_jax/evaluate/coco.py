@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import json
 from typing import Any
 
+_BESIDE = ("index", "key", "phrase", "file_name")
 _LARGEST = 2**53  # JSON's whole numbers, as most readers keep them.
 
 
@@ -19,12 +20,13 @@ def image_ids(lines: Sequence[Mapping[str, Any]]) -> list[int]:
 def coco_results(lines: Sequence[Mapping[str, Any]]) -> str:
     """The text of a COCO-results JSON: an entry a predicted mask, none for samples whose answer has none.
 
-    Entries have image_id (see `image_ids`), category_id 1, segmentation and score 1, and beside these the sample's
-    "index", "key" and "phrase", since several may be of one image.
+    Entries have image_id (see `image_ids`), category_id 1, segmentation and score (the line's, else 1), and beside
+    these the sample's "index", "key", "phrase" and, where it has one, "file_name", since several may be of one image.
     """
     entries, good = [], [line for line in lines if "error" not in line]
     for line, image_id in zip(good, image_ids(good)):
         if line["mask"] is not None:
-            entry = {"image_id": image_id, "category_id": 1, "segmentation": line["mask"], "score": 1.0}
-            entries.append(json.dumps(entry | {k: line[k] for k in ("index", "key", "phrase")}))
+            entry = {"image_id": image_id, "category_id": 1, "segmentation": line["mask"],
+                     "score": line.get("score", 1.0)}  # fmt: skip
+            entries.append(json.dumps(entry | {k: line[k] for k in _BESIDE if k in line}))
     return "[\n" + ",\n".join(entries) + "\n]\n" if entries else "[]\n"

@@ -38,7 +38,7 @@ class ResultFile:
             content = self.path.read_bytes().decode("utf-8", "replace")
             lines = content[: content.rfind("\n") + 1].splitlines()
             if lines and lines[0] != first:
-                raise ConfigError(f"--out: {self.path} holds results of {_difference(lines[0], first)}; choose another "
+                raise ConfigError(f"--out: {self.path} holds results of {difference(lines[0], first)}; choose another "
                                   "directory, or delete it")  # fmt: skip
             count = min(len(lines) - 1, total) if lines else 0
             self.done = count if count == total else count - count % batch_size
@@ -59,7 +59,7 @@ class ResultFile:
         self._file.close()
 
 
-def _difference(old: str, new: str) -> str:
+def difference(old: str, new: str) -> str:
     """What differs between two headers, in words."""
     try:
         before, now = json.loads(old), json.loads(new)

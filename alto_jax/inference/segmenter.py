@@ -36,6 +36,15 @@ from alto_jax.mllm.alto_llm import ALToLLM
 
 
 @dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A request ready for the model: the image at its sizes, and the prompt's ids as `Segmenter.prompt` gives them."""
+
+    inputs: "ImageInputs"
+    beginning: tuple[int, ...]
+    ids: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
 class ImageInputs:
     """What of an image goes into the model: its size (height, width), image uint8[V, V, 3], pixels uint8[S, S, 3]."""
 
@@ -234,16 +243,27 @@ class Segmenter(TokenizerModel):
         options = {"length": length, "max_new_tokens": max_new_tokens, "min_length": min_length,
                    "max_length": max_length, "end_bias": end_bias, "forced_prefix": forced_prefix}  # fmt: skip
         settings = Settings.of(self.cfg.tokenizer.num_latent_tokens, None, options)
-        prompts = [self.prompt(settings.question(text), settings) for text in texts]
-        for start in range(0, len(prompts), batch_size):
-            began = time.monotonic()
-            rows = prompts[start : start + batch_size]
-            seen = [self.inputs(images.as_array(p)) for p in pictures[start : start + batch_size]]
-            encoded, asked = self.encode_inputs(seen, batch_size), [[ids] for _, ids in rows]
-            answers = self.ask(encoded, rows[0][0], asked, [settings] * len(rows), batch_size)
-            done = [answers.at(row, 0, image.size) for row, image in enumerate(encoded)]
-            seconds = round((time.monotonic() - began) / len(rows), 4)
-            yield from (dataclasses.replace(answer, seconds=seconds) for answer in done)
+        questions = [settings.question(text) for text in texts]
+        for question in questions:
+            self.prompt(question, settings)  # Note: what is wrong is told before anything is computed.
+        for start in range(0, len(questions), batch_size):
+            rows = range(start, min(start + batch_size, len(questions)))
+            prepared = [self.prepare(images.as_array(pictures[row]), questions[row], settings) for row in rows]
+            yield from self.answer_batch(prepared, settings, batch_size)
+
+    def prepare(self, image: np.ndarray, question: str, settings: Settings) -> Prepared:
+        """A question about an image uint8[H, W, 3], for `answer_batch`; ValueError as `prompt`."""
+        return Prepared(self.inputs(image), *self.prompt(question, settings))
+
+    def answer_batch(self, prepared: Sequence[Prepared], settings: Settings, batch_size: int) -> list[Prediction]:
+        """The answers to `batch_size` questions at most, which were prepared with the settings and begin alike."""
+        began = time.monotonic()
+        encoded = self.encode_inputs([one.inputs for one in prepared], batch_size)
+        asked = [[one.ids] for one in prepared]
+        answers = self.ask(encoded, prepared[0].beginning, asked, [settings] * len(asked), batch_size)
+        done = [answers.at(row, 0, image.size) for row, image in enumerate(encoded)]
+        seconds = round((time.monotonic() - began) / len(done), 4)
+        return [dataclasses.replace(answer, seconds=seconds) for answer in done]
 
     def answer(
         self,
@@ -383,6 +403,8 @@ def load(directory: str | os.PathLike, step: int | None = None, quantize: Quanti
       ValueError: the checkpoint lacks parameters of its own model.
     """
     loaded = loading.load_model(directory, step=step, for_inference=True, quantize=quantize)
-    if loaded.text is None:
-        return TokenizerModel(loaded.cfg, loaded.params, str(directory))
-    return Segmenter(loaded.cfg, loaded.params, str(directory), loaded.text, loaded.meta["data"])
+    given = loaded.cfg, loaded.params, str(directory)
+    whole = loaded.text is not None
+    model = Segmenter(*given, loaded.text, loaded.meta["data"]) if whole else TokenizerModel(*given)
+    model.identity = loaded.identity
+    return model

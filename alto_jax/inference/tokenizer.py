@@ -15,7 +15,13 @@ _MAX_SIDE = 1 << 14  # of a mask that codes are decoded to
 
 
 class TokenizerModel:
-    """A mask tokenizer from a checkpoint: `encode` and `decode`."""
+    """A mask tokenizer from a checkpoint: `encode` and `decode`.
+
+    Attributes:
+      identity: of the checkpoint; changes when that is saved anew.
+    """
+
+    identity = ""
 
     def __init__(self, cfg: Any, params: dict, directory: str):
         self.cfg, self.params, self.directory = cfg, params, directory
@@ -48,16 +54,23 @@ class TokenizerModel:
         Raises:
           ValueError: an empty mask, or a length out of range.
         """
-        tokenizer = self.cfg.tokenizer
+        return self.encode_batch([self.small_mask(mask)], length)[0]
+
+    def small_mask(self, mask: np.ndarray) -> np.ndarray:
+        """A mask as for `encode` at the model's size, float32[m, m]; ValueError as there."""
         mask = np.asarray(mask)
         if mask.ndim != 2:
             raise ValueError(f"mask: expected an array [H, W], got shape {mask.shape}")
         if not mask.any():
             raise ValueError("mask: it is empty, there is nothing to encode")
-        count = token_count(length, tokenizer.num_latent_tokens)
-        small = transforms.soft_mask((mask > 0).astype(np.uint8) * 255, tokenizer.mask_size)
-        codes, predicted = self.method("tokenize")(self.params["tokenizer"], small[None])
-        return np.asarray(codes)[0, : int(predicted[0]) if count is None else count].tolist()
+        return transforms.soft_mask((mask > 0).astype(np.uint8) * 255, self.cfg.tokenizer.mask_size)
+
+    def encode_batch(self, small: Sequence[np.ndarray], length: str | int, rows: int = 1) -> list[list[int]]:
+        """Codes of masks of `small_mask`, `rows` at most; fewer are filled up, so that one program serves."""
+        count = token_count(length, self.cfg.tokenizer.num_latent_tokens)
+        codes, predicted = self.method("tokenize")(self.params["tokenizer"], _filled(small, rows))
+        lengths = np.asarray(predicted).tolist() if count is None else [count] * len(small)
+        return [row[:k].tolist() for row, k in zip(np.asarray(codes)[: len(small)], lengths)]
 
     def decode(self, codes: list[int], size: tuple[int, int], image: Any = None) -> np.ndarray:
         """The mask bool[H, W] of `size` that codes stand for.
@@ -71,24 +84,52 @@ class TokenizerModel:
         Raises:
           ValueError: too many or too few codes, or one out of range.
         """
+        self.check_codes(codes, size)
+        seen = None if image is None else [self.small_image(images.as_array(image))]
+        return self.decode_batch([codes], [size], seen)[0]
+
+    def check_codes(self, codes: Any, size: Any) -> None:
+        """Raises ValueError as `decode`."""
         tokenizer = self.cfg.tokenizer
+        if not isinstance(codes, Sequence | np.ndarray) or isinstance(codes, str):
+            raise ValueError(f"codes: expected a list, got {codes!r:.60}")
         if not 1 <= len(codes) <= tokenizer.num_latent_tokens:
             raise ValueError(f"codes: expected 1..{tokenizer.num_latent_tokens} codes, got {len(codes)}")
         bad = [c for c in codes if not is_whole(c, 0, tokenizer.codebook_size - 1)]
         if bad:
             raise ValueError(f"codes: expected values in 0..{tokenizer.codebook_size - 1}, got {bad[0]!r}")
-        if len(size) != 2 or not all(is_whole(side, 1, _MAX_SIDE) for side in size):
+        if (
+            not isinstance(size, Sequence | np.ndarray)
+            or len(size) != 2
+            or not all(is_whole(side, 1, _MAX_SIDE) for side in size)
+        ):
             raise ValueError(f"size: expected height and width in 1..{_MAX_SIDE}, got {size!r}")
-        params = self.params["tokenizer"]
-        features = None
-        if image is not None and tokenizer.sam is not None:
-            pixels = transforms.squash(images.as_array(image), tokenizer.image_size)[None]
-            features = self.method("image_features")(params, pixels)
-        padded = np.zeros((1, tokenizer.num_latent_tokens), np.int32)
-        padded[0, : len(codes)] = codes
-        logits = self.method("decode_codes")(params, padded, np.array([len(codes)], np.int32), features)[0]
-        probability = metrics.resize_probability(np.asarray(jax.nn.sigmoid(logits)), *size)
-        return probability > 0.5
+
+    def small_image(self, image: np.ndarray) -> np.ndarray:
+        """An image uint8[H, W, 3] at the size of `decode_batch`."""
+        return transforms.squash(image, self.cfg.tokenizer.image_size)
+
+    def decode_batch(
+        self,
+        codes: Sequence[Sequence[int]],
+        sizes: Sequence[tuple[int, int]],
+        pictures: Sequence[np.ndarray] | None = None,
+        rows: int = 1,
+    ) -> list[np.ndarray]:
+        """Masks bool[H, W] of codes, `rows` at most; fewer are filled up, so that one program serves.
+
+        Args:
+          codes, sizes: of each, as for `decode`. pictures: of each, of `small_image`; None: without.
+        """
+        tokenizer, params, features = self.cfg.tokenizer, self.params["tokenizer"], None
+        if pictures is not None and tokenizer.sam is not None:
+            features = self.method("image_features")(params, _filled(pictures, rows))
+        padded, length = np.zeros((rows, tokenizer.num_latent_tokens), np.int32), np.ones(rows, np.int32)
+        for row, own in enumerate(codes):
+            padded[row, : len(own)], length[row] = own, len(own)
+        logits = self.method("decode_codes")(params, padded, length, features)
+        small = np.asarray(jax.nn.sigmoid(logits))
+        return [metrics.resize_probability(one, *size) > 0.5 for one, size in zip(small, sizes)]
 
     def drawn(self, masks: Sequence[Sequence[int]], features: Any = None) -> np.ndarray:
         """Probabilities of masks, each of 1..L codes, float32[len(masks), h, w]; features: [g, g, F] of their image."""
@@ -108,6 +149,11 @@ class TokenizerModel:
         """The numbers of masks, 1, 8, 16, … L, that `drawn` computes at once; a program is compiled for each."""
         most = self.cfg.tokenizer.num_latent_tokens
         return sorted({1, *(8 << step for step in range(most.bit_length()) if 8 << step < most), most})
+
+
+def _filled(arrays: Sequence[np.ndarray], rows: int) -> np.ndarray:
+    """Arrays as one of `rows` rows, the last of them repeated."""
+    return np.stack([*arrays, *[arrays[-1]] * (rows - len(arrays))])
 
 
 def is_whole(value: Any, low: int, high: int) -> bool:

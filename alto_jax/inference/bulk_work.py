@@ -1,0 +1,156 @@
+"""What is done with many requests: images are segmented, masks encoded, codes decoded; see bulk.py."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from alto_jax.config import write_whole
+from alto_jax.data import images, masks, rle
+from alto_jax.data.reading import Reading
+from alto_jax.evaluate import coco
+from alto_jax.inference.bulk import RESULTS
+from alto_jax.inference.prediction import Prediction
+from alto_jax.inference.requests import Request
+from alto_jax.inference.segmenter import Segmenter
+from alto_jax.inference.settings import Settings
+from alto_jax.inference.tokenizer import TokenizerModel
+
+COCO, MASKS, OVERLAYS = "coco.json", "masks", "overlays"
+
+
+def _save(folder: pathlib.Path, name: str, pixels: np.ndarray) -> str:
+    """Writes ID.png (or ID.2.png, …) below a folder; returns its name there."""
+    path = folder / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, compress_level=3)
+    return path.name
+
+
+class SegmentWork:
+    """Requests {"image", and "text", "boxes" or "prompt"} → answers with run lengths; masks and overlays on request."""
+
+    name = "predict"
+
+    def __init__(
+        self,
+        model: Segmenter,
+        root: str | pathlib.Path,
+        asked: Mapping[str, Any],
+        *,
+        prompt: str | None,
+        exif: str,
+        batch_size: int,
+        save_masks: bool,
+        save_overlays: bool,
+    ):
+        """Takes where images lie, options of `Segmenter.segment_batch`, and the rest of the command's."""
+        self._model, self._root, self.batch_size = model, pathlib.Path(root), batch_size
+        self._settings = Settings.of(model.cfg.tokenizer.num_latent_tokens, prompt, dict(asked))
+        # Note: what people draw on their own photo they draw on what they see.
+        self._reading = Reading("masks_upright" if exif == "upright" else "stored")
+        self._masks, self._overlays = save_masks, save_overlays
+        self.options = {"command": self.name, "checkpoint": model.identity, **asked, "exif": exif, "masks": save_masks,
+                        "overlays": save_overlays}  # fmt: skip
+
+    def read(self, request: Request) -> Any:
+        """The image at the model's sizes with the question's ids, and itself if it is drawn on."""
+        given = request.given
+        image = self._reading.photo(self._root / given["image"]).image
+        phrase = self._model.box_phrase(given["boxes"], image.shape[:2]) if "boxes" in given else given.get("text")
+        question = given["prompt"] if phrase is None else self._settings.question(phrase)
+        return self._model.prepare(image, question, self._settings), image if self._overlays else None
+
+    def answer(self, requests: Sequence[Request], items: Sequence[Any], folder: pathlib.Path) -> list[dict[str, Any]]:
+        """The lines; each has the fields of `Prediction.to_json` (its "text" is "answer"), and "size"."""
+        found = self._model.answer_batch([prepared for prepared, _ in items], self._settings, self.batch_size)
+        lines = []
+        for request, (_, image), prediction in zip(requests, items, found, strict=True):
+            line = {"size": list(prediction.mask.shape), "answer": prediction.text} | prediction.to_json()
+            for name in ("text", "seconds", "iou"):
+                del line[name]
+            if self._masks:
+                line["files"] = list(_save_masks(folder / MASKS, request.id, prediction))
+            if image is not None:
+                _save(folder / OVERLAYS, request.id, prediction.overlay(image))
+            lines.append(line)
+        return lines
+
+
+def _save_masks(folder: pathlib.Path, name: str, prediction: Prediction) -> Iterator[str]:
+    """Writes ID.png, and ID.2.png … of further masks; yields their names."""
+    for number, mask in enumerate([one.mask for one in prediction.masks] or [prediction.mask], 1):
+        yield _save(folder, name if number == 1 else f"{name}.{number}", mask.astype(np.uint8) * 255)
+
+
+def write_coco(folder: str | pathlib.Path) -> int:
+    """Writes coco.json of all lines of SegmentWork in a folder, one entry a mask; returns the number of entries."""
+    lines: list[dict[str, Any]] = []
+    with (pathlib.Path(folder) / RESULTS).open("rb") as file:
+        for index, line in enumerate(map(json.loads, file)):
+            asked = line["request"]
+            common = {"index": index, "key": line["id"], "image": asked["image"], "mask": None,
+                      "phrase": asked.get("text", asked.get("prompt", asked.get("boxes")))}  # fmt: skip
+            lines += [common | {"mask": one["rle"], "score": line["token_probability"] * one["confidence"]}
+                      for one in line["masks"]] or [common]  # fmt: skip
+    stems = {line["image"]: pathlib.PurePosixPath(line["image"]).stem for line in lines}
+    by_stem = len(set(stems.values())) == len(stems) and all(stem.isdigit() for stem in stems.values())
+    names = [line | {"image": stems[line["image"]] if by_stem else line["image"], "file_name": line["image"]}
+             for line in lines]  # fmt: skip
+    write_whole(pathlib.Path(folder) / COCO, coco.coco_results(names))
+    return sum(line["mask"] is not None for line in lines)
+
+
+class EncodeWork:
+    """Requests {"mask"} → codes."""
+
+    name = "encode"
+
+    def __init__(self, model: TokenizerModel, root: str, length: str | int, rule: str, batch_size: int):
+        """Takes where masks lie, the length of their codes, and by which rule a file is a mask."""
+        self._model, self._root, self._length, self._rule = model, pathlib.Path(root), length, rule
+        self.batch_size = batch_size
+        self.options = {"command": self.name, "checkpoint": model.identity, "length": length, "mask_rule": rule}
+
+    def read(self, request: Request) -> Any:
+        """The mask at the model's size, and its own size."""
+        mask = masks.open_mask(self._root / request.given["mask"], self._rule)
+        return self._model.small_mask(mask), mask.shape
+
+    def answer(self, requests: Sequence[Request], items: Sequence[Any], folder: pathlib.Path) -> list[dict[str, Any]]:
+        """The lines: "codes", "length", "size"."""
+        found = self._model.encode_batch([small for small, _ in items], self._length, self.batch_size)
+        return [{"codes": codes, "length": len(codes), "size": list(size)} for codes, (_, size) in zip(found, items)]
+
+
+class DecodeWork:
+    """Requests {"codes", "size", "image"} → masks as PNG files and run lengths."""
+
+    name = "decode"
+
+    def __init__(self, model: TokenizerModel, root: str | None, exif: str, batch_size: int):
+        """Takes where images lie; None: masks are decoded without."""
+        self._model, self._root, self._exif, self.batch_size = model, root, exif, batch_size
+        self.options = {"command": self.name, "checkpoint": model.identity, "images": root is not None, "exif": exif}
+
+    def read(self, request: Request) -> Any:
+        """The codes and size, checked, and the image at the model's size or None."""
+        given = request.given
+        self._model.check_codes(given["codes"], given["size"])
+        if self._root is None:
+            return None
+        image = images.open_image(pathlib.Path(self._root) / given["image"], upright=self._exif == "upright")
+        return self._model.small_image(image)
+
+    def answer(self, requests: Sequence[Request], items: Sequence[Any], folder: pathlib.Path) -> list[dict[str, Any]]:
+        """The lines: "file" and "rle" of the mask."""
+        codes, sizes = [r.given["codes"] for r in requests], [r.given["size"] for r in requests]
+        found = self._model.decode_batch(codes, sizes, None if items[0] is None else items, self.batch_size)
+        return [
+            {"file": f"{MASKS}/{request.id}.png", "rle": rle.encode(mask)}
+            for request, mask in zip(requests, found, strict=True)
+            if _save(folder / MASKS, request.id, mask.astype(np.uint8) * 255)
+        ]
