@@ -1,8 +1,11 @@
 """What is done with many requests: images are segmented, masks encoded, codes decoded; see bulk.py."""
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 import json
 import pathlib
+import threading
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from alto_jax.evaluate import coco
 from alto_jax.inference.bulk import RESULTS
 from alto_jax.inference.prediction import Prediction
 from alto_jax.inference.requests import Request
-from alto_jax.inference.segmenter import Segmenter
+from alto_jax.inference.segmenter import ImageInputs, Segmenter
 from alto_jax.inference.settings import Settings
 from alto_jax.inference.tokenizer import TokenizerModel
 
@@ -53,16 +56,34 @@ class SegmentWork:
         # Note: what people draw on their own photo they draw on what they see.
         self._reading = Reading("masks_upright" if exif == "upright" else "stored")
         self._masks, self._overlays = save_masks, save_overlays
+        self._photos: OrderedDict[str, Future] = OrderedDict()
+        self._lock = threading.Lock()
         self.options = {"command": self.name, "checkpoint": model.identity, **asked, "exif": exif, "masks": save_masks,
                         "overlays": save_overlays}  # fmt: skip
 
     def read(self, request: Request) -> Any:
         """The image at the model's sizes with the question's ids, and itself if it is drawn on."""
         given = request.given
-        image = self._reading.photo(self._root / given["image"]).image
+        image, inputs = self._photo(given["image"])
         phrase = self._model.box_phrase(given["boxes"], image.shape[:2]) if "boxes" in given else given.get("text")
         question = given["prompt"] if phrase is None else self._settings.question(phrase)
-        return self._model.prepare(image, question, self._settings), image if self._overlays else None
+        return self._model.prepare(inputs, question, self._settings), image if self._overlays else None
+
+    def _photo(self, name: str) -> tuple[np.ndarray, ImageInputs]:
+        """An image uint8[H, W, 3], and itself at the model's sizes; one that was read lately is not read again."""
+        with self._lock:
+            found, is_new = self._photos.get(name, Future()), name not in self._photos
+            self._photos[name] = found
+            self._photos.move_to_end(name)
+            if len(self._photos) > self.batch_size:
+                self._photos.popitem(last=False)
+        if is_new:  # Note: other threads wait for this one.
+            try:
+                image = self._reading.photo(self._root / name).image
+                found.set_result((image, self._model.inputs(image)))
+            except Exception as error:
+                found.set_exception(error)
+        return found.result()
 
     def answer(self, requests: Sequence[Request], items: Sequence[Any], folder: pathlib.Path) -> list[dict[str, Any]]:
         """The lines; each has the fields of `Prediction.to_json` (its "text" is "answer"), and "size"."""

@@ -36,21 +36,21 @@ from alto_jax.mllm.alto_llm import ALToLLM
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A request ready for the model: the image at its sizes, and the prompt's ids as `Segmenter.prompt` gives them."""
-
-    inputs: "ImageInputs"
-    beginning: tuple[int, ...]
-    ids: list[int]
-
-
-@dataclasses.dataclass(frozen=True)
 class ImageInputs:
     """What of an image goes into the model: its size (height, width), image uint8[V, V, 3], pixels uint8[S, S, 3]."""
 
     size: tuple[int, int]
     image: np.ndarray = dataclasses.field(repr=False)
     pixels: np.ndarray = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A request ready for the model: the image at its sizes, and the prompt's ids as `Segmenter.prompt` gives them."""
+
+    inputs: ImageInputs
+    beginning: tuple[int, ...]
+    ids: list[int]
 
 
 class Segmenter(TokenizerModel):
@@ -136,7 +136,8 @@ class Segmenter(TokenizerModel):
         """`segment` of one request, told while the model writes: each token as it comes, with the mask so far.
 
         Args:
-          image, text, boxes, prompt, **options: as of `segment`.
+          image, text, boxes, prompt: as of `segment`.
+          **options: likewise.
 
         Returns:
           An iterator of StreamEvent: one for each token that the model chooses, then one with the whole answer.
@@ -248,17 +249,24 @@ class Segmenter(TokenizerModel):
             self.prompt(question, settings)  # Note: what is wrong is told before anything is computed.
         for start in range(0, len(questions), batch_size):
             rows = range(start, min(start + batch_size, len(questions)))
-            prepared = [self.prepare(images.as_array(pictures[row]), questions[row], settings) for row in rows]
+            seen = [self.inputs(images.as_array(pictures[row])) for row in rows]
+            prepared = [self.prepare(image, questions[row], settings) for image, row in zip(seen, rows)]
             yield from self.answer_batch(prepared, settings, batch_size)
 
-    def prepare(self, image: np.ndarray, question: str, settings: Settings) -> Prepared:
-        """A question about an image uint8[H, W, 3], for `answer_batch`; ValueError as `prompt`."""
-        return Prepared(self.inputs(image), *self.prompt(question, settings))
+    def prepare(self, inputs: ImageInputs, question: str, settings: Settings) -> Prepared:
+        """A question about an image, for `answer_batch`; ValueError as `prompt`."""
+        return Prepared(inputs, *self.prompt(question, settings))
 
     def answer_batch(self, prepared: Sequence[Prepared], settings: Settings, batch_size: int) -> list[Prediction]:
-        """The answers to `batch_size` questions at most, which were prepared with the settings and begin alike."""
+        """The answers to `batch_size` questions at most, which were prepared with the settings and begin alike.
+
+        An image that several have (the same `inputs`) is encoded once.
+        """
         began = time.monotonic()
-        encoded = self.encode_inputs([one.inputs for one in prepared], batch_size)
+        distinct = list({id(one.inputs): one.inputs for one in prepared}.values())
+        rows = next(n for n in sorted({1, -(-batch_size // 4), batch_size}) if n >= len(distinct))
+        seen = {id(image): found for image, found in zip(distinct, self.encode_inputs(distinct, rows))}
+        encoded = [seen[id(one.inputs)] for one in prepared]
         asked = [[one.ids] for one in prepared]
         answers = self.ask(encoded, prepared[0].beginning, asked, [settings] * len(asked), batch_size)
         done = [answers.at(row, 0, image.size) for row, image in enumerate(encoded)]

@@ -128,7 +128,7 @@ def test_a_folder_is_its_images_one_by_one(command, model, photos, scenes, tmp_p
     assert (out / bulk.RESULTS).read_bytes() == after
 
 
-def test_lines_of_requests(command, model, photos, scenes, tmp_path):
+def test_lines_of_requests(command, model, photos, scenes, tmp_path, monkeypatch):
     folder, names = photos
     written = [
         {"image": f"photos/{names[0]}", "text": "the red apple", "id": "a/apple"},
@@ -145,8 +145,12 @@ def test_lines_of_requests(command, model, photos, scenes, tmp_path):
            json.dumps({"image": f"photos/{names[0]}", "box": [0, 0, 41, 9]})]  # fmt: skip
     file = tmp_path / "requests.jsonl"
     file.write_text("\n".join([*map(json.dumps, written), "", *bad]))
-    out = tmp_path / "out"
+    out, encoded, encode = tmp_path / "out", [], type(model).encode_inputs
+    noted = lambda self, given, rows=1: encoded.append(given) or encode(self, given, rows)
+    monkeypatch.setattr(type(model), "encode_inputs", noted)
     assert command(predict, "--requests", file, "--text", "the cup", "--out", out) == bulk.EXIT_LEFT_OUT
+    # Four requests, two images: each was encoded once.
+    assert [len(given) for given in encoded] == [2]
     lines = {line["id"]: line for line in lines_of(out)}
     assert list(lines) == ["a/apple", "17", "3", "4"] and lines["4"]["request"]["text"] == "the cup"
     for key, image, asked in [
