@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import ChatConfig, SceneChats
 from alto_jax.evaluate.scene_answers import KINDS
-from alto_jax.inference import bulk, bulk_work, requests, segmenter
+from alto_jax.inference import bulk, bulk_work, decoding, requests, segmenter
 from alto_jax.mllm import text as words
 
 
@@ -154,7 +154,7 @@ def main() -> None:
         options.out.write_text(text)
 
 
-def encoded(model: segmenter.Segmenter, inputs: list[segmenter.ImageInputs]) -> list[jax.Array]:
+def encoded(model: segmenter.Segmenter, inputs: list[decoding.ImageInputs]) -> list[jax.Array]:
     """What the model sees of images, computed."""
     return [one.image_tokens for one in model.encode_inputs(inputs)]
 

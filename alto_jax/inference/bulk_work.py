@@ -16,9 +16,10 @@ from alto_jax.data import images, masks, rle
 from alto_jax.data.reading import Reading
 from alto_jax.evaluate import coco
 from alto_jax.inference.bulk import RESULTS
+from alto_jax.inference.decoding import ImageInputs
 from alto_jax.inference.prediction import Prediction
 from alto_jax.inference.requests import Request
-from alto_jax.inference.segmenter import ImageInputs, Segmenter
+from alto_jax.inference.segmenter import Segmenter
 from alto_jax.inference.settings import Settings
 from alto_jax.inference.tokenizer import TokenizerModel
 

@@ -22,6 +22,24 @@ AT_ONCE = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32)  # requests about an image; few nu
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageInputs:
+    """What of an image goes into the model: its size (height, width), image uint8[V, V, 3], pixels uint8[S, S, 3]."""
+
+    size: tuple[int, int]
+    image: np.ndarray = dataclasses.field(repr=False)
+    pixels: np.ndarray = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A request ready for the model: the image at its sizes, and the prompt's ids as `Segmenter.prompt` gives them."""
+
+    inputs: ImageInputs
+    beginning: tuple[int, ...]
+    ids: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
 class EncodedImage:
     """An image that the model has seen: size (height, width), image_tokens float[I, D], features float[g, g, F]."""
 

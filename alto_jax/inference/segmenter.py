@@ -24,7 +24,7 @@ from alto_jax.config import Quantize
 from alto_jax.data import images, transforms
 from alto_jax.inference.answering import Reply, reply
 from alto_jax.inference.chat import read_messages
-from alto_jax.inference.decoding import AT_ONCE, Decoding, EncodedImage
+from alto_jax.inference.decoding import AT_ONCE, Decoding, EncodedImage, ImageInputs, Prepared
 from alto_jax.inference.prediction import Answers, Prediction
 from alto_jax.inference.settings import Settings
 from alto_jax.inference.streaming import Growth, StreamEvent, events
@@ -33,24 +33,6 @@ from alto_jax.layers import apply_module, told_precision
 from alto_jax.mllm import boxes as box_text
 from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageInputs:
-    """What of an image goes into the model: its size (height, width), image uint8[V, V, 3], pixels uint8[S, S, 3]."""
-
-    size: tuple[int, int]
-    image: np.ndarray = dataclasses.field(repr=False)
-    pixels: np.ndarray = dataclasses.field(repr=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A request ready for the model: the image at its sizes, and the prompt's ids as `Segmenter.prompt` gives them."""
-
-    inputs: ImageInputs
-    beginning: tuple[int, ...]
-    ids: list[int]
 
 
 class Segmenter(TokenizerModel):

@@ -14,8 +14,8 @@ import threading
 import time
 from typing import Any
 
+from alto_jax.inference.decoding import ImageInputs
 from alto_jax.inference.prediction import Answers
-from alto_jax.inference.segmenter import ImageInputs
 from alto_jax.inference.streaming import Grown
 from alto_jax.serve.engine import Engine, Question, batch_size
 from alto_jax.serve.metrics import Metrics

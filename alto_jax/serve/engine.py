@@ -7,8 +7,9 @@ import dataclasses
 import jax
 import numpy as np
 
+from alto_jax.inference.decoding import EncodedImage, ImageInputs
 from alto_jax.inference.prediction import Answers
-from alto_jax.inference.segmenter import EncodedImage, ImageInputs, Segmenter
+from alto_jax.inference.segmenter import Segmenter
 from alto_jax.inference.settings import Settings
 from alto_jax.inference.streaming import Grown, Growth, follow
 
