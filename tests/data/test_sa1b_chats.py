@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alto_jax.config import ConfigError
-from alto_jax.data import benchmarks, prepare, rle, sources
+from alto_jax.data import benchmarks, images, prepare, rle, sources
 from alto_jax.data.chat_examples import chat_example
 from alto_jax.data.jobs import open_source
 from alto_jax.data.prepared import Prepared
@@ -118,15 +118,16 @@ def test_validation_is_the_same_whatever_else_is_there(folder, tmp_path):
     assert whole.at_epoch(0, 5)["phrase"] == whole[0]["phrase"]
 
 
-def test_an_image_without_large_annotations_is_told(tmp_path, caplog):
+def test_an_image_without_large_annotations_is_told(tmp_path):
     small, none = replicas.SA1B_VALIDATION
     write_sa1b(tmp_path, small, [(5, 6, 2, 2), (0, 0, 3, 4)])
     write_sa1b(tmp_path, none, [])
     write_sa1b(tmp_path, 1, [(0, 0, 3, 3)])
     write_sa1b(tmp_path, 2, [(10, 20, 30, 30)])
     source = Sa1bTargets(tmp_path)
-    assert {record["image_name"] for record in source} == {"sa_2"}
-    assert "sa_1.json: no annotation is large enough, another image takes its place" in caplog.text
+    with images.noting() as noted:
+        assert {record["image_name"] for record in source} == {"sa_2"}
+    assert (str(tmp_path / "sa_1.json"), "no annotation is large enough, another image takes its place") in noted
     validation = {
         record: error for record, error in map(read_or_error, itertools.repeat(validation_targets(tmp_path)), (0, 1))
     }
