@@ -19,7 +19,7 @@ def masks(num_threads):
 
 
 def reading_threads():
-    return {t.ident for t in threading.enumerate() if t.name.startswith(("reading", "prefetch", "grain-prefetch"))}
+    return {t for t in threading.enumerate() if t.name.startswith(("reading", "prefetch", "grain-prefetch"))}
 
 
 def ended(before, seconds=20):
