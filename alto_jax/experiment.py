@@ -134,8 +134,10 @@ class TrainConfig:
     """The loop: steps (updates), batch_size (global; stage 3: prompts), log_every and checkpoint_every (in updates).
 
     accumulate: micro-batches of an update, one after the other; the same gradient with less memory.
+    checkpoint_minutes: also saved when so many minutes have passed since the last save (0: never).
     keep_checkpoints: the newest so many are kept, and beside them the keep_best whose best_metric (a name in
-    metrics.jsonl, such as "loss" or "eval/giou", as last logged) is best by best_mode.
+    metrics.jsonl, such as "loss", as last logged, or "eval/giou", of that update) is best by best_mode.
+    max_restarts: starts in a row that may die without a new checkpoint before the next is refused (0: no limit).
     max_bad_steps: the run ends with an error after so many skipped updates in a row. spike_sigmas: also skip updates
     whose loss is so many standard deviations above the mean of the last ones (0: off); see `alto_jax.train.step`.
     profile_steps: updates that are traced into WORKDIR/profile, from the third one on (0: none).
@@ -149,6 +151,8 @@ class TrainConfig:
     accumulate: int = 1
     log_every: int = 50
     checkpoint_every: int = 500
+    checkpoint_minutes: float = 0.0
+    max_restarts: int = 20
     keep_checkpoints: int = 2
     keep_best: int = 0
     best_metric: str = "loss"
@@ -166,7 +170,7 @@ class TrainConfig:
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
         divides = self.accumulate >= 1 and self.batch_size % self.accumulate == 0
         require(divides, "accumulate", self.accumulate, f"a divisor of batch_size {self.batch_size}")
-        for name in ("keep_best", "spike_sigmas", "profile_steps", "patience"):
+        for name in ("checkpoint_minutes", "max_restarts", "keep_best", "spike_sigmas", "profile_steps", "patience"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "at least 1")
 

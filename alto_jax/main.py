@@ -225,6 +225,7 @@ def main() -> int:
         quickstart.run(values, _WORKDIR.value)
         return 0
     from alto_jax.experiment import make_experiment  # late: keeps the start fast
+    from alto_jax.train.goodput import process_age
     from alto_jax.train.loop import evaluate, train
 
     if _PROFILE.value:
@@ -232,7 +233,10 @@ def main() -> int:
     config = make_experiment(values)
     with distributed.explained():
         distributed.check_same_config(config)
-        (train if _MODE.value == "train" else evaluate)(config, _WORKDIR.value)
+        if _MODE.value == "train":
+            train(config, _WORKDIR.value, age=process_age())
+        else:
+            evaluate(config, _WORKDIR.value)
     return 0
 
 

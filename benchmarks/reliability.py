@@ -50,6 +50,7 @@ def get_config(size=None):
     config.data.scenes = {"image_size": 32, "num_scenes": 64}
     config.optim = {"lr": 2e-3, "warmup_steps": 5, "trainable": "^tokenizer/(?!length/)", "ema_decay": 0.9}
     config.train = {"steps": STEPS, "batch_size": 4, "log_every": 1, "checkpoint_every": CHECKPOINT_EVERY}
+    config.train["max_restarts"] = 0  # Kills in a start or a compilation may come many times in a row.
     config.eval = {"every": EVAL_EVERY, "num_samples": 4, "batch_size": 4, "token_counts": [1, 4]}
     loss = {"edge_weighted_mse": 0.0, "edge": 0.0, "bce": 1.0, "dice": 0.5, "length": 0.0}
     config.tokenizer = {"keep_tokens": "random", "commitment_cost": 0.25, "loss": loss}

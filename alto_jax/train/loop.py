@@ -18,8 +18,8 @@ import numpy as np
 import optax
 
 from alto_jax.checkpoint import loading, runs
-from alto_jax.cli import Progress, Stopped, duration
-from alto_jax.config import ConfigError, to_dict, write_whole
+from alto_jax.cli import Stopped, duration
+from alto_jax.config import ConfigError, write_whole
 from alto_jax.data import prefetch, sources
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.lora import adapters
@@ -27,39 +27,51 @@ from alto_jax.parallel import distributed, sharding
 from alto_jax.params import merge_params
 from alto_jax.stages.stage import Stage
 from alto_jax.stages.table import make_stage
-from alto_jax.train import best, collapse
+from alto_jax.train import best, goodput
+from alto_jax.train.logs import Logs
 from alto_jax.train.preemption import StopSignals
-from alto_jax.train.progress import Meter, MetricWriter, Profiler, read_metrics
+from alto_jax.train.progress import Meter, Profiler, read_metrics
 from alto_jax.train.rollouts import Rollouts
+from alto_jax.train.saving import Saver, check_bad
 from alto_jax.train.start import abstract_state, initial_state, restored_state, write_overview
 from alto_jax.train.state import TrainState, make_optimizer
 from alto_jax.train.step import make_rollout, make_step
 from alto_jax.train.workdir import claim_workdir
 
 
-def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
+def train(config: ExperimentConfig, workdir: str | os.PathLike, *, age: float = 0.0) -> dict:
     """Trains one stage to its end (or returns at once if it is already there).
 
     Args:
       config: the run's configuration.
       workdir: the run's directory; created if missing.
+      age: seconds since the start of the process, if it was started for this run.
 
     Returns:
-      {"stage", "steps", "seconds", "metrics_first", "metrics_last", "eval": {...}}, as in result.json; "eval_train"
-      instead of "eval" where evaluation is on training data (`sources.evaluated_on`).
+      {"stage", "steps", "seconds", "metrics_first", "metrics_last", "goodput": {...} (see `train.goodput`),
+      "eval": {...}}, as in result.json; "eval_train" instead of "eval" where evaluation is on training data
+      (`sources.evaluated_on`).
 
     Raises:
-      ConfigError: the directory belongs to another configuration.
+      ConfigError: the directory belongs to another configuration, or its starts die again and again at one place.
       FileNotFoundError: the start checkpoint is missing; the message says which command makes it.
       FloatingPointError: too many updates in a row were skipped (see `alto_jax.train.step`).
       OSError: the last checkpoint could not be written.
       Stopped: a signal ended the run after a save.
     """
-    claimed, finished = distributed.from_first(lambda: _claim(workdir, config))
+    claimed, finished, newest = distributed.from_first(lambda: _claim(workdir, config))
     path = pathlib.Path(claimed)
     if finished is not None:
         print(f"[{config.stage}] {path} is already complete")
         return finished
+    is_first = jax.process_index() == 0
+    account = goodput.Account(path if is_first else None, config, newest, age=age)
+    with account.closing():
+        return _train(config, path, account)
+
+
+def _train(config: ExperimentConfig, path: pathlib.Path, account: goodput.Account) -> dict:
+    """`train` in a directory that is the run's."""
     measured = _name_evaluation(config)
     mesh = run_mesh(config)
     sharding.batch_share(mesh).rows(config.train.batch_size, "config.train.batch_size")
@@ -81,22 +93,23 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
         state = initial_state(config, stage, optimizer, abstract, mesh)
     if jax.process_index() == 0:
         write_overview(path / "parameters.txt", state)
+    account.go_on_from(int(state.step))
 
     began = time.monotonic()
     try:
         with StopSignals() as signals:
-            run = _Run(config, stage, optimizer, checkpointer, iterator, mesh, path, signals, measured)
+            run = _Run(config, stage, optimizer, checkpointer, iterator, mesh, path, signals, measured, account)
             state, logs, watch = _steps(run, state)
     finally:
         iterator.close()
         checkpointer.close()
     # Note: with patience the run has the parameters of the best evaluation, which gives the same numbers again.
-    evaluation = (config.train.patience and watch.found) or _final_evaluation(config, stage, state, logs, measured)
+    with account.during("evaluate"):
+        evaluation = (config.train.patience and watch.found) or _final_evaluation(config, stage, state, logs, measured)
     logs.close()
     result = _result(config, path, int(state.step), {measured: evaluation}, time.monotonic() - began)
-    result |= watch.result(measured)
-    if jax.process_index() == 0:
-        print(watch.comparison(measured, evaluation), end="", flush=True)
+    result |= watch.result(measured) | {"goodput": distributed.from_first(account.summary)}
+    logs.say(f"{watch.comparison(measured, evaluation)}[{config.stage}] {goodput.line(result['goodput'])}")
     if jax.process_index() == 0:
         write_whole(path / "result.json", json.dumps(result, indent=2) + "\n")
     return result
@@ -132,11 +145,14 @@ def _name_evaluation(config: ExperimentConfig) -> str:
     return measured
 
 
-def _claim(workdir: str | os.PathLike, config: ExperimentConfig) -> tuple[str, dict | None]:
-    """The run's directory, and what its result.json holds (None: the run is not at its end)."""
+def _claim(workdir: str | os.PathLike, config: ExperimentConfig) -> tuple[str, dict | None, int]:
+    """The run's directory, what its result.json holds (None: the run is not at its end), its newest step (or 0)."""
     path = claim_workdir(workdir, config)
-    file = path / "result.json"
-    return str(path), json.loads(file.read_text()) if file.exists() else None
+    file, newest = path / "result.json", max(runs.complete_steps(path), default=0)
+    if file.exists():
+        return str(path), json.loads(file.read_text()), newest
+    goodput.require_progress(path, config, newest)
+    return str(path), None, newest
 
 
 def run_mesh(config: ExperimentConfig, devices: Any = None) -> jax.sharding.Mesh:
@@ -151,47 +167,12 @@ def run_mesh(config: ExperimentConfig, devices: Any = None) -> jax.sharding.Mesh
     return sharding.make_mesh(config.mesh, devices, inputs)
 
 
-class _Logs:
-    """metrics.jsonl, TensorBoard and the progress line; written by process 0 alone, known to all.
-
-    Attributes:
-      latest: the last value of every metric.
-      writer: of process 0; None in the others.
-    """
-
-    def __init__(self, config: ExperimentConfig, path: pathlib.Path, start: int):
-        self.writer = MetricWriter(path, start, config) if jax.process_index() == 0 else None
-        self.progress = Progress(config.stage, config.train.steps, start)
-        self.latest: dict[str, float] = {}
-        self._watch = collapse.Watch(config.stage, config.train.steps)
-        self._name = f"[{config.stage}]"
-
-    def write(self, step: int, metrics: dict[str, float], headline: tuple[str, ...] = ()) -> None:
-        """Records metrics and prints a line with those of the headline (if it names any)."""
-        self.latest |= metrics
-        if self.writer is not None:
-            self.writer.write(step, metrics)
-        if self.writer is not None and headline:
-            self.progress.line(step, {name: metrics[name] for name in headline if name in metrics})
-        for warning in self._watch.warnings(step, metrics):
-            self.say(f"{self._name} warning: {warning}")
-
-    def say(self, text: str) -> None:
-        """Prints a line, once for all processes."""
-        if self.writer is not None:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """What the steps of a run work with, beside its state.
 
     iterator: of batches on the devices of `mesh`. path: the run's directory. signals: taken while the steps run.
-    measured: the name of the evaluations' metrics.
+    measured: the name of the evaluations' metrics. account: of the time that all of it takes.
     """
 
     config: ExperimentConfig
@@ -203,28 +184,29 @@ class _Run:
     path: pathlib.Path
     signals: StopSignals
     measured: str
+    account: goodput.Account
 
 
-def _steps(run: _Run, state: TrainState) -> tuple[TrainState, _Logs, best.Watch]:
+def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
     """Steps until config.train.steps, until `train.patience` is over, or until a signal.
 
     Returns:
       The state, which is saved, the open logs, and what the evaluations have shown.
     """
-    config, stage, path = run.config, run.stage, run.path
+    config, stage, path, account = run.config, run.stage, run.path, run.account
     total, start, name = config.train.steps, int(state.step), f"[{config.stage}]"
     step_fn = make_step(config, stage, run.optimizer, jax.tree.map(lambda a: a.sharding, state))
     rollouts, repeats = None, 1
-    saver = _Saver(config, run.checkpointer, run.iterator)
-    logs, meter = _Logs(config, path, start), Meter(config)
-    # Note: after _Logs, which drops what a killed run wrote after its last checkpoint.
+    saver = Saver(config, run.checkpointer, run.iterator)
+    logs, meter = Logs(config, path, start), Meter(config, account)
+    # Note: after Logs, which drops what a killed run wrote after its last checkpoint.
     watch = best.Watch(config.train, distributed.from_first(lambda: read_metrics(path)))
     profiler = Profiler(path / "profile", start + 3, config.train.profile_steps if jax.process_index() == 0 else 0)
     pending: list[dict] = []
     counters: collections.deque = collections.deque(maxlen=2)
 
     def next_batch() -> Any:
-        with meter.waiting():
+        with account.during("data"):
             return next(run.iterator)
 
     if stage.rollout is not None:
@@ -232,7 +214,7 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, _Logs, best.Watch]
         repeats = config.grpo.updates_per_rollout
 
     def evaluate(step: int) -> None:
-        with meter.aside():
+        with account.during("evaluate"):
             found = _evaluate(config, stage, state)
         scalars = {f"{run.measured}/{k}": v for k, v in found.items() if isinstance(v, (int, float))}
         logs.write(step, scalars, tuple(scalars))
@@ -242,6 +224,7 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, _Logs, best.Watch]
         evaluate(0)
         if config.train.patience:
             saver.save(0, state, logs)
+    account.enter("compile")
     if watch.is_over():
         logs.say(f"{name} ends at step {start}: {watch} (config.train.patience {config.train.patience})")
     for step in () if watch.is_over() else range(start + 1, total + 1):
@@ -252,20 +235,26 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, _Logs, best.Watch]
         profiler.after(step, metrics)
         # Note: of the step before the last, so that the device never waits for this.
         counters.append(metrics["in_a_row"])
-        _check_bad(config, run.checkpointer, step - 1, counters[0])
+        with account.during(goodput.DEVICE if step > start + 1 else "compile"):
+            check_bad(config, run.checkpointer, step - 1, counters[0])
         if step == start + 1:
             jax.block_until_ready(metrics)
             logs.progress.restart_clock(step)
+            account.enter("step")
             meter.restart()
         elif step % config.train.log_every == 0 or step == total:
-            jax.block_until_ready(metrics)
+            with account.during(goodput.DEVICE):
+                jax.block_until_ready(metrics)
             meter.count(len(pending))
         if step % config.train.log_every == 0 or step in (1, total):
             means = mean_metrics(pending)
             pending = []
             if stage.check is not None:
                 stage.check(means)
-            logs.write(step, means | meter.flush(), stage.headline)
+            speed = meter.flush()
+            logs.write(step, means | (speed and speed | account.metrics()), stage.headline)
+            if meter.news:
+                logs.say(f"{name} warning: {meter.news}")
             if rollouts is not None:
                 rollouts.log_histograms(step, logs.writer)
         if rollouts is not None:
@@ -276,24 +265,29 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, _Logs, best.Watch]
         # Note: a rollout in progress is not part of the checkpoint, so saves (and stops) fall between rollouts.
         if step % repeats == 0 or step == total:
             why = run.signals.stop_after(step)
-            is_due = config.train.checkpoint_every and step % config.train.checkpoint_every == 0
+            is_due = saver.is_due(step)
             is_over = step == total or watch.is_over()
             is_last = why is not None or is_over
             if is_over and config.train.patience:
                 state = _best_state(run, state, watch, logs)
             if is_last or is_due:
-                with meter.aside():
+                with account.during(goodput.DEVICE):
+                    jax.block_until_ready(metrics)
+                with account.during("save"):
                     saver.save(step, state, logs, is_last=is_last)
+                account.note(step)
             if is_over:
                 break
             if why is not None:
                 logs.close()
                 raise Stopped(f"{name} {why}: saved step {step} of {path}; the same command goes on from there")
+        account.beat(step)
+    account.enter("save")
     profiler.close()
     return state, logs, watch
 
 
-def _best_state(run: _Run, state: TrainState, watch: best.Watch, logs: _Logs) -> TrainState:
+def _best_state(run: _Run, state: TrainState, watch: best.Watch, logs: Logs) -> TrainState:
     """The state with the parameters of the best evaluation, which its checkpoint holds."""
     step = int(state.step)
     if watch.is_over() and step < run.config.train.steps:
@@ -304,66 +298,10 @@ def _best_state(run: _Run, state: TrainState, watch: best.Watch, logs: _Logs) ->
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state.params)
     params = runs.load_params(run.path, shapes, step=watch.best_step)
     runs.require_complete(params, shapes, str(run.path))
-    logs.latest[run.config.train.best_metric] = watch.best
+    logs.know(step, {run.config.train.best_metric: watch.best})
     # Note: what a checkpoint gives is the average already, where a run has one.
     ema = jax.tree.map(lambda a, old: a.astype(old.dtype), params, state.ema) if state.ema else state.ema
     return dataclasses.replace(state, params=params, ema=ema)
-
-
-class _Saver:
-    """Saves; what fails on a full disk is tried again at the next save, but for the last one of a run."""
-
-    def __init__(self, config: ExperimentConfig, checkpointer: runs.Checkpointer, iterator: prefetch.Ahead):
-        self._config, self._checkpointer, self._iterator = config, checkpointer, iterator
-        data: dict[str, Any] = {"system": config.data.system}
-        if config.data.source == "scenes":
-            data["box_step"] = config.data.scene_chats.box_step
-        self._meta = {"stage": config.stage, "model": to_dict(config.model), "data": data}
-        self._meta |= loading.adapter_meta(config)
-
-    def save(self, step: int, state: TrainState, logs: _Logs, *, is_last: bool = False) -> None:
-        """Saves the state of `step`; the last one of a run also waits for it.
-
-        Raises:
-          OSError: files cannot be written, and this is the last save (or there are several processes).
-        """
-        bad = int(state.guard["in_a_row"])
-        if bad and not is_last:
-            logs.say(f"[{self._config.stage}] step {step} is not saved: the last {bad} updates were skipped")
-            return
-        metric = logs.latest.get(self._config.train.best_metric)
-        if self._config.lora.rank:
-            state = dataclasses.replace(state, frozen={})
-        try:
-            self._checkpointer.save(step, state, self._iterator, {**self._meta, "step": step}, metric=metric)
-            if is_last:
-                self._checkpointer.wait()
-        except OSError as error:
-            # Note: several processes do not see the same files fail, and must not part.
-            if is_last and jax.process_count() == 1:
-                self._checkpointer.save(step, state, self._iterator, {**self._meta, "step": step}, metric=metric)
-                self._checkpointer.wait()
-            elif is_last or jax.process_count() > 1:
-                raise
-            else:
-                every = self._config.train.checkpoint_every
-                logs.say(
-                    f"[{self._config.stage}] warning: {error}; the checkpoints of before are kept, training goes on,"
-                    f" next try at step {step + every}"
-                )
-
-
-def _check_bad(config: ExperimentConfig, checkpointer: runs.Checkpointer, step: int, counter: jax.Array) -> None:
-    """Raises FloatingPointError if too many updates in a row were skipped, up to `step`."""
-    bad = int(counter)
-    if bad >= config.train.max_bad_steps:
-        checkpointer.wait()
-        last = checkpointer.latest_step()
-        kept = f"the last good checkpoint is step {last}" if last is not None else "there is no checkpoint yet"
-        raise FloatingPointError(
-            f"config.train.max_bad_steps: {bad} updates in a row were skipped up to step {step}, since their loss or"
-            f" gradient was not finite or their loss too high; {kept} of {checkpointer.directory}"
-        )
 
 
 def mean_metrics(pending: list[dict]) -> dict[str, float]:
@@ -381,7 +319,7 @@ def _evaluate(config: ExperimentConfig, stage: Stage, state: TrainState) -> dict
         return stage.evaluate(state.eval_params())
 
 
-def _final_evaluation(config: ExperimentConfig, stage: Stage, state: TrainState, logs: _Logs, measured: str) -> dict:
+def _final_evaluation(config: ExperimentConfig, stage: Stage, state: TrainState, logs: Logs, measured: str) -> dict:
     """Evaluates at the end, writes and prints it."""
     evaluation: dict = {}
     if stage.evaluate is not None and config.eval.num_samples:

@@ -3,15 +3,14 @@
 Speed is under `perf/` in metrics.jsonl, means since the last record: step_seconds, data_seconds (waiting for the next
 batch), images_per_second, tokens_per_second (positions of the language model, stages 2 and 3), and per device
 tflops (the model's own operations, `alto_jax.train.flops`), mfu (share of the device's peak, where that is known) and
-hbm_gib and hbm_peak_gib (memory in use, where the device says).
+hbm_gib and hbm_peak_gib (memory in use, where the device says); of several processes also the slowest
+(`alto_jax.train.stragglers`). goodput and badput/… are shares of the wall clock since the run's first start
+(`alto_jax.train.goodput`).
 """
 
-from collections.abc import Iterator
-import contextlib
 import json
 import os
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -19,6 +18,8 @@ import jax
 from alto_jax.config import write_whole
 from alto_jax.parallel.devices import find_device
 from alto_jax.train import flops, trackers
+from alto_jax.train.goodput import DEVICE, Account
+from alto_jax.train.stragglers import Stragglers
 
 
 class MetricWriter:
@@ -77,9 +78,14 @@ def read_metrics(directory: str | os.PathLike) -> list[dict]:
 
 
 class Meter:
-    """Measures the steps of a run; see the module's docstring."""
+    """Measures the steps of a run; see the module's docstring.
 
-    def __init__(self, config: Any):
+    Attributes:
+      news: what the last `flush` found that is worth a line ("": nothing).
+    """
+
+    def __init__(self, config: Any, account: Account):
+        """account: of the run's time; what it does not count as step, device or data is no part of a step."""
         self._flops = flops.step_flops(config).total / jax.device_count()
         device = find_device(jax.devices()[0].device_kind)
         self._peak = None if device is None else device.flops
@@ -87,38 +93,29 @@ class Meter:
         self._tokens = {"stage0": self._rows * length, "stage2": self._rows * length}.get(config.stage, 0)
         if config.stage == "stage3":
             self._tokens = self._rows * (length + config.grpo.num_generations * config.grpo.generate.max_new_tokens)
-        self._began, self._seconds, self._waited, self._steps = time.monotonic(), 0.0, 0.0, 0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
-        began = time.monotonic()
-        yield
-        self._waited += time.monotonic() - began
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Around what is no part of a step: saving, evaluating."""
-        began = time.monotonic()
-        yield
-        self._began += time.monotonic() - began
+        self._account, self._stragglers, self.news = account, Stragglers(), ""
+        self._spent: dict[str, float] = {}
+        self.restart()
 
     def restart(self) -> None:
         """Leaves what came before (compilation) out."""
-        self._began, self._waited, self._steps = time.monotonic(), 0.0, 0
+        self._mark, self._steps = self._account.snapshot(), 0
 
     def count(self, steps: int) -> None:
         """Counts steps that the device has done."""
-        self._steps, self._seconds = steps, time.monotonic() - self._began
+        now = self._account.snapshot()
+        self._steps, self._spent = steps, {part: now[part] - self._mark[part] for part in now}
 
     def flush(self) -> dict[str, float]:
-        """The record of the steps counted since the last one; {} if there were none."""
+        """The record of the steps counted since the last one; {} if there were none. All processes ask together."""
+        self.news = ""
         if not self._steps:
             return {}
-        seconds = max(self._seconds, 1e-9) / self._steps
+        waited, busy, device = (self._spent[part] / self._steps for part in ("data", "step", DEVICE))
+        seconds = max(waited + busy + device, 1e-9)
         record = {
             "step_seconds": seconds,
-            "data_seconds": self._waited / self._steps,
+            "data_seconds": waited,
             "images_per_second": self._rows / seconds,
             "tflops": self._flops / seconds / 1e12,
         }
@@ -126,6 +123,8 @@ class Meter:
             record["tokens_per_second"] = self._tokens / seconds
         if self._peak is not None:
             record["mfu"] = self._flops / seconds / self._peak
+        record |= self._stragglers.compare(seconds, waited + busy)
+        self.news = self._stragglers.news
         self.restart()
         return {f"perf/{name}": value for name, value in (record | _memory()).items()}
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from alto_jax.config import ConfigError, local_path, to_dict, write_whole
 from alto_jax.experiment import ExperimentConfig, make_experiment
-from alto_jax.train import trackers
+from alto_jax.train import goodput, trackers
 
 # Fields that may change between two runs of the same command line: they do not change what is learned.
 _FREE_FIELDS = (
     "train.log_every",
-    "train.checkpoint_every",
+    "train.checkpoint_",
+    "train.max_restarts",
     "train.keep_",
     "train.best_",
     "train.accumulate",
@@ -82,8 +83,11 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig, *, is_tr
             old["train"]["steps"] = config.train.steps
             write_whole(file, json.dumps(old, indent=2) + "\n")
         return path
+    text = json.dumps(plain, indent=2) + "\n"
+    if not file.exists() or file.read_bytes() != text.encode():
+        (path / goodput.FILE).unlink(missing_ok=True)  # Note: of another run.
     # Note: every process of a run writes the same.
-    write_whole(file, json.dumps(plain, indent=2) + "\n")
+    write_whole(file, text)
     return path
 
 

@@ -10,7 +10,7 @@ import pytest
 from alto_jax.checkpoint import runs
 from alto_jax.config import ConfigError
 from alto_jax.experiment import TrainConfig
-from alto_jax.train import best, loop
+from alto_jax.train import best, loop, saving
 from alto_jax.train.progress import read_metrics
 from tests import fake_stage
 
@@ -97,7 +97,7 @@ def test_of_equal_evaluations_the_newest_is_kept(monkeypatch, tmp_path):
 
 def test_a_killed_run_waits_as_long_as_one_that_never_stopped(monkeypatch, tmp_path):
     """Killed after the save at step 6, with an evaluation of step 8 that no checkpoint knows."""
-    save, values = loop._Saver.save, [0.1, 0.5, 0.4, 0.45, 0.45]
+    save, values = saving.Saver.save, [0.1, 0.5, 0.4, 0.45, 0.45]
     assert patient(monkeypatch, tmp_path / "whole", values, patience=3)[0]["best_step"] == 2
 
     def save_or_die(self, step, *arguments, **options):
@@ -105,10 +105,10 @@ def test_a_killed_run_waits_as_long_as_one_that_never_stopped(monkeypatch, tmp_p
             raise KeyboardInterrupt
         save(self, step, *arguments, **options)
 
-    monkeypatch.setattr(loop._Saver, "save", save_or_die)
+    monkeypatch.setattr(saving.Saver, "save", save_or_die)
     with pytest.raises(KeyboardInterrupt):
         patient(monkeypatch, tmp_path / "killed", values, patience=3)
-    monkeypatch.setattr(loop._Saver, "save", save)
+    monkeypatch.setattr(saving.Saver, "save", save)
     result, _ = patient(monkeypatch, tmp_path / "killed", values[4:], patience=3)
     assert result["steps"] == 8 and result["best_step"] == 2
     files = [tmp_path / name / "run" for name in ("whole", "killed")]

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import time
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from alto_jax.checkpoint import runs
 from alto_jax.quickstart.training import STARTS
+from alto_jax.train import goodput
 from alto_jax.train.progress import read_metrics
 from benchmarks import reliability
 from tests.conftest import run_python
@@ -56,6 +58,7 @@ def test_killed_run_resumes_to_the_same_bits(stage, quickstart, tmp_path):
     command += [f"--config.{change}" for change in quickstart.overrides.get(stage, ())]
     command += [f"--config.{field}={quickstart.path / before}" for field, before in STARTS[stage].items()]
 
+    before = time.time()
     killed = run_python("-c", KILLED, *command)
     assert killed.returncode == -9, killed.stderr[-2000:]
     assert runs.find_run(run)[1] == 2 and not (run / "result.json").exists()
@@ -65,6 +68,14 @@ def test_killed_run_resumes_to_the_same_bits(stage, quickstart, tmp_path):
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert f"[{stage}] resumed from step 2 of" in resumed.stdout
     assert " 2/4 " not in resumed.stdout and " 3/4 " in resumed.stdout
+
+    # The account of both starts holds all of the time from the start of the first process to the result.
+    account = json.loads((run / "result.json").read_text())["goodput"]
+    began = goodput.read_starts(run)[0].began
+    wall = (run / "result.json").stat().st_mtime - began
+    assert account["starts"] == 2 and before - 0.1 < began < (run / "config.json").stat().st_mtime
+    assert sum(account["seconds"].values()) == pytest.approx(wall, rel=0.02)
+    assert "[{}] goodput {:.1%} of".format(stage, account["share"]) in resumed.stdout
 
     expected, actual = arrays(uninterrupted, 4), arrays(run, 4)
     assert expected.keys() == actual.keys()

@@ -13,7 +13,7 @@ from alto_jax.checkpoint import loading, runs
 from alto_jax.checkpoint.runs import Retention
 from alto_jax.cli import EXIT_RESUMABLE, Stopped
 from alto_jax.config import ConfigError
-from alto_jax.train import loop
+from alto_jax.train import goodput, loop
 from alto_jax.train.preemption import StopSignals
 from alto_jax.train.progress import read_metrics
 from alto_jax.train.state import make_schedule
@@ -180,7 +180,7 @@ def test_bad_numbers(tmp_path, use, capfd):
 FULL_DISK = """
 import resource, signal, sys
 from alto_jax.checkpoint import runs
-from alto_jax.train import loop
+from alto_jax.train import goodput, loop
 from tests import fake_stage
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -300,7 +300,8 @@ def test_profile_and_speed(tmp_path, use):
     loop.train(fake_stage.config(train={"steps": 6, "profile_steps": 2}), tmp_path)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     timed = [{k for k in r if k.startswith("perf/")} for r in read_metrics(tmp_path)]
-    names = {"perf/step_seconds", "perf/data_seconds", "perf/images_per_second", "perf/tflops"}
+    names = {"perf/step_seconds", "perf/data_seconds", "perf/images_per_second", "perf/tflops", "perf/goodput"}
+    names |= {f"perf/badput/{part}" for part in goodput.PARTS if part != "step"}
     assert timed == [set(), *[names] * 5]  # The CPU has no known peak, and does not say what memory is in use.
     last = read_metrics(tmp_path)[-1]
     assert 0 < last["perf/step_seconds"] < 60 and 0 <= last["perf/data_seconds"] < last["perf/step_seconds"]

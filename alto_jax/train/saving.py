@@ -1,0 +1,97 @@
+"""When a run saves, what it does when that fails, and the end of a run whose updates are all skipped."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+
+from alto_jax.checkpoint import loading, runs
+from alto_jax.config import to_dict
+from alto_jax.data import prefetch
+from alto_jax.experiment import ExperimentConfig
+from alto_jax.parallel import distributed
+from alto_jax.train.logs import Logs
+from alto_jax.train.state import TrainState
+
+
+class Saver:
+    """Saves; what fails on a full disk is tried again at the next save, but for the last one of a run."""
+
+    def __init__(self, config: ExperimentConfig, checkpointer: runs.Checkpointer, iterator: prefetch.Ahead):
+        self._config, self._checkpointer, self._iterator = config, checkpointer, iterator
+        data: dict[str, Any] = {"system": config.data.system}
+        if config.data.source == "scenes":
+            data["box_step"] = config.data.scene_chats.box_step
+        self._meta = {"stage": config.stage, "model": to_dict(config.model), "data": data}
+        self._meta |= loading.adapter_meta(config)
+        self._repeats = config.grpo.updates_per_rollout if config.stage == "stage3" else 1
+        self._last = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether `step` is to be saved: by `train.checkpoint_every`, or the time since the last save.
+
+        The clock is process 0's. Several processes ask it together where they meet anyway, at the first step from each
+        log step on that may be saved; one alone asks at every step.
+
+        Args:
+          step: updates done; one that may be saved (no rollout in progress).
+        """
+        cfg = self._config.train
+        if cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
+            return True
+        meets = jax.process_count() == 1 or step % cfg.log_every < self._repeats
+        if not cfg.checkpoint_minutes or not meets:
+            return False
+        return distributed.from_first(lambda: time.monotonic() - self._last >= 60 * cfg.checkpoint_minutes)
+
+    def save(self, step: int, state: TrainState, logs: Logs, *, is_last: bool = False) -> None:
+        """Saves the state of `step`; the last one of a run also waits for it.
+
+        Raises:
+          OSError: files cannot be written, and this is the last save (or there are several processes).
+        """
+        self._last = time.monotonic()
+        bad = int(state.guard["in_a_row"])
+        if bad and not is_last:
+            logs.say(f"[{self._config.stage}] step {step} is not saved: the last {bad} updates were skipped")
+            return
+        metric = logs.metric_of(step, self._config.train.best_metric)
+        if self._config.lora.rank:
+            state = dataclasses.replace(state, frozen={})
+        try:
+            self._checkpointer.save(step, state, self._iterator, {**self._meta, "step": step}, metric=metric)
+            if is_last:
+                self._checkpointer.wait()
+        except OSError as error:
+            # Note: several processes do not see the same files fail, and must not part.
+            if is_last and jax.process_count() == 1:
+                self._checkpointer.save(step, state, self._iterator, {**self._meta, "step": step}, metric=metric)
+                self._checkpointer.wait()
+            elif is_last or jax.process_count() > 1:
+                raise
+            else:
+                logs.say(
+                    f"[{self._config.stage}] warning: {error}; the checkpoints of before are kept, training goes on,"
+                    f" next try {self._next(step)}"
+                )
+
+    def _next(self, step: int) -> str:
+        """When the save after the one of `step` comes, in words."""
+        every, minutes = self._config.train.checkpoint_every, self._config.train.checkpoint_minutes
+        after = [f"at step {step - step % every + every}"] if every else []
+        after += [f"after {minutes:g} minutes"] if minutes else []
+        return " or ".join(after) or "at the end"
+
+
+def check_bad(config: ExperimentConfig, checkpointer: runs.Checkpointer, step: int, counter: jax.Array) -> None:
+    """Raises FloatingPointError if too many updates in a row were skipped, up to `step`."""
+    bad = int(counter)
+    if bad >= config.train.max_bad_steps:
+        checkpointer.wait()
+        last = checkpointer.latest_step()
+        kept = f"the last good checkpoint is step {last}" if last is not None else "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"config.train.max_bad_steps: {bad} updates in a row were skipped up to step {step}, since their loss or"
+            f" gradient was not finite or their loss too high; {kept} of {checkpointer.directory}"
+        )
