@@ -24,7 +24,8 @@ def run(main: Callable[[], int | None]) -> None:
     """Runs a command; bad input ends it with one line on stderr and exit code 2 instead of a stack trace.
 
     ALTO_TRACEBACK=1 in the environment shows the stack trace as well. A run that was asked to stop, or that lost one of
-    its processes, ends with exit code 75: the same command goes on from what was saved.
+    its processes, ends with exit code 75: the same command goes on from what was saved. One of several processes ends
+    at once, whatever it ends with, and the others then learn that it is gone.
     """
     keep_programs()
     # Note: tracing makes many objects that stay; looking through them again and again takes a tenth of a start.
@@ -39,7 +40,7 @@ def run(main: Callable[[], int | None]) -> None:
     except distributed.ProcessLost as error:
         tell(f"error: {error}")
         distributed.leave(EXIT_RESUMABLE)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         if os.environ.get("ALTO_TRACEBACK"):
             traceback.print_exc()
         message = " ".join(str(error).split()) or type(error).__name__
@@ -48,6 +49,11 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         tell("interrupted; the same command goes on from the last checkpoint")
         sys.exit(130)
+    except Exception:
+        if not distributed.is_joined():
+            raise
+        traceback.print_exc()
+        distributed.leave(1)
 
 
 def tell(line: str) -> None:

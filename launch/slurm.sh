@@ -12,7 +12,9 @@
 #   sbatch [--nodes=N] launch/slurm.sh --config=configs/stage2.py:8b --config.init_from=DIR --workdir=DIR
 #   launch/slurm.sh --dry-run ...          prints the command instead
 # Three minutes before the time limit the run saves and ends with exit code 75, and the job is queued again; it goes on
-# from there, as a job does that SLURM itself queues again.
+# from there, as a job does that SLURM itself queues again. So it is after any other end, such as a lost node, but for 0
+# (done), 2 (an error that stays: bad input, or config.train.max_restarts starts without a new checkpoint) and 130
+# (interrupted), up to MAX_RESTARTS (100) times.
 set -euo pipefail
 
 dry_run=false
@@ -29,7 +31,14 @@ if "$dry_run"; then
 fi
 status=0
 "${command[@]}" || status=$?
-if [ "$status" -eq 75 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-  scontrol requeue "$SLURM_JOB_ID"
-fi
+case "$status" in
+  0 | 2 | 130) ;;
+  *)
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-100}" ]; then
+      echo "launch/slurm.sh: ended with $status after ${SLURM_RESTART_COUNT:-0} restarts; not queued again (MAX_RESTARTS)" >&2
+    elif [ -n "${SLURM_JOB_ID:-}" ]; then
+      scontrol requeue "$SLURM_JOB_ID"
+    fi
+    ;;
+esac
 exit "$status"

@@ -146,19 +146,22 @@ def adapter_meta(config: Any) -> dict:
 
 
 def base_of(meta: dict, directory: str) -> str:
-    """Where the parameters lie that the adapters of a run were trained on.
+    """Where the parameters lie that the adapters of a run were trained on: ALTO_BASE, if they have moved there, else
+    where they were.
 
     Raises:
       ValueError: they are not there any more, or have changed.
     """
-    base = meta["base"]
+    base = os.environ.get("ALTO_BASE") or meta["base"]
     try:
         found = runs.identity(base)
     except FileNotFoundError as error:
-        raise runs.Mismatch(f"{directory}: holds adapters alone, and their base is gone: {error}") from error
+        raise runs.Mismatch(
+            f"{directory}: holds adapters alone, and their base is gone (ALTO_BASE=DIR says where it is now): {error}"
+        ) from error
     if found != meta["base_identity"]:
         raise runs.Mismatch(
-            f"{directory}: its adapters belong to {base} at {meta['base_identity']}, which is now at {found}"
+            f"{directory}: its adapters belong to {meta['base']} at {meta['base_identity']}, {base} is at {found}"
         )
     return base
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import math
 import os
 import pathlib
+import shutil
 from typing import Any
 
 from etils import epath
@@ -82,7 +83,9 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
 def save_params(
     directory: str | os.PathLike, shapes: Mapping[str, tuple[tuple[int, ...], Any]], fill: Callable, meta: dict
 ) -> None:
-    """Saves parameters alone as step 0 of a run's directory, without ever holding them all; not atomic.
+    """Saves parameters alone as step 0 of a run's directory, without ever holding them all.
+
+    The step has its name when it is complete; an interrupted one is no checkpoint, and the next call replaces it.
 
     Args:
       directory: the run's directory; gets `checkpoints/0`.
@@ -93,19 +96,32 @@ def save_params(
 
     Raises:
       ConfigError: parameters of 8 bits.
+      FileExistsError: there is a step 0 already.
     """
     refuse_quantized(shapes, str(directory))
     sinks = {path: _Sink(shape, dtype) for path, (shape, dtype) in shapes.items()}
     registry = ocp.type_handlers.create_type_handler_registry(
         (_Sink, _SinkHandler(lambda: fill(sinks))), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
-    step = epath.Path(local_path(directory, "the directory to write").absolute() / CHECKPOINTS / "0")
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler())) as checkpointer:
-        checkpointer.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(sealed(meta))))
-    # Note: a Checkpointer would call the handler before its folder exists; called by itself it works in this thread.
-    (step / "state").mkdir()
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
-    handler.save(step / "state", args=ocp.args.PyTreeSave({"params": traverse_util.unflatten_dict(sinks, sep="/")}))
+    step = local_path(directory, "the directory to write").absolute() / CHECKPOINTS / "0"
+    if step.exists():
+        raise FileExistsError(f"{step}: there is a checkpoint already")
+    # Note: as Orbax names what is not complete, so that a run in this directory clears it away.
+    partial = step.with_name("0.orbax-checkpoint-tmp-params")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler())) as checkpointer:
+            checkpointer.save(epath.Path(partial), args=ocp.args.Composite(meta=ocp.args.JsonSave(sealed(meta))))
+        # Note: a Checkpointer would call the handler before its folder exists; called by itself it works in this
+        # thread.
+        state = epath.Path(partial / "state")
+        state.mkdir()
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+        handler.save(state, args=ocp.args.PyTreeSave({"params": traverse_util.unflatten_dict(sinks, sep="/")}))
+        partial.rename(step)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 class LazyArray:

@@ -30,7 +30,7 @@ def merge(run: str, out: str, step: int | None = None) -> pathlib.Path:
     meta, target = runs.load_meta(run, step), pathlib.Path(out)
     if not meta.get("lora"):
         raise ValueError(f"{run}: its checkpoint has no adapters (config.lora.rank was 0)")
-    if (target / runs.CHECKPOINTS).exists():
+    if runs.complete_steps(target):
         raise ValueError(f"{out}: holds a checkpoint already")
     model = loading.load_model(run, sharding.make_mesh(sharding.MeshConfig(), jax.devices()), step)
     flat = traverse_util.flatten_dict(model.params, sep="/")
@@ -42,9 +42,10 @@ def merge(run: str, out: str, step: int | None = None) -> pathlib.Path:
     dropped = ("lora", "base", "base_identity")
     plain = {name: value for name, value in model.meta.items() if name not in dropped}
     target.mkdir(parents=True, exist_ok=True)
-    rows.save_params(target, {p: (v.shape, v.dtype) for p, v in flat.items()}, fill, plain)
+    # Note: the checkpoint comes last, since the directory counts as complete with it.
     if (model.directory / "tokenizer.json").exists():
         shutil.copy(model.directory / "tokenizer.json", target / "tokenizer.json")
+    rows.save_params(target, {p: (v.shape, v.dtype) for p, v in flat.items()}, fill, plain)
     return target
 
 

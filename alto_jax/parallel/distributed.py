@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 from typing import Any, TypeVar
@@ -158,33 +159,65 @@ def check_same_config(config: Any) -> None:
         )
 
 
-# What a program says when a process that it talks to is gone.
-_LOST = (
-    "gloo",
-    "connection closed",
-    "connection reset",
-    "socket",
-    "unavailable:",
-    "heartbeat",
-    "coordination",
-    "barrier",
-    "nccl",
-)
+# Statuses of JAX's errors that say by themselves that another process is gone.
+_LOST = {"UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED"}
+# Statuses of anything, which say so where a collective or the coordination service reports them.
+_ANY = {"UNKNOWN", "INTERNAL", "FAILED_PRECONDITION"}
+_REPORTERS = re.compile(r"\bGloo [\w -]+ failed|\bNCCL\b|\bnccl[A-Z]|CoordinationService|\bcoordination service\b")
+
+
+class OutOfMemory(MemoryError):
+    """A device's memory was not enough."""
+
+
+def _cause(error: BaseException) -> tuple[str, str]:
+    """(status, message) of the JAX error that `error` is or was raised from; ("", "") if there is none.
+
+    JAX has one type for all of them; the status is the word at the head of its message.
+    """
+    import jax  # late: keeps the start fast
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, jax.errors.JaxRuntimeError):
+            text = " ".join(str(seen).split())
+            return text.partition(":")[0], text
+        seen = seen.__cause__
+    return "", ""
 
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Turns the errors that a lost process causes in the others into ProcessLost."""
+    """Turns the errors that a lost process causes in the others into ProcessLost, and a full device into OutOfMemory.
+
+    Only errors of JAX's runtime are looked at: what files, data or other packages raise stays what it is, whatever
+    words it uses.
+    """
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).split())
-        if not _joined or isinstance(error, ConfigError) or not any(word in text.lower() for word in _LOST):
+        status, text = _cause(error)
+        if isinstance(error, ConfigError) or not status:
+            raise
+        if status == "RESOURCE_EXHAUSTED" and not isinstance(error, OSError):
+            import jax  # late: keeps the start fast
+
+            where = f"process {jax.process_index()}: " if _joined else ""
+            raise OutOfMemory(
+                f"{where}a device's memory is not enough (config.train.batch_size, train.accumulate, model.*.remat and"
+                f" mesh.fsdp change what is needed): {text[:300]}"
+            ) from error
+        if not _joined or not (status in _LOST or (status in _ANY and _REPORTERS.search(text))):
             raise
         raise ProcessLost(
             f"another process of this run ended or cannot be reached; start all of them again, and they go on from the"
             f" last checkpoint ({text[:300]})"
         ) from error
+
+
+def is_joined() -> bool:
+    """Whether this process is one of several of a run."""
+    return _joined
 
 
 def leave(code: int) -> None:

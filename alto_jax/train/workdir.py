@@ -1,10 +1,12 @@
 """A run's directory belongs to one configuration: who may take it, and which fields may change in it."""
 
+import contextlib
 import json
 import os
 import pathlib
 from typing import Any
 
+from alto_jax.checkpoint import loading, runs
 from alto_jax.config import ConfigError, local_path, to_dict, write_whole
 from alto_jax.experiment import ExperimentConfig, make_experiment
 from alto_jax.train import goodput, trackers
@@ -66,6 +68,7 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig, *, is_tr
             f"{name}: {before!r} there, {now!r} here"
             for name, before, now in _differences(old, json.loads(json.dumps(plain)))
             if not name.startswith((*_FREE_FIELDS, "train.steps"))
+            and not (name == "init_from" and _is_moved(path, config))
         ]
         if differences:
             raise ConfigError(
@@ -89,6 +92,18 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig, *, is_tr
     # Note: every process of a run writes the same.
     write_whole(file, text)
     return path
+
+
+def _is_moved(path: pathlib.Path, config: ExperimentConfig) -> bool:
+    """Whether `init_from` is another place of the base that the run's adapters were trained on."""
+    if not config.lora.rank:
+        return False
+    now = loading.adapter_meta(config)["base_identity"]
+    # Note: by hand, since process 0 alone is here, and `load_meta` has all processes agree.
+    for step in reversed(runs.complete_steps(path)):
+        with contextlib.suppress(OSError, ValueError):
+            return runs.read_meta(path / runs.CHECKPOINTS / str(step)).get("base_identity") == now
+    return False
 
 
 def _completed(plain: dict) -> dict:

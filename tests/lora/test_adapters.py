@@ -169,12 +169,26 @@ def test_run_of_adapters(quickstart, tmp_path):
     (run / "result.json").unlink()
     other = run_python(*command, f"--config.init_from={quickstart.path / 'stage3'}")
     assert other.returncode == 2 and "init_from" in other.stderr
-    again = run_python(*command, f"--config.init_from={base}")
+    moved_base = shutil.copytree(base, tmp_path / "moved")  # another place of the same base is no other base
+    again = run_python(*command, f"--config.init_from={moved_base}")
     assert again.returncode == 0 and "resumed from step 1" in again.stdout, again.stderr[-3000:]
     resumed = arrays(run, 2)
     assert resumed.keys() == saved.keys()
     for key in saved:
         np.testing.assert_array_equal(resumed[key], saved[key], err_msg=key)
+
+
+def test_a_base_that_has_moved(debug_model, tmp_path, monkeypatch):
+    here, gone = debug_model.path, str(tmp_path / "gone")
+    meta = {"base": gone, "base_identity": runs.identity(here)}
+    with pytest.raises(
+        runs.Mismatch, match=r"RUN: .* their base is gone \(ALTO_BASE=DIR says where it is now\): .*gone"
+    ):
+        loading.base_of(meta, "RUN")
+    monkeypatch.setenv("ALTO_BASE", str(here))
+    assert loading.base_of(meta, "RUN") == str(here)
+    with pytest.raises(runs.Mismatch, match=f"RUN: its adapters belong to {gone} at step 7 abc, {here} is at step "):
+        loading.base_of(meta | {"base_identity": "step 7 abc"}, "RUN")
 
 
 def test_adapters_need_a_base(tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+from alto_jax import cli
 from alto_jax.checkpoint import runs
 from alto_jax.cli import EXIT_RESUMABLE
 from alto_jax.parallel import distributed
@@ -97,15 +98,88 @@ def test_configurations_that_differ(monkeypatch):
     distributed.check_same_config(fake_stage.config())
 
 
+LOST = (
+    "UNAVAILABLE: failed to connect to all addresses",
+    "DEADLINE_EXCEEDED: Barrier timed out. Id: save_4",
+    "UNKNOWN: Gloo all-reduce failed: Connection closed by peer",
+    "INTERNAL: Error dispatching: Gloo collective permute failed: Read error",
+    "INTERNAL: NCCL operation ncclAllReduce failed: remote process exited or there was a network error",
+    "INTERNAL: Barrier failed [type.googleapis.com/tensorflow.CoordinationServiceError='x']",
+)
+OTHERS = (
+    jax.errors.JaxRuntimeError("INTERNAL: cuDNN: unavailable: no barrier for this socket"),
+    jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Gloo all-reduce failed: shapes differ"),
+    ValueError("UNAVAILABLE: the barrier of the coordination socket"),
+    ConnectionResetError("connection reset by peer"),
+    OSError("data/heartbeat/socket.json: no such file"),
+    KeyError("nccl"),
+)
+
+
 def test_a_lost_process_is_explained(monkeypatch):
+    """By the type of the error and its status; words alone say nothing."""
     monkeypatch.setattr(distributed, "_joined", True)
-    with (
-        pytest.raises(distributed.ProcessLost, match="start all of them again, and they go on"),
-        distributed.explained(),
-    ):
-        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer")
+    wanted = pytest.raises(distributed.ProcessLost, match="start all of them again, and they go on")
+    for text in LOST:
+        with wanted, distributed.explained():
+            raise jax.errors.JaxRuntimeError(text)
+    with wanted, distributed.explained():
+        raise RuntimeError("the save failed") from jax.errors.JaxRuntimeError(LOST[0])
+    for error in OTHERS:
+        with pytest.raises(type(error)) as caught, distributed.explained():
+            raise error
+        assert caught.value is error
+    monkeypatch.setattr(distributed, "_joined", False)
     with pytest.raises(jax.errors.JaxRuntimeError), distributed.explained():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        raise jax.errors.JaxRuntimeError(LOST[0])
+
+
+def test_a_full_device_ends_all_processes(monkeypatch, capsys):
+    full = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."
+
+    def main(error):
+        with distributed.explained():
+            raise error
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(distributed, "leave", leave)
+    monkeypatch.setattr(cli, "keep_programs", lambda: None)
+    for joined, said in ((False, "error: a device's"), (True, "error: process 0: a device's")):
+        monkeypatch.setattr(distributed, "_joined", joined)
+        with pytest.raises(SystemExit, match="2"):
+            cli.run(lambda: main(jax.errors.JaxRuntimeError(full)))
+        line = capsys.readouterr().err
+        assert line.startswith(said) and line.count("\n") == 1 and "train.batch_size" in line and "17179869184" in line
+    # A disk that is full is not a device.
+    disk = OSError("DIR: a checkpoint could not be written")
+    with pytest.raises(SystemExit):
+        cli.run(lambda: main(disk))
+    assert capsys.readouterr().err == "error: DIR: a checkpoint could not be written\n"
+    # Of anything else one of several processes ends at once too, with its stack trace: the others wait for it.
+    with pytest.raises(SystemExit, match="1"):
+        cli.run(lambda: main(KeyError("a mistake")))
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setattr(distributed, "_joined", False)
+    with pytest.raises(KeyError):
+        cli.run(lambda: main(KeyError("a mistake")))
+
+
+@pytest.mark.parametrize(
+    "code, restarts, queued", [(0, 0, 0), (2, 0, 0), (130, 0, 0), (75, 0, 1), (137, 1, 1), (1, 3, 1), (75, 4, 0)]
+)
+def test_slurm_queues_again_what_may_end_better(code, restarts, queued, tmp_path):
+    for name, line in (("srun", f"exit {code}"), ("scontrol", f"echo $@ >> {tmp_path}/queued")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "MAX_RESTARTS": "4"}
+    command = [ROOT / "launch" / "slurm.sh", "--config=x"]
+    env["SLURM_RESTART_COUNT"] = str(restarts)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    file = tmp_path / "queued"
+    assert done.returncode == code and (file.read_text() if file.exists() else "") == "requeue 77\n" * queued
+    assert ("not queued again" in done.stderr) == (restarts == 4)
 
 
 def test_shellcheck():
