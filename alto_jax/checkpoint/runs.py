@@ -214,10 +214,10 @@ class _Failures:
         if error is None or not isinstance(error, Exception):
             return
         text = " ".join(str(error).split())
-        is_disk = isinstance(error, OSError) or any(
-            word in text for word in ("No space left", "RESOURCE_EXHAUSTED", "File too large", "Disk quota", "errno")
-        )
-        if not is_disk:
+        words = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "Disk quota", "errno")
+        # Note: JAX's own errors speak of devices and processes; those of files are of other types.
+        is_disk = not isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in words)
+        if not is_disk and not isinstance(error, OSError):
             return
         self._manager.reload()
         raise OSError(f"{self._folder}: a checkpoint could not be written: {text}") from error

@@ -164,6 +164,8 @@ _LOST = {"UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED"}
 # Statuses of anything, which say so where a collective or the coordination service reports them.
 _ANY = {"UNKNOWN", "INTERNAL", "FAILED_PRECONDITION"}
 _REPORTERS = re.compile(r"\bGloo [\w -]+ failed|\bNCCL\b|\bnccl[A-Z]|CoordinationService|\bcoordination service\b")
+# A step on the CPU that runs in the call itself fails with a plain ValueError of exactly this form.
+_GLOO = re.compile(r"(UNKNOWN|INTERNAL|DEADLINE_EXCEEDED): Gloo [\w -]+ failed: ")
 
 
 class OutOfMemory(MemoryError):
@@ -179,8 +181,8 @@ def _cause(error: BaseException) -> tuple[str, str]:
 
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, jax.errors.JaxRuntimeError):
-            text = " ".join(str(seen).split())
+        text = " ".join(str(seen).split())
+        if isinstance(seen, jax.errors.JaxRuntimeError) or (type(seen) is ValueError and _GLOO.match(text)):
             return text.partition(":")[0], text
         seen = seen.__cause__
     return "", ""
@@ -197,7 +199,7 @@ def explained() -> Iterator[None]:
         yield
     except Exception as error:
         status, text = _cause(error)
-        if isinstance(error, ConfigError) or not status:
+        if isinstance(error, (ConfigError, ProcessLost, OutOfMemory)) or not status:
             raise
         if status == "RESOURCE_EXHAUSTED" and not isinstance(error, OSError):
             import jax  # late: keeps the start fast

@@ -57,6 +57,7 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike, *, age: float = 
       FileNotFoundError: the start checkpoint is missing; the message says which command makes it.
       FloatingPointError: too many updates in a row were skipped (see `alto_jax.train.step`).
       OSError: the last checkpoint could not be written.
+      distributed.ProcessLost, distributed.OutOfMemory: see `distributed.explained`.
       Stopped: a signal ended the run after a save.
     """
     claimed, finished, newest = distributed.from_first(lambda: _claim(workdir, config))
@@ -66,7 +67,7 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike, *, age: float = 
         return finished
     is_first = jax.process_index() == 0
     account = goodput.Account(path if is_first else None, config, newest, age=age)
-    with account.closing():
+    with account.closing(), distributed.explained():
         return _train(config, path, account)
 
 

@@ -132,3 +132,19 @@ assert kernel.addressable_shards[0].data.shape == moment.addressable_shards[0].d
 def test_restore_onto_another_mesh(tmp_path, eight_devices):
     done = run_python("-c", ANOTHER_MESH, tmp_path / "run")
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_full_device_is_no_full_disk(tmp_path):
+    checkpointer = runs.Checkpointer(tmp_path)
+    for error, kind in (
+        (ValueError("RESOURCE_EXHAUSTED: No space left on device"), OSError),
+        (OSError(28, "No space left"), OSError),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
+            jax.errors.JaxRuntimeError,
+        ),
+        (ValueError("a mistake"), ValueError),
+    ):
+        with pytest.raises(kind), checkpointer._told_failures():
+            raise error
+    checkpointer.close()

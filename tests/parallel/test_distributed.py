@@ -112,6 +112,8 @@ OTHERS = (
     ValueError("UNAVAILABLE: the barrier of the coordination socket"),
     ConnectionResetError("connection reset by peer"),
     OSError("data/heartbeat/socket.json: no such file"),
+    UnicodeError("UNKNOWN: Gloo all-reduce failed: Read error"),
+    ValueError("image.png: UNKNOWN: Gloo all-reduce failed: Read error"),
     KeyError("nccl"),
 )
 
@@ -125,6 +127,8 @@ def test_a_lost_process_is_explained(monkeypatch):
             raise jax.errors.JaxRuntimeError(text)
     with wanted, distributed.explained():
         raise RuntimeError("the save failed") from jax.errors.JaxRuntimeError(LOST[0])
+    with wanted, distributed.explained():  # what a step on the CPU raises
+        raise ValueError("UNKNOWN: Gloo all-reduce failed: [pair.cc:538] Read error: Connection reset by peer")
     for error in OTHERS:
         with pytest.raises(type(error)) as caught, distributed.explained():
             raise error
