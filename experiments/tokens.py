@@ -31,7 +31,7 @@ SCENES = ScenesConfig(image_size=128, max_objects=10, min_size=0.12, max_size=0.
 MASKS = MaskConfig(max_union=8, union_probability=None)
 PLAIN = 2.0  # complexity (a disc has 1) up to which a single target is a plain shape
 SHOWN = (1, 2, 4, 8, 16, 32)
-_ONCE: dict[str, Any] = {"seed": 0, "num_epochs": 1, "shuffle": False, "drop_remainder": False, "num_threads": 1}
+ONCE: dict[str, Any] = {"seed": 0, "num_epochs": 1, "shuffle": False, "drop_remainder": False, "num_threads": 1}
 GROUPS = {
     "all": lambda n, c: n >= 1,
     "one plain shape": lambda n, c: (n == 1) & (c <= PLAIN),
@@ -98,7 +98,7 @@ def prefixes(
         return mask_iou(apply_module(tokenizer, params, codes, length, features, method="decode_codes"), mask)
 
     for batch in pipeline.mask_batches(
-        source, image_size=size.image_size, mask_size=size.mask_size, batch_size=batch_size, **_ONCE
+        source, image_size=size.image_size, mask_size=size.mask_size, batch_size=batch_size, **ONCE
     ):
         codes, length, latents, cls, features = encode(params, batch.mask, batch.image)
         each = [np.full(len(codes), k, np.int32) for k in counts]
@@ -139,9 +139,7 @@ def lengths(model: loading.LoadedModel, count: int, scenes: ScenesConfig = SCENE
         encoded = apply_module(ALTo(size), params, mask, method="encode")
         return apply_module(ALTo(size), params, encoded, method="predict_length").num_kept
 
-    batches = pipeline.mask_batches(
-        source, image_size=size.image_size, mask_size=size.mask_size, batch_size=64, **_ONCE
-    )
+    batches = pipeline.mask_batches(source, image_size=size.image_size, mask_size=size.mask_size, batch_size=64, **ONCE)
     return np.concatenate([np.asarray(predict(model.params["tokenizer"], batch.mask)) for batch in batches])
 
 
