@@ -84,6 +84,26 @@ def first_token(model: segmenter.Segmenter, image: np.ndarray, phrase: str) -> t
     return first, whole, time.perf_counter() - began
 
 
+def arithmetic(model: segmenter.Segmenter, rounds: int) -> list[str]:
+    """How fast the vision tower's widest products run, for one image and for sixteen: what a batch could gain there."""
+    cfg = model.cfg.vision
+    tokens = (cfg.image_size // cfg.patch_size) ** 2 + 1
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    kernels = jax.device_put((draw(cfg.embed_dim, cfg.mlp_dim), draw(cfg.mlp_dim, cfg.embed_dim)))
+    product = jax.jit(lambda x, first, second: (x @ first) @ second)
+    ways, flops, square = {}, {}, draw(1024, 1024)
+    for count in (1, 16):
+        x = jax.device_put(draw(count, tokens, cfg.embed_dim))
+        name = f"{count} x {tokens} x {cfg.embed_dim} by {cfg.embed_dim} x {cfg.mlp_dim} and back, {320 // count} times"
+        ways[name] = lambda x=x, n=320 // count: [jax.block_until_ready(product(x, *kernels)) for _ in range(n)]
+        flops[name] = 320 * 4 * tokens * cfg.embed_dim * cfg.mlp_dim
+    ways["1024 x 1024 by 1024 x 1024 (numpy), 10 times"] = lambda: [square @ square for _ in range(10)]
+    flops["1024 x 1024 by 1024 x 1024 (numpy), 10 times"] = 10 * 2 * 1024**3
+    lines = ["| products of matrices (float32) | GFLOP per CPU second |", "|---|---|"]
+    return lines + [f"| {n} | {flops[n] / cpu / 1e9:.0f} |" for n, (_, cpu) in fastest(ways, rounds).items()]
+
+
 def on_disk(model: segmenter.Segmenter, images: list[np.ndarray], phrase: str, batch_size: int) -> float:
     """Seconds of `predict --images` on the images as files, with masks, from reading to COCO results."""
     with tempfile.TemporaryDirectory() as folder:
@@ -142,6 +162,7 @@ def main() -> None:
         f"The least of {options.rounds} rounds, in which the ways take turns; nothing compiles in them.", "",
         *table("ten phrases about one image", asked), "",
         *table(f"{len(images)} images, a phrase each", batched), "",
+        *arithmetic(model, options.rounds), "",
         f"`predict --images` on the {len(images)} images as files, in batches of {options.batch_size}, with masks as "
         f"PNG and COCO results: {disk:.3f} s, after compilation.", "",
         f"A stream of all {model.cfg.tokenizer.num_latent_tokens} tokens: first token with its mask after "
