@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from alto_jax.data import glyphs, identity, phrases
+from alto_jax.data.source import place
 
 SPLITS = ("train", "validation")
 # Photos in scikit-image's wheel, with words for what they show: a scene on such a photo neither holds nor
@@ -231,9 +232,7 @@ class Scenes:
 
     def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
         """The scene of an index, and a generator for further choices about it."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"scene {index} of {len(self)}")
-        index = int(index) % len(self)
+        index = place(index, self, "scene")
         config = self.config
         rng = np.random.default_rng((config.seed, SPLITS.index(config.split), index))
         image, photo = self._background(rng)

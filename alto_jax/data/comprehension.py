@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax.data import bad_data, coco, identity
+from alto_jax.data import bad_data, coco
 from alto_jax.data.bad_data import RecordError
 from alto_jax.data.reading import Photo
 from alto_jax.data.refcoco import Referent, Referring
+from alto_jax.data.source import OneForOne
 from alto_jax.data.split import image_name
 from alto_jax.mllm import boxes, text
 
@@ -21,7 +22,7 @@ DATASETS = ("refcoco", "refcoco+", "refcocog")
 QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: {}"  # InternVL's
 
 
-class Comprehension:
+class Comprehension(OneForOne):
     """Random access to records with "phrase" and "box" (x, y, width, height) in pixels of "image"."""
 
     def __init__(self, source: Referring):
@@ -30,20 +31,9 @@ class Comprehension:
             raise ValueError("comprehension: expected the sentences of RefCOCO, RefCOCO+ or RefCOCOg one by one")
         self.source = source
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def identity(self) -> identity.Identity:
-        """What the data are, see identity.py."""
-        return self.source.identity()
-
     def fingerprint(self) -> str:
         """What the samples are, see fingerprint.py."""
         return self.source.fingerprint()
-
-    def image_hashes(self, index: int) -> tuple[int, ...]:
-        """Hash of the image of record `index`, see split.py."""
-        return self.source.image_hashes(index)
 
     def phrases(self) -> Iterator[str]:
         """The sentences of all referents."""
@@ -65,7 +55,7 @@ class Comprehension:
         }
 
 
-class BoxQuestions:
+class BoxQuestions(OneForOne):
     """Random access to QuestionRecords {"key", "image", "image_name", "question", "label", "category"}.
 
     label: (x1, y1, x2, y2) in 0..1; category: the data set and split.
@@ -73,9 +63,6 @@ class BoxQuestions:
 
     def __init__(self, source: Comprehension, category: str):
         self.source, self._category = source, category
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def fingerprint(self) -> str:
         """What the samples are, see fingerprint.py."""
@@ -90,22 +77,11 @@ class BoxQuestions:
         return {**record, "question": question, "label": label, "category": self._category}
 
 
-class ComprehensionChats:
+class ComprehensionChats(OneForOne):
     """ChatRecords of Comprehension, without masks."""
 
     def __init__(self, source: Comprehension):
         self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def identity(self) -> identity.Identity:
-        """What the data are, see identity.py."""
-        return self.source.identity()
-
-    def image_hashes(self, index: int) -> tuple[int, ...]:
-        """Hash of the image of record `index`, see split.py."""
-        return self.source.image_hashes(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.source[index]

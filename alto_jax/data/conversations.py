@@ -20,6 +20,7 @@ import numpy as np
 from alto_jax.config import ConfigError
 from alto_jax.data import bad_data, chat_lines, identity, transforms
 from alto_jax.data.reading import AS_STORED, Reading
+from alto_jax.data.source import place
 from alto_jax.data.split import ImageSplit, image_hash, image_name
 
 _log = logging.getLogger(__name__)
@@ -183,9 +184,7 @@ class Conversations:
 
     def at_epoch(self, index: int, epoch: int) -> dict[str, Any]:
         """Record `index` as it is drawn in an epoch."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        index = int(index) % len(self)
+        index = place(index, self)
         part, row = self._find(index)
         where, entry = part.lines.read(row)
         try:

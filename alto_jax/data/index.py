@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from alto_jax.config import cache_folder, write_whole
+from alto_jax.data.source import place
 from alto_jax.data.split import file_hash
 
 _log = logging.getLogger(__name__)
@@ -199,9 +200,7 @@ class FileNames(Sequence[pathlib.Path]):
         return (self[number] for number in range(len(self)))
 
     def _row(self, number: int) -> int:
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"file {number} of {len(self)}")
-        number = int(number) % len(self)
+        number = place(number, self, "file")
         return number if self._rows is None else int(self._rows[number])
 
     def _name(self, row: int) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from alto_jax.config import require
 from alto_jax.data import caches, identity
-from alto_jax.data.source import HasConversations, HasImages, HasTexts, Records, read
+from alto_jax.data.source import HasConversations, HasImages, HasTexts, Records, place, read
 
 _LONGEST = 2**32 - 1  # of an epoch that Grain can shuffle
 
@@ -92,9 +92,7 @@ class Mixture:
         return self._named(index, lambda source, row, again: source.conversation(row))
 
     def _named(self, index: int, read: Callable[[Any, int, int], dict[str, Any]], epoch: int = 0) -> dict[str, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        number, nth = self.place(int(index) % len(self))
+        number, nth = self.place(place(index, self))
         source, count = self._sources[number], self._counts[number]
         # How often the source was read before: each of its rows up to `rounds` times in an epoch of the mixture.
         rounds = -(-count // len(source))

@@ -24,6 +24,7 @@ from PIL import Image
 from alto_jax.data import identity, prompts
 from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.shards import Shards
+from alto_jax.data.source import place
 from alto_jax.data.split import ImageSplit, image_hash
 
 _log = logging.getLogger(__name__)
@@ -271,9 +272,7 @@ class Prepared:
 
     def _row(self, index: int) -> int:
         """Where record `index` is stored."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        index = int(index) % len(self)
+        index = place(index, self)
         return index if self._rows is None else int(self._rows[index])
 
     def _open(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from alto_jax.data import identity
 from alto_jax.data.bad_data import RecordError
-from alto_jax.data.source import Chats, HasImages, read
+from alto_jax.data.source import Chats, HasImages, place, read
 from alto_jax.mllm import text
 
 
@@ -91,9 +91,7 @@ class Prompts:
 
     def _find(self, index: int) -> tuple[int, int]:
         """The record and the number of the request in it of prompt `index`."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        index = int(index) % len(self)
+        index = place(index, self)
         row = int(np.searchsorted(self._ends, index, side="right"))
         return row, index - int(self._ends[row] - self._counts[row])
 

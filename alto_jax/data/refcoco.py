@@ -23,6 +23,7 @@ from alto_jax.data.bad_data import RecordError
 from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.prompts import NoPrompts
 from alto_jax.data.reading import AS_STORED, Photo, Reading
+from alto_jax.data.source import OneForOne, place
 from alto_jax.data.split import ImageSplit, file_hash, image_name
 from alto_jax.mllm import text
 
@@ -115,9 +116,7 @@ class Referring:
 
     def sample(self, index: int) -> tuple[Referent, str, str]:
         """The referent, key and phrase of record `index`; ValueError if its entry can't be used."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        referent, number = self._samples[int(index)]
+        referent, number = self._samples[place(index, self)]
         key = referent.key if number is None else f"{referent.key}/{number}"
         said = [sentence for sentence in referent.sentences if sentence]
         if referent.error or not said:
@@ -167,7 +166,7 @@ class Referring:
             yield from filter(None, referent.sentences)
 
 
-class ReferringChats:
+class ReferringChats(OneForOne):
     """ChatRecords of ReferringRecords: fixed and adaptive requests half and half, drawn by (seed, index, epoch).
 
     Samples without a target become the question whether there is one, answered "No"; where there may be none,
@@ -179,21 +178,12 @@ class ReferringChats:
         self._no_target = getattr(source, "no_target", False)
         self._adaptive, self._yes = adaptive_fraction, yes_fraction if self._no_target else 0.0
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def identity(self) -> identity.Identity:
-        """What the data are, see identity.py."""
-        return identity.of(self.source)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.at_epoch(index, 0)
 
     def at_epoch(self, index: int, epoch: int) -> dict[str, Any]:
         """Record `index` as it is asked in an epoch."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        index = int(index) % len(self)
+        index = place(index, self)
         record = self.source[index]
         adaptive, yes = np.random.default_rng((self._seed, index, epoch)).random(2) < (
             self._adaptive,
@@ -211,10 +201,6 @@ class ReferringChats:
         turns = [{"from": "human", "value": f"{text.IMAGE}\n{question}"}, {"from": "gpt", "value": answer}]
         return {**{k: record[k] for k in ("key", "image", "image_name") if k in record}, "masks": masks,
                 "conversations": turns}  # fmt: skip
-
-    def image_hashes(self, index: int) -> tuple[int, ...]:
-        """Hash of the image of sample `index`; with `skip_no_target` another one may stand in for it."""
-        return self.source.image_hashes(index)
 
     def texts(self) -> Iterator[list[str]]:
         """What is asked of every record, and the answers, without reading images."""

@@ -7,21 +7,19 @@ The same unions as conversations: sa1b_chats.py.
 """
 
 from collections.abc import Iterable
-import copy
 import os
 from typing import Any
 
 import numpy as np
 
-from alto_jax.data import identity, transforms
+from alto_jax.data import transforms
 from alto_jax.data.bad_data import RecordError
-from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.reading import AS_STORED, Reading
-from alto_jax.data.sa1b_folder import Annotated, Sa1bFolder, most_targets
-from alto_jax.data.split import ImageSplit
+from alto_jax.data.sa1b_folder import Annotated, Sa1bFolder, Sa1bRecords, most_targets
+from alto_jax.data.source import place
 
 
-class Sa1bMasks:
+class Sa1bMasks(Sa1bRecords):
     """Random access to MaskRecords {"key", "image", "mask"} of a SA-1B folder.
 
     `image` is uint8[S, S, 3] and `mask` uint8[S, S] in 0..255, S at most `max_side`; mask values between are
@@ -55,38 +53,15 @@ class Sa1bMasks:
         Raises:
           ValueError: no such folder, or no annotation file in it.
         """
-        if draws_per_image < 1:
-            raise ValueError(f"draws_per_image: expected at least 1, got {draws_per_image}")
-        self.folder = Sa1bFolder(root, train=train, min_area=min_area, reading=reading)
-        self._train, self._seed, self._draws = train, seed, draws_per_image if train else 1
-        self._max_side = max_side
-
-    def part(self, split: ImageSplit) -> "Sa1bMasks":
-        """The images on one side of a split; EmptySplit if there is none."""
-        found = copy.copy(self)
-        found.folder = self.folder.part(split)
-        return found
-
-    def image_hashes(self, index: int) -> tuple[int, ...]:
-        """Hash of the image of record `index`, see split.py; if it has no large annotation, another is taken."""
-        return (self.folder.image_hash(index % len(self.folder)),)
-
-    def __len__(self) -> int:
-        return len(self.folder) * self._draws
-
-    def identity(self) -> identity.Identity:
-        """What the data are, see identity.py: by the names of the files."""
-        digest = identity.digest(self.folder.files.digest, self._train, self._draws)
-        return {"": {"records": len(self), "hash": digest}}
+        folder = Sa1bFolder(root, train=train, min_area=min_area, reading=reading)
+        super().__init__(folder, train=train, seed=seed, draws_per_image=draws_per_image, most=max_side)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.at_epoch(index, 0)
 
     def at_epoch(self, index: int, epoch: int) -> dict[str, Any]:
         """Record `index` as it is drawn in an epoch (without `train`, the same in all)."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        index = int(index) % len(self)
+        index = place(index, self)
         rng = np.random.default_rng((self._seed, index, epoch if self._train else 0))
         annotated = self.folder.some(index % len(self.folder), rng)
         count = len(annotated.large)
@@ -101,24 +76,13 @@ class Sa1bMasks:
         if self._train:
             image, mask = transforms.crop_around(image, mask, rng)
         image, mask = (
-            transforms.limit_side(image, self._max_side),
-            transforms.keep_small(transforms.limit_side(mask, self._max_side), mask),
+            transforms.limit_side(image, self._most),
+            transforms.keep_small(transforms.limit_side(mask, self._most), mask),
         )
         image, mask = transforms.pad_square(image, mask, rng if self._train else None)
         return {
             "key": self.folder.key(annotated, index), "image": image, "image_name": annotated.image_name, "mask": mask
         }  # fmt: skip
-
-    def fingerprint(self) -> str:
-        """What the samples are, see fingerprint.py."""
-        found = Fingerprint()
-        found.values(self._train, self._seed, self._draws, self._max_side, self.folder.min_area)
-        self.folder.add_to(found)
-        return str(found)
-
-    def problems(self, index: int) -> list[ValueError]:
-        """Everything that is wrong with image `index` and its annotations, also with those that may never be drawn."""
-        return self.folder.problems(index % len(self.folder))
 
 
 def _union(annotated: Annotated, chosen: Iterable[int]) -> np.ndarray:

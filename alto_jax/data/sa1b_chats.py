@@ -17,18 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from alto_jax.data import identity
 from alto_jax.data.bad_data import RecordError
-from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.reading import AS_STORED, Photo, Reading
-from alto_jax.data.sa1b_folder import MAX_TARGETS, VALIDATION, Annotated, Sa1bFolder, most_targets
+from alto_jax.data.sa1b_folder import MAX_TARGETS, VALIDATION, Annotated, Sa1bFolder, Sa1bRecords, most_targets
+from alto_jax.data.source import OneForOne, place
 from alto_jax.data.split import EmptySplit, ImageSplit, file_hash
 from alto_jax.mllm import boxes, text
 
 _NUM_TEXTS = 1000  # made-up requests that a text tokenizer is trained on
 
 
-class Sa1bTargets:
+class Sa1bTargets(Sa1bRecords):
     """Random access to ReferringRecords {"key", "image", "image_name", "mask", "phrase"} of a SA-1B folder.
 
     `mask` is the union of 1 to `max_targets` of an image's large annotations, `phrase` their boxes.
@@ -61,46 +60,20 @@ class Sa1bTargets:
         Raises:
           ValueError: no such folder, no annotation file in it, or an argument below 1.
         """
-        for name, value in (("draws_per_image", draws_per_image), ("max_targets", max_targets)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        self.folder = Sa1bFolder(root, train=train, reading=reading)
-        self._train, self._seed, self._draws = train, seed, draws_per_image if train else 1
-        self._max_targets = max_targets
+        if max_targets < 1:
+            raise ValueError(f"max_targets: expected at least 1, got {max_targets}")
+        folder = Sa1bFolder(root, train=train, reading=reading)
+        super().__init__(folder, train=train, seed=seed, draws_per_image=draws_per_image, most=max_targets)
 
-    def part(self, split: ImageSplit) -> "Sa1bTargets":
-        """The images on one side of a split; EmptySplit if there is none."""
-        found = copy.copy(self)
-        found.folder = self.folder.part(split)
-        return found
-
-    def image_hashes(self, index: int) -> tuple[int, ...]:
-        """Hash of the image of record `index`, see split.py; in training another may take its place."""
-        return (self.folder.image_hash(index % len(self.folder)),)
-
-    def __len__(self) -> int:
-        return len(self.folder) * self._draws
-
-    def identity(self) -> identity.Identity:
-        """What the data are, see identity.py: by the names of the files."""
-        digest = identity.digest("boxes", self.folder.files.digest, self._train, self._draws, self._max_targets)
-        return {"": {"records": len(self), "hash": digest}}
-
-    def fingerprint(self) -> str:
-        """What the samples are, see fingerprint.py."""
-        found = Fingerprint()
-        found.values(self._train, self._seed, self._draws, self._max_targets, self.folder.min_area)
-        self.folder.add_to(found)
-        return str(found)
+    def _known(self) -> tuple[Any, ...]:
+        return "boxes", *super()._known(), self._most
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.at_epoch(index, 0)
 
     def at_epoch(self, index: int, epoch: int) -> dict[str, Any]:
         """Record `index` as it is drawn in an epoch (without `train`, the same in all)."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        index = int(index) % len(self)
+        index = place(index, self)
         number = index % len(self.folder)
         if self._train:
             rng = np.random.default_rng((self._seed, index, epoch))
@@ -109,7 +82,7 @@ class Sa1bTargets:
             annotated = self.folder.annotated(number, or_largest=True)
             rng = np.random.default_rng(file_hash(annotated.file))
         count = len(annotated.large)
-        most = min(most_targets(count), self._max_targets, count)
+        most = min(most_targets(count), self._most, count)
         chosen = rng.permutation(count)[: int(rng.integers(1, most + 1))].tolist()
         photo = self.folder.photo(annotated)
         mask, found = _union(annotated, photo, chosen)
@@ -118,10 +91,6 @@ class Sa1bTargets:
             "key": key, "image": photo.image, "image_name": annotated.image_name,
             "mask": mask.astype(np.uint8) * np.uint8(255), "phrase": boxes.format_boxes(found, mask.shape),
         }  # fmt: skip
-
-    def problems(self, index: int) -> list[ValueError]:
-        """Everything that is wrong with image `index` and its annotations, also with those that may never be drawn."""
-        return self.folder.problems(index % len(self.folder))
 
 
 def validation_targets(root: str | os.PathLike, *, reading: Reading = AS_STORED) -> Sa1bTargets:
@@ -138,7 +107,7 @@ def validation_targets(root: str | os.PathLike, *, reading: Reading = AS_STORED)
         ) from error
 
 
-class Sa1bChats:
+class Sa1bChats(OneForOne):
     """ChatRecords of Sa1bTargets: fixed and adaptive requests half and half, adaptive ones in all their wordings."""
 
     def __init__(self, source: Sa1bTargets, *, seed: int = 0, adaptive_fraction: float = 0.5):
@@ -149,17 +118,6 @@ class Sa1bChats:
         found = copy.copy(self)
         found.source = self.source.part(split)
         return found
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def identity(self) -> identity.Identity:
-        """What the data are, see identity.py."""
-        return self.source.identity()
-
-    def image_hashes(self, index: int) -> tuple[int, ...]:
-        """Hash of the image of record `index`, see `Sa1bTargets.image_hashes`."""
-        return self.source.image_hashes(index)
 
     def problems(self, index: int) -> list[ValueError]:
         """See `Sa1bTargets.problems`."""

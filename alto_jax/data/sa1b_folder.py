@@ -11,11 +11,11 @@ import copy
 import dataclasses
 import os
 import pathlib
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from alto_jax.data import bad_data, coco, images, rle
+from alto_jax.data import bad_data, coco, identity, images, rle
 from alto_jax.data.bad_data import RecordError
 from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.index import FileNames
@@ -175,6 +175,49 @@ class Sa1bFolder:
             except ValueError as error:
                 found.append(error)
         return found
+
+
+class Sa1bRecords:
+    """What Sa1bMasks and Sa1bTargets have in common: records that are drawn of the images of a folder."""
+
+    def __init__(self, folder: Sa1bFolder, *, train: bool, seed: int, draws_per_image: int, most: int):
+        """ValueError: `draws_per_image` is below 1. most: the limit that a record keeps to, of sides or of targets."""
+        if draws_per_image < 1:
+            raise ValueError(f"draws_per_image: expected at least 1, got {draws_per_image}")
+        self.folder = folder
+        self._train, self._seed, self._draws, self._most = train, seed, draws_per_image if train else 1, most
+
+    def part(self, split: ImageSplit) -> Self:
+        """The images on one side of a split; EmptySplit if there is none."""
+        found = copy.copy(self)
+        found.folder = self.folder.part(split)
+        return found
+
+    def image_hashes(self, index: int) -> tuple[int, ...]:
+        """Hash of the image of record `index`, see split.py; in training another may take its place (`some`)."""
+        return (self.folder.image_hash(index % len(self.folder)),)
+
+    def __len__(self) -> int:
+        return len(self.folder) * self._draws
+
+    def identity(self) -> identity.Identity:
+        """What the data are, see identity.py: by the names of the files."""
+        return {"": {"records": len(self), "hash": identity.digest(*self._known())}}
+
+    def _known(self) -> tuple[Any, ...]:
+        """What decides which record a number means."""
+        return self.folder.files.digest, self._train, self._draws
+
+    def fingerprint(self) -> str:
+        """What the samples are, see fingerprint.py."""
+        found = Fingerprint()
+        found.values(self._train, self._seed, self._draws, self._most, self.folder.min_area)
+        self.folder.add_to(found)
+        return str(found)
+
+    def problems(self, index: int) -> list[ValueError]:
+        """Everything that is wrong with image `index` and its annotations, also with those that may never be drawn."""
+        return self.folder.problems(index % len(self.folder))
 
 
 def most_targets(num_large: int) -> int:

@@ -1,9 +1,11 @@
 """What everything that gives records or batches has in common; what else it can do, it says by these protocols."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+
+from alto_jax.data import identity
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -25,6 +27,17 @@ class HasDraws(Protocol):
 
     def at_epoch(self, index: int, epoch: int, /) -> dict[str, Any]:
         """Record `index` as it is drawn in an epoch, a function of the two; in epoch 0 it is `self[index]`."""
+
+
+def place(index: int, among: Sized, name: str = "record") -> int:
+    """Index of a record, in -N..N-1 as in a list, as a number in 0..N-1.
+
+    Raises:
+      IndexError: there is none; the message calls it `name`.
+    """
+    if not -len(among) <= index < len(among):
+        raise IndexError(f"{name} {index} of {len(among)}")
+    return int(index) % len(among)
 
 
 def read(source: Source[Any], index: int, epoch: int) -> Any:
@@ -54,6 +67,23 @@ class HasImages(Protocol):
 
     def image_hashes(self, index: int, /) -> tuple[int, ...]:
         """Hashes of the images of record `index`; () if it has none, or none can be told."""
+
+
+class OneForOne:
+    """Records that are made of those of a `source`, one of each: what they have in common with them."""
+
+    source: Any
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def identity(self) -> identity.Identity:
+        """What the data are, see identity.py."""
+        return identity.of(self.source)
+
+    def image_hashes(self, index: int) -> tuple[int, ...]:
+        """Hashes of the images of record `index`, see split.py."""
+        return self.source.image_hashes(index)
 
 
 @runtime_checkable
