@@ -250,6 +250,8 @@ class Service:
         except TimeoutError:
             fault = Fault("timeout", f"not all was sent within {self.limits.request_seconds:g} s")
         except Exception:
+            # Note: the model and the drawing of masks raise nearly anything. The status was sent before, so the client
+            # is told by an event, the log has the trace, and the metrics count a fault.
             _log.exception("a stream failed after its first token")
             fault = Fault("internal", "the service failed to answer; its log has the trace")
         self.metrics.faults.labels(fault.code).inc()
