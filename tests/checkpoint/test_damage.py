@@ -50,9 +50,10 @@ from alto_jax.checkpoint import runs
 
 def main():
     tree = {"vision": {"kernel": jax.ShapeDtypeStruct((3, 2), np.float32)}}
-    runs.load_meta(sys.argv[1])
-    runs.load_params(sys.argv[1], tree)
-    runs.load_params(sys.argv[1], tree)
+    for run in sys.argv[1:]:
+        runs.load_meta(run)
+        runs.load_params(run, tree)
+        runs.load_params(run, tree)
 
 cli.run(main)
 """
@@ -64,26 +65,38 @@ from tests import fake_stage
 
 def main():
     loop.make_stage = lambda config, mesh, directory=None: fake_stage.stage()
-    loop.train(fake_stage.config(), sys.argv[1])
+    for run in sys.argv[1:]:
+        loop.train(fake_stage.config(), run)
 
 cli.run(main)
 """
+HOWS = [how for how in DAMAGES if how != "not finished"]
+READ_BY = {"read": (READ, [how for how in HOWS if how != "data position gone"]), "resume": (RESUME, HOWS)}
 
 
-@pytest.mark.parametrize("script", [READ, RESUME], ids=["read", "resume"])
-@pytest.mark.parametrize("how", [how for how in DAMAGES if how != "not finished"])
-def test_a_damaged_step_is_one_line(how, script, run, tmp_path):
-    """On stderr there is one line, with what is missing in words, however many arrays could not be read."""
-    if script == READ and how == "data position gone":
-        pytest.skip("readers of parameters need no position in the data")
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    (copy / "result.json").unlink()
-    spoil(copy / "checkpoints" / "12", how)
-    done = run_python("-c", script, copy)
+@pytest.fixture(scope="module", params=READ_BY)
+def told(request, run, tmp_path_factory):
+    """Of copies of the run, each damaged in its way: the copy, and what one process that reads them all says of it."""
+    script, hows = READ_BY[request.param]
+    copies = {how: tmp_path_factory.mktemp("damaged") / "run" for how in hows}
+    for how, copy in copies.items():
+        shutil.copytree(run, copy)
+        (copy / "result.json").unlink()
+        spoil(copy / "checkpoints" / "12", how)
+    done = run_python("-c", script, *copies.values())
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr[:2000]
+    assert len(lines) == len(copies), done.stderr[:4000]
+    return {how: (copy, [line for line in lines if f" {copy}: " in line]) for how, copy in copies.items()}
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_damaged_step_is_one_line(how, told):
+    """On stderr there is one line, with what is missing in words, however many arrays could not be read."""
+    if how not in told:
+        pytest.skip("readers of parameters need no position in the data")
+    copy, lines = told[how]
+    assert len(lines) == 1, told
     assert lines[0].startswith(f"warning: {copy}: the checkpoint of step 12 cannot be read (")
     assert lines[0].endswith("; going back to step 10") and "NoneType" not in lines[0]
     assert re.search(WORDS[how], lines[0]), lines[0]
