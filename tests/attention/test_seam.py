@@ -48,8 +48,12 @@ def softmax_attention(q, k, v, mask, scale):
 
 def with_gradients(kernel, q, k, v, out):
     """The result for random cotangents, and the gradients of q, k and v, in float32."""
-    result, back = jax.vjp(kernel, q, k, v)
-    return [np.asarray(x, np.float32) for x in (result, *back(out.astype(result.dtype)))]
+
+    def both(q, k, v):
+        result, back = jax.vjp(kernel, q, k, v)
+        return result, *back(out.astype(result.dtype))
+
+    return [np.asarray(x, np.float32) for x in jax.jit(both)(q, k, v)]
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -125,15 +129,16 @@ def test_sams_relative_positions_folded_into_wider_heads(scaled, window, monkeyp
         scaled_rel_pos_query=scaled,
     )  # fmt: skip
     block = sam_encoder.SamBlock(cfg, window)
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 6, 32)), jnp.float32)
-    params = block.init(jax.random.key(0), x)["params"]
-    params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params)
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(2, 6, 6, 32)), jnp.float32)
+    shapes = jax.eval_shape(block.init, jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
 
     def run(params):
         return jnp.sum(jnp.sin(block.apply({"params": params}, x)[0]))
 
-    plain = jax.value_and_grad(run)(params)
+    plain = jax.jit(jax.value_and_grad(run))(params)
     monkeypatch.setattr(seam, "is_flash", lambda *_: True)  # the wider heads, through whatever kernel is here
-    wide = jax.value_and_grad(run)(params)
+    wide = jax.jit(jax.value_and_grad(run))(params)
     for one, two in zip(jax.tree.leaves(plain), jax.tree.leaves(wide), strict=True):
         np.testing.assert_allclose(one, two, rtol=2e-4, atol=1e-5 * max(1, np.abs(two).max()))
