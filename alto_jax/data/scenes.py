@@ -138,8 +138,16 @@ class SceneChats:
         return self.scenes.identity()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        config = self.config
+        return self.with_scene(index)[1]
+
+    def with_scene(self, index: int) -> tuple[Scene, dict[str, Any]]:
+        """The scene of an index, drawn once, and its record."""
         scene, rng = self.scenes.scene(index)
+        return scene, self._asked(scene, rng)
+
+    def _asked(self, scene: Scene, rng: np.random.Generator) -> dict[str, Any]:
+        """The record of a scene."""
+        config = self.config
         kind, adaptive_draw, yes_draw = rng.random(3).tolist()
         if not config.adaptive_only and kind < config.question_fraction:
             phrase, yes = None, yes_draw < config.yes_fraction

@@ -12,8 +12,9 @@ request, chosen on training scenes), and what the mask tokenizer makes of the tr
 tokenizer's resolution.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -27,8 +28,9 @@ from alto_jax.data import pipeline, transforms
 from alto_jax.data.composition import Scene, ScenesConfig, mask_complexity
 from alto_jax.data.scenes import ChatConfig, SceneChats
 from alto_jax.layers import apply_module, told_precision
-from alto_jax.mllm.alto_llm import ALToLLM, segment
+from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, segment
 from alto_jax.mllm.generate import GenerateConfig
+from alto_jax.mllm.text import SpecialIds
 from alto_jax.tokenizer.alto import ALTo
 
 VOCABULARY = 40  # names that alto-tiny is taught, see configs/stage2.py
@@ -43,7 +45,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         _ONE | {"box_fraction": 1.0, "min_boxes": 2, "max_boxes": 8},
     ),
 }
-CANDIDATES = 48  # constant answers that are tried, and the training scenes that they are tried on
+CANDIDATES = 48  # training scenes at most that constant answers are taken from and tried on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,29 +89,11 @@ class SceneEvaluation:
         if model.text is None:
             raise ConfigError(f"--checkpoint={model.directory}: a mask tokenizer alone; expected a run of stage 2 or 3")
         self._model, self._batch_size, self._adaptive = model, batch_size, adaptive
-        cfg, size = model.cfg, model.cfg.tokenizer
-        generate = GenerateConfig(max_new_tokens=size.num_latent_tokens + 24, end_logit_bias=end_bias)
-
-        def answer(params: dict, batch: PromptBatch) -> dict[str, jax.Array]:
-            with told_precision(cfg.matmul_precision):
-                found = segment(cfg, params, batch, generate, model.text.ids, jax.random.key(0))
-            features = apply_module(ALToLLM(cfg), params, batch.image, batch.pixel_image, method="image_features")
-            return {"logits": found.mask_logits, "valid": found.valid, "length": found.length, "codes": found.codes,
-                    "features": features}  # fmt: skip
-
-        def tokenize(params: dict, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-            encoded = apply_module(ALTo(size), params["tokenizer"], mask, method="encode")
-            codes = apply_module(ALTo(size), params["tokenizer"], encoded.z, method="quantize").codes
-            return codes, apply_module(ALTo(size), params["tokenizer"], encoded, method="predict_length").num_kept
-
-        def decode(params: dict, codes: jax.Array, length: jax.Array, features: Any) -> jax.Array:
-            return apply_module(ALTo(size), params["tokenizer"], codes, length, features, method="decode_codes") > 0
-
-        self._answer, self._tokenize, self._decode = jax.jit(answer), jax.jit(tokenize), jax.jit(decode)
+        self._answer, self._tokenize, self._decode = _programs(model.cfg, model.text.ids, end_bias)
 
     def run(self, kind: str, num_scenes: int, constant: tuple[np.ndarray, int] | None = None) -> list[Sample]:
         """The samples of one of KINDS; `constant`: the best constant answer, if `best_constant` has found it before."""
-        fixed_codes, fixed_length = self.best_constant(kind) if constant is None else constant
+        fixed_codes, fixed_length = self.best_constant(kind, num_scenes) if constant is None else constant
         samples: list[Sample] = []
         for scenes, batch, found in self._batches(kind, "validation", num_scenes):
             target = np.asarray(batch.mask) > 0.5
@@ -177,18 +161,18 @@ class SceneEvaluation:
         done = 0
         for batch in batches:
             rows = len(batch.prompt_ids)
-            scenes = [
-                (source.scenes[i], source.scenes[i].targets(source[i]["masks"][0])) for i in range(done, done + rows)
-            ]
+            drawn = [source.with_scene(i) for i in range(done, done + rows)]
+            scenes = [(scene, scene.targets(record["masks"][0])) for scene, record in drawn]
             done += rows
             # Note: one program whatever the number of rows of the last batch.
             filled = jax.tree.map(lambda a: _filled(a, self._batch_size), batch)
             found = {name: value[:rows] for name, value in self._answer(self._model.params, filled).items()}
             yield scenes, batch, found
 
-    def best_constant(self, kind: str) -> tuple[np.ndarray, int]:
-        """The codes and length that fit training scenes best, of the answers to them and their tokenised masks."""
-        training = list(self._batches(kind, "train", CANDIDATES))
+    def best_constant(self, kind: str, num_scenes: int = CANDIDATES) -> tuple[np.ndarray, int]:
+        """The codes and length that fit training scenes best, of the answers to them and their tokenised masks; of
+        CANDIDATES training scenes, or `num_scenes` if those that are evaluated are fewer."""
+        training = list(self._batches(kind, "train", min(CANDIDATES, num_scenes)))
         candidates: list[tuple[np.ndarray, int]] = []
         for _, batch, found in training:
             own = self._tokenize(self._model.params, batch.mask)
@@ -201,6 +185,30 @@ class SceneEvaluation:
             for number, (codes, length) in enumerate(candidates):
                 best[number] += self._decoded(codes, length, found, target).sum()
         return candidates[int(best.argmax())]
+
+
+@functools.cache
+def _programs(cfg: ModelConfig, ids: SpecialIds, end_bias: float) -> tuple[Callable, Callable, Callable]:
+    """The answers to a batch, the codes and lengths of masks, the masks of codes; traced once for all checkpoints."""
+    size = cfg.tokenizer
+    generate = GenerateConfig(max_new_tokens=size.num_latent_tokens + 24, end_logit_bias=end_bias)
+
+    def answer(params: dict, batch: PromptBatch) -> dict[str, jax.Array]:
+        with told_precision(cfg.matmul_precision):
+            found = segment(cfg, params, batch, generate, ids, jax.random.key(0))
+        features = apply_module(ALToLLM(cfg), params, batch.image, batch.pixel_image, method="image_features")
+        return {"logits": found.mask_logits, "valid": found.valid, "length": found.length, "codes": found.codes,
+                "features": features}  # fmt: skip
+
+    def tokenize(params: dict, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        encoded = apply_module(ALTo(size), params["tokenizer"], mask, method="encode")
+        codes = apply_module(ALTo(size), params["tokenizer"], encoded.z, method="quantize").codes
+        return codes, apply_module(ALTo(size), params["tokenizer"], encoded, method="predict_length").num_kept
+
+    def decode(params: dict, codes: jax.Array, length: jax.Array, features: Any) -> jax.Array:
+        return apply_module(ALTo(size), params["tokenizer"], codes, length, features, method="decode_codes") > 0
+
+    return jax.jit(answer), jax.jit(tokenize), jax.jit(decode)
 
 
 def _filled(rows: np.ndarray, count: int) -> np.ndarray:
@@ -275,7 +283,7 @@ def evaluate_scenes(
     assert evaluation is not None
     rows = {}
     for kind in kinds:
-        constant = evaluation.best_constant(kind)
+        constant = evaluation.best_constant(kind, num_scenes)
         samples = evaluation.run(kind, num_scenes, constant)
         found = {} if other is None else compare(samples, other.run(kind, num_scenes, constant))
         rows[kind] = summarize(samples) | found

@@ -22,6 +22,7 @@ from alto_jax.train.loop import train
 from alto_jax.train.workdir import claim_workdir
 
 _NUM_PICTURES = 3
+_BATCH_SIZE = 32  # scenes that are answered at once
 _STEPS_SHOWN = (1, 2, 4, 8, 16, 32)
 
 
@@ -45,7 +46,8 @@ def run(values: dict, workdir: str) -> dict:
     model = loading.load_model(values["checkpoint"], for_inference=True)
     summary: dict[str, Any] = {"scenes": {}, "lengths": {}, "stage3": {}, "seconds": {}}
     found, clock = {}, time.monotonic()
-    evaluation = scene_answers.SceneEvaluation(model)
+    size = {"batch_size": min(values["num_scenes"], _BATCH_SIZE)}
+    evaluation = scene_answers.SceneEvaluation(model, **size)
     for kind in scene_answers.KINDS:
         found[kind] = evaluation.run(kind, values["num_scenes"])
         summary["scenes"][kind] = scene_answers.summarize(found[kind])
@@ -57,7 +59,7 @@ def run(values: dict, workdir: str) -> dict:
     for name, config in configs.items():
         result = train(config, root / name)
         trained = loading.load_model(root / name, for_inference=True)
-        after = scene_answers.evaluate_scenes(trained, values["kinds"], values["num_scenes"])
+        after = scene_answers.evaluate_scenes(trained, values["kinds"], values["num_scenes"], **size)
         summary["stage3"][name] = after
         summary["seconds"][name] = result["seconds"]
         rows.append({"run": name, "length penalty": config.grpo.reward.length_weight, **_short(after)})
