@@ -10,9 +10,11 @@ import sys
 import tempfile
 
 from absl import flags
+from absl.testing import flagsaver
 import filelock
 import pytest
 
+from alto_jax import cli
 from tests.debug_model import debug_model  # noqa: F401 - a fixture
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -73,16 +75,59 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a command in this process, which must refuse; returns the one line that it leaves on stderr."""
+
+    def run(main, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        capsys.readouterr()
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit_:
+            cli.run(main)
+        said = capsys.readouterr()
+        assert "Traceback" not in said.out
+        return error_line(exit_.value.code, said.err)
+
+    return run
+
+
+def error_line(code: int, said: str) -> str:
+    """The one line that a refused command leaves."""
+    lines = said.strip().splitlines()
+    assert code == 2 and len(lines) == 1, said
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture
 def eight_devices(monkeypatch):
     """The processes that the test starts have eight virtual devices."""
     monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8")
 
 
+# The command; when the checkpoint of step 2 is complete, a stage's folder is copied as it is then: a process that is
+# killed at that moment leaves the same.
+COPIED = """
+import shutil
+from alto_jax import cli, main
+from alto_jax.checkpoint import runs
+save = runs.Checkpointer.save
+def save_and_copy(self, step, *arguments, **options):
+    save(self, step, *arguments, **options)
+    if step == 2:
+        self.wait()
+        shutil.copytree(self.directory, f"{self.directory.parent}.stopped/{self.directory.name}")
+runs.Checkpointer.save = save_and_copy
+cli.run(main.main)
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
-    """A finished run of configs/quickstart.py:debug: its directory, the flags it ran with, what it printed."""
+    """A finished run of configs/quickstart.py:debug: its directory, copies of its stages' folders at step 2, the flags
+    it ran with, what it printed."""
 
     path: pathlib.Path
+    stopped: pathlib.Path
     overrides: dict[str, list[str]]
     output: str
 
@@ -103,9 +148,7 @@ def quickstart(tmp_path_factory, worker_id) -> Quickstart:
     flags = [f"--config.{stage}.{change}" for stage, changes in overrides.items() for change in changes]
     with filelock.FileLock(base / "quickstart.lock"):
         if not output.exists():
-            done = run_python(
-                "-m", "alto_jax.main", "--config=configs/quickstart.py:debug", f"--workdir={path}", *flags
-            )
+            done = run_python("-c", COPIED, "--config=configs/quickstart.py:debug", f"--workdir={path}", *flags)
             assert done.returncode == 0, done.stderr[-2000:]
             output.write_text(done.stdout)
-    return Quickstart(path, overrides, output.read_text())
+    return Quickstart(path, path.with_name("quickstart.stopped"), overrides, output.read_text())

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import re
-import sys
 import time
 
 import numpy as np
@@ -19,18 +18,10 @@ from alto_jax.evaluate import __main__ as evaluate
 from alto_jax.experiment import make_experiment
 from alto_jax.lora import __main__ as lora
 from alto_jax.train.workdir import claim_workdir
-from tests.conftest import ROOT, run_python
+from tests.conftest import ROOT, error_line, run_python
 from tools.convert_torch_weights import __main__ as convert
 
 DEBUG = "--config=configs/stage1.py:debug"
-
-
-def error_line(code: int, stderr: str) -> str:
-    """The one line that a refused command leaves."""
-    lines = stderr.strip().splitlines()
-    assert code == 2 and len(lines) == 1, stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 def run_main(*arguments: str) -> str:
@@ -56,11 +47,12 @@ def run_main(*arguments: str) -> str:
         ([], r"--config is required"),
     ],
 )
-def test_main_refuses(arguments, message, tmp_path):
-    assert re.search(message, run_main(f"--workdir={tmp_path / 'run'}", *arguments))
+def test_main_refuses(arguments, message, tmp_path, refused):
+    assert re.search(message, refused(main.main, f"--workdir={tmp_path / 'run'}", *arguments))
 
 
 def test_main_needs_a_workdir():
+    """In a process of its own, as the others would be."""
     assert "--workdir is required" in run_main(DEBUG)
 
 
@@ -72,8 +64,8 @@ def test_how_processes_join_may_follow_a_space(tmp_path):
 URL = "gs://bucket/runs"
 
 
-def test_main_refuses_urls(tmp_path, monkeypatch):
-    line = run_main(DEBUG, f"--workdir={URL}")
+def test_main_refuses_urls(tmp_path, monkeypatch, refused):
+    line = refused(main.main, DEBUG, f"--workdir={URL}")
     assert line == f"error: --workdir: expected a path on this machine (mount the bucket), got {URL!r}"
     monkeypatch.chdir(tmp_path)
     plain = main.load_config(str(ROOT / "configs/stage2.py:debug")).to_dict()
@@ -108,46 +100,35 @@ def test_commands_refuse_urls(refused, files, tmp_path, monkeypatch):
     ]
     for module, arguments, names in commands:
         for name in names.split():
-            line = refused(module, *arguments, f"--{name}", URL)
+            line = refused(module.main, *arguments, f"--{name}", URL)
             assert f"{name}: expected a path on this machine" in line and URL in line
-    assert "out: expected a path on this machine" in refused(lora, "merge", "run", URL)
-    assert "paths: expected a path on this machine" in refused(convert, "import", files["good"], URL)
+    assert "out: expected a path on this machine" in refused(lora.main, "merge", "run", URL)
+    assert "paths: expected a path on this machine" in refused(convert.main, "import", files["good"], URL)
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_workdir_of_another_config(quickstart):
-    line = run_main(DEBUG, f"--workdir={quickstart.path / 'stage1'}", "--config.optim.lr=0.5")
+def test_workdir_of_another_config(quickstart, refused):
+    line = refused(main.main, DEBUG, f"--workdir={quickstart.path / 'stage1'}", "--config.optim.lr=0.5")
     assert f"--workdir={quickstart.path / 'stage1'} holds a run of another configuration" in line
     assert "optim.lr: 0.002 there, 0.5 here" in line
 
 
-def test_missing_start_checkpoint_names_the_command_that_makes_it(tmp_path, quickstart):
+def test_missing_start_checkpoint_names_the_command_that_makes_it(tmp_path, quickstart, refused):
     workdir = f"--workdir={tmp_path / 'run'}"
-    line = run_main("--config=configs/stage1_5.py:debug", workdir)
+    line = refused(main.main, "--config=configs/stage1_5.py:debug", workdir)
     assert "config.init_from: stage1_5 starts from an earlier stage's run; give --config.init_from=DIR" in line
     assert "made by: python -m alto_jax.main --config=configs/stage1.py --workdir=DIR" in line
-    line = run_main("--config=configs/stage1_5.py:debug", workdir, "--config.init_from=nowhere")
+    line = refused(main.main, "--config=configs/stage1_5.py:debug", workdir, "--config.init_from=nowhere")
     assert "nowhere: no checkpoint there" in line
     assert "make it with: python -m alto_jax.main --config=configs/stage1.py --workdir=DIR" in line
     # Stage 3 wants the whole model, which stage 1 does not have.
-    line = run_main("--config=configs/stage3.py:debug", workdir, f"--config.init_from={quickstart.path / 'stage1'}")
+    line = refused(
+        main.main, "--config=configs/stage3.py:debug", workdir, f"--config.init_from={quickstart.path / 'stage1'}"
+    )
     assert re.search(
         r"config.init_from: .*stage1 lacks \d+ parameters that stage3 needs, such as language_model/", line
     )
     assert "--config=configs/stage2.py --config.init_from=DIR" in line
-
-
-@pytest.fixture
-def refused(monkeypatch, capsys):
-    """Runs a command in this process, which must refuse; returns its line."""
-
-    def run(module, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(module.main)
-        return error_line(exit_.value.code, capsys.readouterr().err)
-
-    return run
 
 
 @pytest.fixture
@@ -170,7 +151,7 @@ def test_predict_refuses(refused, files, quickstart):
     checkpoint = ("--checkpoint", quickstart.path / "stage3")
 
     def line(image, *arguments):
-        return refused(predict, "--image", files.get(image, image), *checkpoint, *arguments)
+        return refused(predict.main, "--image", files.get(image, image), *checkpoint, *arguments)
 
     assert "image nowhere.png does not exist" in line("nowhere.png", "--text", "apple")
     for broken in ("text", "cut"):
@@ -195,7 +176,7 @@ def test_tokenize_refuses(refused, files, quickstart):
     common = ("--checkpoint", quickstart.path / "stage1_5", "--out", files["codes"])
 
     def encode(mask):
-        return refused(tokenize, "encode", "--mask", files.get(mask, mask), *common)
+        return refused(tokenize.main, "encode", "--mask", files.get(mask, mask), *common)
 
     assert f"mask {files['empty']} is empty" in encode("empty")
     assert f"mask {files['pixel']} can be read in several ways: colours" in encode("pixel")
@@ -210,7 +191,7 @@ def test_tokenize_refuses(refused, files, quickstart):
     ):
         files["codes"].write_text(content)
         out = files["codes"].with_name("mask.png")
-        assert message in refused(tokenize, "decode", "--codes", files["codes"], *common[:2], "--out", out)
+        assert message in refused(tokenize.main, "decode", "--codes", files["codes"], *common[:2], "--out", out)
 
 
 def test_importing_the_package_is_quick_and_brings_no_jax():

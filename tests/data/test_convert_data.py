@@ -10,6 +10,7 @@ import pytest
 from alto_jax.config import ConfigError
 from alto_jax.data import rle
 from alto_jax.data.conversations import Conversations
+from alto_jax.data.convert import __main__ as command
 from alto_jax.data.convert.coco import read_coco
 from alto_jax.data.convert.pairs import read_pairs
 from alto_jax.data.convert.writing import write
@@ -167,9 +168,9 @@ def test_a_bad_entry_is_named(change, message, images, tmp_path):
         assert count in (1, 2) and bad
 
 
-def test_wrong_requests_are_one_line(images, tmp_path):
+def test_wrong_requests_are_one_line(images, tmp_path, refused):
     both = ["--images", images, "--annotations", images]
-    refused = [
+    requests = [
         (["coco", "--images", images], "--annotations is required for coco"),
         (["coco", *both], "no such file"),
         (
@@ -182,10 +183,9 @@ def test_wrong_requests_are_one_line(images, tmp_path):
         ),
         (["labelme", "--annotations", images], "no entries were found"),
     ]
-    for arguments, message in refused:
-        done = run_python("-m", "alto_jax.data.convert", *arguments, "--out", tmp_path / "out")
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert re.search(message, done.stderr), done.stderr
+    for arguments, message in requests:
+        line = refused(command.main, *arguments, "--out", tmp_path / "out")
+        assert re.search(message, line), line
     with pytest.raises(ConfigError, match="holds no names"):
         (tmp_path / "empty.txt").write_text("\n")
         read_names(str(tmp_path / "empty.txt"))
