@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import time
 
 import jax
@@ -15,22 +16,6 @@ from alto_jax.train import goodput
 from alto_jax.train.progress import read_metrics
 from benchmarks import reliability
 from tests.conftest import run_python
-
-# The command, except that the process is killed with signal 9 when the checkpoint of step 2 is complete.
-KILLED = """
-import os, signal
-from alto_jax import cli, main
-from alto_jax.checkpoint import runs
-from alto_jax.quickstart.training import STARTS
-save = runs.Checkpointer.save
-def save_and_die(self, step, *arguments, **options):
-    save(self, step, *arguments, **options)
-    if step == 2:
-        self.wait()
-        os.kill(os.getpid(), signal.SIGKILL)
-runs.Checkpointer.save = save_and_die
-cli.run(main.main)
-"""
 
 
 def arrays(run: pathlib.Path, step: int) -> dict[str, np.ndarray]:
@@ -50,31 +35,33 @@ def position(run: pathlib.Path, step: int) -> dict:
     return json.loads((run / "checkpoints" / str(step) / "data" / "process_0-of-1.json").read_text())
 
 
+def whole_account(run: pathlib.Path) -> dict:
+    """The account of a run's time, which must hold all of it, from its first start to its result."""
+    account = json.loads((run / "result.json").read_text())["goodput"]
+    wall = (run / "result.json").stat().st_mtime - goodput.read_starts(run)[0].began
+    assert sum(account["seconds"].values()) == pytest.approx(wall, rel=0.02)
+    return account
+
+
 @pytest.mark.parametrize("stage", STARTS)
 def test_killed_run_resumes_to_the_same_bits(stage, quickstart, tmp_path):
+    """From what was on the disk at step 2, in a process of its own; `test_kills_at_random_moments` sends signal 9."""
     uninterrupted = quickstart.path / stage
     run = tmp_path / stage
-    command = [f"--config=configs/{stage}.py:debug", f"--workdir={run}", "--config.eval.num_samples=0"]
-    command += [f"--config.{change}" for change in quickstart.overrides.get(stage, ())]
-    command += [f"--config.{field}={quickstart.path / before}" for field, before in STARTS[stage].items()]
-
-    before = time.time()
-    killed = run_python("-c", KILLED, *command)
-    assert killed.returncode == -9, killed.stderr[-2000:]
+    shutil.copytree(quickstart.stopped / stage, run)
     assert runs.find_run(run)[1] == 2 and not (run / "result.json").exists()
     assert position(run, 2) != position(uninterrupted, 4)
 
+    command = [f"--config=configs/{stage}.py:debug", f"--workdir={run}", "--config.eval.num_samples=0"]
+    command += [f"--config.{change}" for change in quickstart.overrides.get(stage, ())]
+    command += [f"--config.{field}={quickstart.path / before}" for field, before in STARTS[stage].items()]
     resumed = run_python("-m", "alto_jax.main", *command)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert f"[{stage}] resumed from step 2 of" in resumed.stdout
     assert " 2/4 " not in resumed.stdout and " 3/4 " in resumed.stdout
 
-    # The account of both starts holds all of the time from the start of the first process to the result.
-    account = json.loads((run / "result.json").read_text())["goodput"]
-    began = goodput.read_starts(run)[0].began
-    wall = (run / "result.json").stat().st_mtime - began
-    assert account["starts"] == 2 and before - 0.1 < began < (run / "config.json").stat().st_mtime
-    assert sum(account["seconds"].values()) == pytest.approx(wall, rel=0.02)
+    account = whole_account(run)
+    assert account["starts"] == 2
     assert "[{}] goodput {:.1%} of".format(stage, account["share"]) in resumed.stdout
 
     expected, actual = arrays(uninterrupted, 4), arrays(run, 4)
@@ -133,5 +120,11 @@ def test_stages_inherit_and_freeze(quickstart):
 def test_kills_at_random_moments(tmp_path):
     """The short version of benchmarks/reliability.py."""
     phases = ("compile", "step")  # the others may be over before they are seen, in so short a run
+    before = time.time()
     attempts, different = reliability.prove(tmp_path, kills=1, number=1, seed=5, steps=30, phases=phases)
     assert sum(a.was_killed for a in attempts) == 1 and different == []
+    for run, starts in (("alone", 1), ("killed", 2)):
+        assert whole_account(tmp_path / run)["starts"] == starts
+        # It begins with the process, which has read the configuration when it begins to train.
+        began, written = goodput.read_starts(tmp_path / run)[0].began, (tmp_path / run / "config.json").stat().st_mtime
+        assert before - 0.1 < began < written
