@@ -8,6 +8,7 @@ parameter's gradient.
 import functools
 import json
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +16,11 @@ import numpy as np
 from alto_jax.batch import PromptBatch
 from alto_jax.losses.grpo import GrpoLossConfig, grpo_loss
 from alto_jax.mllm import generate as generation
-from alto_jax.mllm.alto_llm import ALToLLM, init_params
+from alto_jax.mllm.alto_llm import ALToLLM
 from alto_jax.mllm.generate import GenerateConfig
 from alto_jax.mllm.language_model import LanguageModel, for_inference
 from alto_jax.parallel import sharding
+from tests.debug_model import random_params
 from tests.mllm.test_decode_program import moved_in_loops
 from tests.stages import test_grpo as case
 
@@ -74,8 +76,7 @@ def logits_in_8_bits(params: dict, ids: jax.Array) -> jax.Array:
 def compare(mesh: jax.sharding.Mesh) -> dict:
     """The differences, with parameters, batch and activations split over the mesh."""
     rng = np.random.default_rng(0)
-    params = jax.jit(lambda key: init_params(case.CONFIG, key))(jax.random.key(0))
-    params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(np.float32), params)
+    params = traverse_util.unflatten_dict(random_params(case.CONFIG), sep="/")
     params = jax.device_put(params, sharding.tree_shardings(params, mesh))
     ids = rng.integers(13, 40, (BATCH, PROMPT)).astype(np.int32)
     ids[:, 3] = case.SPECIAL.img_context

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,7 @@ from alto_jax.tokenizer.encoder import ViTConfig
 from alto_jax.tokenizer.pixel_decoder import PixelDecoderConfig
 from alto_jax.train.rollouts import minibatch
 from tests.conftest import run_python
+from tests.debug_model import random_params
 
 SPECIAL = SpecialIds(
     pad=0, bos=None, im_start=1, im_end=2, img=3, img_end=4, img_context=5, ref=6, ref_end=7, box=8, box_end=9,
@@ -45,8 +47,7 @@ BATCH, GROUP, PROMPT, LENGTH = 2, 3, 7, 6
 def group():
     """Parameters, two prompts of different lengths with their images, and ragged completions."""
     rng = np.random.default_rng(0)
-    params = jax.jit(lambda key: init_params(CONFIG, key))(jax.random.key(0))
-    params = jax.tree.map(lambda p: p + 0.05 * rng.normal(size=p.shape).astype(np.float32), params)
+    params = traverse_util.unflatten_dict(random_params(CONFIG), sep="/")
     ids = rng.integers(13, 40, (BATCH, PROMPT)).astype(np.int32)
     ids[:, 3] = SPECIAL.img_context
     prompt_mask = np.arange(PROMPT) >= np.array([[0], [2]])
