@@ -11,6 +11,7 @@ restore was wrong, differed or hung.
 
 import argparse
 import collections
+from collections.abc import Sequence
 import faulthandler
 import json
 import os
@@ -29,14 +30,14 @@ SECONDS = 60
 KINDS = ("delete", "empty", "cut", "bits", "bytes", "swap", "folder")
 
 
-def damage(folder: pathlib.Path, rng: random.Random) -> str:
-    """Spoils one to three things in the folder of a step; says what."""
+def damage(folder: pathlib.Path, rng: random.Random, kinds: Sequence[str] = KINDS) -> str:
+    """Spoils one to three things in the folder of a step, in one of these ways; says what."""
     done = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         if not files:
             break
-        file, kind = rng.choice(files), rng.choice(KINDS)
+        file, kind = rng.choice(files), rng.choice(kinds)
         content = bytearray(file.read_bytes())
         if kind == "delete":
             file.unlink()

@@ -26,7 +26,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from typing import IO
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, CHECKPOINT_EVERY, EVAL_EVERY = 60, 2, 4
@@ -67,10 +69,23 @@ class Attempt:
     others: str = ""
 
 
+def _copy(source: IO[bytes], file: pathlib.Path) -> None:
+    with source, file.open("wb", buffering=0) as target:
+        while chunk := source.read1():
+            target.write(chunk)
+
+
 class Processes:
     """The processes of one start; their output goes to files."""
 
-    def __init__(self, workdir: pathlib.Path, number: int, logs: pathlib.Path, flags: list[str]):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        number: int,
+        logs: pathlib.Path,
+        flags: list[str],
+        env: dict[str, str] | None = None,
+    ):
         shutil.rmtree(logs, ignore_errors=True)
         logs.mkdir(parents=True)
         with socket.socket() as free:
@@ -79,17 +94,30 @@ class Processes:
         command = [sys.executable, "-m", "alto_jax.main", f"--config={pathlib.Path(__file__)}", f"--workdir={workdir}"]
         command += [*flags, *(["--distributed=env"] if number > 1 else [])]
         self.logs = [logs / f"{i}.txt" for i in range(number)]
-        self.all = []
+        self.all: list[subprocess.Popen] = []
+        self._copying: list[threading.Thread] = []
         for i, log in enumerate(self.logs):
             joined = {"ALTO_COORDINATOR": address, "ALTO_NUM_PROCESSES": str(number), "ALTO_PROCESS_ID": str(i)}
-            with log.open("w") as file:
-                self.all.append(
-                    subprocess.Popen(command, cwd=ROOT, env=os.environ | joined, stdout=file, stderr=subprocess.STDOUT)
-                )
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | joined | (env or {}),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            # Note: by a pipe, so that a limit of the size of files, as a full disk, does not take its voice.
+            self._copying.append(threading.Thread(target=_copy, args=(process.stdout, log), daemon=True))
+            self._copying[-1].start()
+            self.all.append(process)
 
     def output(self) -> str:
         """What process 0 has said, and what it was told to leave out."""
         return self.logs[0].read_text(errors="replace")
+
+    def said(self, index: int) -> str:
+        """What a process that has ended had said."""
+        self._copying[index].join(10)
+        return self.logs[index].read_text(errors="replace")
 
     def are_running(self) -> bool:
         return any(p.poll() is None for p in self.all)
@@ -146,9 +174,7 @@ def attempt(
                     if process is not victim:
                         codes.append(process.wait(timeout=600))
                 victim.wait()
-                said = [
-                    log.read_text(errors="replace") for p, log in zip(processes.all, processes.logs) if p is not victim
-                ]
+                said = [processes.said(i) for i, p in enumerate(processes.all) if p is not victim]
                 clear = ["another process of this run ended" in text or "distributed service" in text for text in said]
                 others = ", ".join(f"exit {c}, {'said why' if m else 'NO MESSAGE'}" for c, m in zip(codes, clear))
                 return Attempt(phase, True, time.monotonic() - killed, others)

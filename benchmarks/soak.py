@@ -1,0 +1,345 @@
+"""Faults of every kind in runs of 1, 2 and 4 processes, each of which must end as if nothing had happened.
+
+    python benchmarks/soak.py [--faults 100] [--seed 0] [--folder DIR] [--out benchmarks/results/soak.md]
+
+The run is the one of benchmarks/reliability.py. For each number of processes and mesh it is done once undisturbed; then
+runs of it meet `--each` faults, each at a random moment of a random phase (start, compile, step, save, evaluate):
+
+  kill         signal 9 to one process
+  terminate    SIGTERM to one process
+  damage       signal 9 to all, then files of the newest checkpoint are cut, or bits of them changed
+  full disk    no process can write to any file, for up to 4 seconds
+  lost mount   the run's directory is gone, for up to 4 seconds
+  clock        Python's clock jumps by up to a day, forth or back, until the processes end
+
+Whenever the processes have ended, the same command is given again. Compared at the end: every array of the last
+checkpoint, bit for bit, the position in the data, metrics.jsonl, and the wall clock of the run's own account (goodput).
+What ends by itself must say why in one line; what does not end within `--timeout` seconds counts as hung. With --folder
+DIR the command goes on where it was stopped.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import reliability  # noqa: E402
+from benchmarks.damage import damage  # noqa: E402
+
+FAULTS = ("kill", "terminate", "damage", "full disk", "lost mount", "clock")
+STEPS = 24
+# Processes and mesh (data, fsdp, tensor), and how often they come.
+PLACES = {(1, (1, 1, 1)): 4, (2, (1, 2, 1)): 3, (2, (1, 1, 2)): 3, (4, (1, 4, 1)): 1, (4, (1, 2, 2)): 1}
+SPREAD = {"start": 3.0, "compile": 1.5, "step": 0.4, "save": 0.05, "evaluate": 0.1}
+SAYS_WHY = ("error:", "another process of this run", "distributed service")
+# Put before Python's own modules, so that the processes see another clock; the file holds what is added, in seconds.
+CLOCK = """
+import os, time
+def jump():
+    try:
+        with open(os.environ["SOAK_CLOCK"]) as file:
+            return int(file.read() or 0)
+    except OSError:
+        return 0
+time.time = lambda real=time.time: real() + jump()
+time.time_ns = lambda real=time.time_ns: real() + jump() * 10**9
+"""
+
+
+@dataclasses.dataclass
+class Fault:
+    """One fault: kind and phase, and what followed.
+
+    after: "went on" (nothing ended), or exit code and last line of every process that ended. seconds: from the fault
+    until all had ended, or until the next checkpoint. clear: each that ended by itself said why. hung: they did not.
+    """
+
+    kind: str
+    phase: str
+    after: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    clear: bool = True
+    hung: bool = False
+
+
+class Run:
+    """One run in a folder of its own, `mount/run`, where `mount` is a link that can be broken."""
+
+    def __init__(self, folder: pathlib.Path, number: int, mesh: tuple[int, int, int], timeout: float):
+        self.number, self.timeout = number, timeout
+        self.mount, self.workdir = folder / "mount", folder / "mount" / "run"
+        (folder / "disk").mkdir(parents=True)
+        self.mount.symlink_to("disk")
+        self.clock = folder / "clock"
+        (folder / "python").mkdir()
+        (folder / "python" / "sitecustomize.py").write_text(CLOCK)
+        path = os.pathsep.join(filter(None, (str(folder / "python"), os.environ.get("PYTHONPATH"))))
+        self.env = {"SOAK_CLOCK": str(self.clock), "PYTHONPATH": path}
+        self.flags = [f"--config.train.steps={STEPS}"]
+        self.flags += [f"--config.mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), mesh)]
+        self.logs, self.starts = folder / "logs", 0
+        self.began: float | None = None
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, in order."""
+        found = (self.mount.parent / "disk" / "run" / "checkpoints").glob("[0-9]*")
+        return sorted(int(p.name) for p in found if p.name.isdigit())
+
+    def is_done(self) -> bool:
+        return (self.mount.parent / "disk" / "run" / "result.json").exists()
+
+    def start(self) -> reliability.Processes:
+        """Gives the command."""
+        self.clock.unlink(missing_ok=True)
+        self.began = self.began or time.time()
+        self.starts += 1
+        return reliability.Processes(self.workdir, self.number, self.logs / str(self.starts), self.flags, self.env)
+
+    def end_of(self, processes: reliability.Processes, fault: Fault, killed: set[int]) -> None:
+        """Waits for the end of all processes, and notes how they ended; a hung one is ended."""
+        limit = time.monotonic() + self.timeout
+        while processes.are_running() and time.monotonic() < limit:
+            time.sleep(0.02)
+        fault.hung |= processes.are_running()
+        processes.end()
+        for index, process in enumerate(processes.all):
+            lines = [line for line in processes.said(index).splitlines() if line.strip()]
+            last, code = (lines or [""])[-1], process.returncode
+            if index not in killed:
+                said = any(mark in line for line in lines[-40:] for mark in SAYS_WHY)
+                fault.clear &= code in (0, 75) or (said and code != 1)  # 1: a traceback of the main thread
+                fault.after.append(f"{code}: {last[:240]}")
+
+    def meet(self, processes: reliability.Processes, fault: Fault, rng: random.Random) -> bool:
+        """Waits for the phase and does the fault; returns whether it came to that before the end of the processes."""
+        newest = self.steps()[-1:]
+        wanted = (newest or [0])[0] + rng.choice((0, 2, 4)) * (fault.phase in ("step", "save", "evaluate"))
+        limit = time.monotonic() + self.timeout
+        while processes.are_running():
+            now = (self.steps() or [0])[-1]
+            resumed = str((newest or [""])[0])
+            if now >= wanted and reliability.is_in(fault.phase, processes.output(), self.workdir, resumed):
+                break
+            if time.monotonic() > limit:
+                fault.hung = True
+                break
+            time.sleep(0.005)
+        time.sleep(rng.random() * SPREAD[fault.phase])
+        if not processes.are_running():
+            return False
+        began, killed, before = time.monotonic(), set(), self.steps()
+        victim = rng.randrange(self.number)
+        if fault.kind == "kill":
+            processes.all[victim].send_signal(signal.SIGKILL)
+            killed = {victim}
+        elif fault.kind == "terminate":
+            processes.all[victim].send_signal(signal.SIGTERM)
+        elif fault.kind == "damage":
+            for process in processes.all:
+                process.send_signal(signal.SIGKILL)
+            killed = set(range(self.number))
+        elif fault.kind == "full disk":
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            limit_files(processes, (0, hard))
+            time.sleep(rng.uniform(0.2, 4.0))
+            limit_files(processes, (hard, hard))
+        elif fault.kind == "lost mount":
+            retarget(self.mount, "nowhere")
+            time.sleep(rng.uniform(0.2, 4.0))
+            retarget(self.mount, "disk")
+        else:
+            self.clock.write_text(str(rng.choice((-1, 1)) * rng.randrange(60, 86400)))
+        if fault.kind in ("kill", "damage"):
+            self.end_of(processes, fault, killed)
+        else:
+            self.settle(processes, fault, before)
+        fault.seconds = time.monotonic() - began
+        if fault.kind == "damage" and self.steps():
+            fault.after.append(damage(self.workdir / "checkpoints" / str(self.steps()[-1]), rng, ("cut", "bits")))
+        return True
+
+    def settle(self, processes: reliability.Processes, fault: Fault, before: list[int]) -> None:
+        """Waits until the processes have ended or have gone on to another checkpoint."""
+        limit = time.monotonic() + self.timeout
+        while processes.are_running():
+            gone = [p for p in processes.all if p.poll() is not None]
+            if gone and not all(p.returncode == 0 for p in gone):
+                break
+            if set(self.steps()) - set(before):
+                fault.after.append("went on")
+                return
+            if time.monotonic() > limit:
+                fault.hung = True
+                break
+            time.sleep(0.02)
+        self.end_of(processes, fault, set())
+
+
+def limit_files(processes: reliability.Processes, limits: tuple[int, int]) -> None:
+    """Sets how large a file the processes may write."""
+    for process in processes.all:
+        if process.poll() is None:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
+
+
+def retarget(link: pathlib.Path, target: str) -> None:
+    """Points a symbolic link elsewhere, in one step."""
+    new = link.with_name("new")
+    new.symlink_to(target)
+    new.rename(link)
+
+
+def disturb(folder: pathlib.Path, number: int, mesh: tuple, faults: int, seed: str, timeout: float) -> dict:
+    """A run with so many faults; a JSON object that says what happened."""
+    rng, run = random.Random(seed), Run(folder, number, mesh, timeout)
+    met: list[Fault] = []
+    processes, refused, failures = None, "", 0
+    while not run.is_done():
+        if processes is None or not processes.are_running():
+            processes = run.start()
+        if len(met) < faults:
+            fault = Fault(rng.choice(FAULTS), rng.choice(reliability.PHASES))
+            if run.meet(processes, fault, rng):
+                met.append(fault)
+                print(f"  {number} {mesh} {fault}", flush=True)
+                continue
+        last = Fault("none", "")
+        run.end_of(processes, last, set())
+        if last.hung or any(p.returncode for p in processes.all):
+            failures += 1
+            refused = "; ".join(last.after)
+            print(f"  {number} {mesh} ended by itself, hung: {last.hung}: {refused}", flush=True)
+            if last.hung or failures > 2:
+                break
+    ended = time.time()
+    result = {"processes": number, "mesh": mesh, "faults": [dataclasses.asdict(fault) for fault in met]}
+    result |= {"starts": run.starts, "refused": refused if not run.is_done() else "", "seconds": ended - run.began}
+    if run.is_done():
+        result["goodput"] = json.loads((run.workdir / "result.json").read_text())["goodput"]
+    return result
+
+
+def account(results: list[dict]) -> list[str]:
+    """The tables, as lines of Markdown."""
+    faults = [(result, fault) for result in results for fault in result["faults"]]
+    head = (
+        "fault",
+        "number",
+        "went on",
+        "ended by themselves",
+        "ended with a line",
+        "longest",
+        "hung",
+        "runs that differ",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for kind in FAULTS:
+        some = [(r, f) for r, f in faults if f["kind"] == kind]
+        went = sum(f["after"] == ["went on"] for _, f in some)
+        numbers = [len(some), went, len(some) - went, sum(f["clear"] for _, f in some)]
+        longest = max((f["seconds"] for _, f in some), default=0.0)
+        differ = sum(bool(r["different"] or r["refused"]) for r, _ in some)
+        numbers += [f"{longest:.0f} s", sum(f["hung"] for _, f in some), differ]
+        lines.append(f"| {kind} | {' | '.join(map(str, numbers))} |")
+    head = (
+        "processes",
+        "mesh",
+        "runs",
+        "faults",
+        "starts",
+        "the same bits",
+        "goodput",
+        "its account of the wall clock",
+    )
+    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for number, mesh in PLACES:
+        some = [r for r in results if (r["processes"], tuple(r["mesh"])) == (number, mesh)]
+        good = [r for r in some if "goodput" in r]
+        same = sum(not r["different"] and not r["refused"] for r in some)
+        step = sum(r["goodput"]["seconds"]["step"] for r in good)
+        whole = sum(r["goodput"]["wall_seconds"] for r in good)
+        wall = sum(r["seconds"] for r in good)
+        starts, count = sum(r["starts"] for r in some), sum(len(r["faults"]) for r in some)
+        shares = f"{step / whole:.1%} | {whole / wall:.1%}" if good else " | "
+        lines.append(
+            f"| {number} | {','.join(map(str, mesh))} | {len(some)} | {count} | {starts} | {same} | {shares} |"
+        )
+    return lines
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/soak.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--each", type=int, default=4, help="faults of a run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=240.0, help="seconds after which processes count as hung")
+    parser.add_argument("--folder", type=pathlib.Path, metavar="DIR")
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="where the tables are written")
+    options = parser.parse_args()
+    os.environ |= {"JAX_PLATFORMS": "cpu"}
+    os.environ.setdefault("ALTO_HEARTBEAT", "20")
+    os.environ.setdefault("ALTO_SAVE_TIMEOUT", "60")
+    if options.folder is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return soak(pathlib.Path(folder), options)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    return soak(options.folder.resolve(), options)
+
+
+def soak(folder: pathlib.Path, options: argparse.Namespace) -> int:
+    """Does what is missing in the folder, and prints the tables."""
+    log, rng = folder / "soak.jsonl", random.Random(options.seed)
+    results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    places, weights = zip(*PLACES.items())
+    for index in range(-(-options.faults // options.each)):
+        number, mesh = rng.choices(places, weights)[0]
+        if index < len(results):
+            continue
+        alone = folder / f"alone_{number}_{'_'.join(map(str, mesh))}"
+        if not (alone / "fingerprint.json").exists():
+            shutil.rmtree(alone, ignore_errors=True)
+            plain = disturb(alone, number, mesh, 0, "", options.timeout)
+            if plain["refused"]:
+                raise RuntimeError(f"the undisturbed run of {number} processes on {mesh} failed: {plain['refused']}")
+            (alone / "fingerprint.json").write_text(json.dumps(reliability.fingerprint(alone / "mount" / "run", STEPS)))
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        count = min(options.each, options.faults - index * options.each)
+        result = disturb(folder / "run", number, mesh, count, f"{options.seed} {index}", options.timeout)
+        expected = json.loads((alone / "fingerprint.json").read_text())
+        found = {} if result["refused"] else reliability.fingerprint(folder / "run" / "mount" / "run", STEPS)
+        result["different"] = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        if result["different"]:
+            shutil.copytree(folder / "run", folder / f"bad_{index}", symlinks=True)
+        results.append(result)
+        with log.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        print(
+            f"run {index}: {number} {mesh}, {result['seconds']:.0f} s, differs in {len(result['different'])}",
+            flush=True,
+        )
+    lines = account(results)
+    print("\n".join(lines))
+    if options.out:
+        command = f"python benchmarks/soak.py --faults {options.faults} --seed {options.seed}"
+        title = f"# Faults\n\n`{command}`, {datetime.date.today()}.\n\n"
+        options.out.write_text(title + "\n".join(lines) + "\n")
+    return int(
+        any(r["different"] or r["refused"] or any(f["hung"] or not f["clear"] for f in r["faults"]) for r in results)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
