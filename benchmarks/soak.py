@@ -292,6 +292,7 @@ def main() -> int:
     os.environ |= {"JAX_PLATFORMS": "cpu"}
     os.environ.setdefault("ALTO_HEARTBEAT", "20")
     os.environ.setdefault("ALTO_SAVE_TIMEOUT", "60")
+    os.environ.setdefault("ALTO_TIMEOUT", "60")  # what a process waits for one that was killed before it joined
     if options.folder is None:
         with tempfile.TemporaryDirectory() as folder:
             return soak(pathlib.Path(folder), options)
