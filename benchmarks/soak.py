@@ -21,6 +21,7 @@ DIR the command goes on where it was stopped.
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import pathlib
@@ -161,7 +162,7 @@ class Run:
             retarget(self.mount, "disk")
         else:
             self.clock.write_text(str(rng.choice((-1, 1)) * rng.randrange(60, 86400)))
-        if fault.kind in ("kill", "damage"):
+        if fault.kind in ("kill", "terminate", "damage"):
             self.end_of(processes, fault, killed)
         else:
             self.settle(processes, fault, before)
@@ -217,7 +218,7 @@ def disturb(folder: pathlib.Path, number: int, mesh: tuple, faults: int, seed: s
                 continue
         last = Fault("none", "")
         run.end_of(processes, last, set())
-        if last.hung or any(p.returncode for p in processes.all):
+        if last.hung or any(p.returncode not in (0, 75) for p in processes.all):
             failures += 1
             refused = "; ".join(last.after)
             print(f"  {number} {mesh} ended by itself, hung: {last.hung}: {refused}", flush=True)
@@ -305,10 +306,13 @@ def soak(folder: pathlib.Path, options: argparse.Namespace) -> int:
     log, rng = folder / "soak.jsonl", random.Random(options.seed)
     results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     places, weights = zip(*PLACES.items())
-    for index in range(-(-options.faults // options.each)):
+    for index in itertools.count():
         number, mesh = rng.choices(places, weights)[0]
         if index < len(results):
             continue
+        met = sum(len(result["faults"]) for result in results)
+        if met >= options.faults:
+            break
         alone = folder / f"alone_{number}_{'_'.join(map(str, mesh))}"
         if not (alone / "fingerprint.json").exists():
             shutil.rmtree(alone, ignore_errors=True)
@@ -317,7 +321,7 @@ def soak(folder: pathlib.Path, options: argparse.Namespace) -> int:
                 raise RuntimeError(f"the undisturbed run of {number} processes on {mesh} failed: {plain['refused']}")
             (alone / "fingerprint.json").write_text(json.dumps(reliability.fingerprint(alone / "mount" / "run", STEPS)))
         shutil.rmtree(folder / "run", ignore_errors=True)
-        count = min(options.each, options.faults - index * options.each)
+        count = min(options.each, options.faults - met)
         result = disturb(folder / "run", number, mesh, count, f"{options.seed} {index}", options.timeout)
         expected = json.loads((alone / "fingerprint.json").read_text())
         found = {} if result["refused"] else reliability.fingerprint(folder / "run" / "mount" / "run", STEPS)
