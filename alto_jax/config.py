@@ -110,6 +110,16 @@ def to_dict(config: Any) -> Any:
     return config
 
 
+def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted name, old, new) of the leaves of nested dicts that differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}):
+            found += differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if old == new else [(name, old, new)]
+
+
 def require(condition: bool, field: str, value: Any, expected: str) -> None:
     """Raises ConfigError naming `field`, `value` and what was `expected`, unless `condition` holds."""
     if not condition:
@@ -117,7 +127,7 @@ def require(condition: bool, field: str, value: Any, expected: str) -> None:
 
 
 # Note: pathlib makes one slash of two.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def local_path(path: str | os.PathLike, field: str) -> pathlib.Path:
@@ -130,7 +140,7 @@ def local_path(path: str | os.PathLike, field: str) -> pathlib.Path:
     Raises:
       ConfigError: it is a URL (scheme://…), which would become a local folder of that name.
     """
-    if _URL.match(os.fspath(path)):
+    if URL.match(os.fspath(path)):
         raise ConfigError(f"{field}: expected a path on this machine (mount the bucket), got {os.fspath(path)!r}")
     return pathlib.Path(path)
 

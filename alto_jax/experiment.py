@@ -9,6 +9,7 @@ from alto_jax.config import ConfigError, build, local_path, require
 from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.lessons import LessonConfig
 from alto_jax.data.masks import AUTO, parse_rule
+from alto_jax.data.prepared import check_root
 from alto_jax.data.reading import Exif
 from alto_jax.data.sa1b_folder import MAX_TARGETS
 from alto_jax.data.scenes import ChatConfig, MaskConfig
@@ -21,6 +22,7 @@ from alto_jax.mllm.alto_llm import ModelConfig
 from alto_jax.mllm.generate import GenerateConfig
 from alto_jax.parallel.sharding import MeshConfig
 from alto_jax.rewards import RewardConfig
+from alto_jax.storage.bucket import checked
 
 STAGE_NAMES = ("stage0", "stage1", "stage1_5", "stage2", "stage3")
 SUPERVISED_AT_ONCE = 64  # A mask of 32 tokens and a sentence around it.
@@ -117,8 +119,8 @@ class DataConfig:
 
 
 def _require_place(source: str, root: str, meta: str, group: str) -> None:
-    """Raises ConfigError if a source of `config.{group}` lacks its root or meta, or has a URL there."""
-    local_path(root, "root")
+    """Raises ConfigError if a source of `config.{group}` lacks its root or meta, or has a URL that it cannot use."""
+    check_root(source, root, "root")
     local_path(meta, "meta")
     is_sa1b = source in ("sa1b", "sa1b_chats")
     require(not is_sa1b or bool(root), "root", root, f"the SA-1B folder (--config.{group}.root=DIR)")
@@ -359,8 +361,8 @@ class ExperimentConfig:
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self) -> None:
-        local_path(self.init_from, "init_from")
-        local_path(self.tokenizer_from, "tokenizer_from")
+        checked(self.init_from, "init_from")
+        checked(self.tokenizer_from, "tokenizer_from")
         allowed = not self.tokenizer_from or self.stage in ("stage2", "stage3")
         require(allowed, "tokenizer_from", self.tokenizer_from, f"empty in {self.stage}")
         if self.lora.rank:

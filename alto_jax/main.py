@@ -20,8 +20,9 @@ from typing import Any
 from absl import flags
 
 from alto_jax import cli
-from alto_jax.config import ConfigError, local_path
+from alto_jax.config import ConfigError, to_dict
 from alto_jax.parallel import distributed
+from alto_jax.storage.bucket import checked
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory: checkpoints, metrics, results.")
 _MODE = flags.DEFINE_enum(
@@ -214,7 +215,7 @@ def main() -> int:
         raise ConfigError(f"unexpected argument {rest[1]!r}; {_USAGE}")
     if not _WORKDIR.value:
         raise ConfigError(f"--workdir is required; {_USAGE}")
-    local_path(_WORKDIR.value, "--workdir")
+    checked(_WORKDIR.value, "--workdir")
     # Note: before the configuration is read, which may already touch JAX.
     distributed.initialize(_DISTRIBUTED.value)
     values = read_config(spec, changes)
@@ -232,12 +233,23 @@ def main() -> int:
         values["train"]["profile_steps"] = values["train"]["profile_steps"] or 5
     config = make_experiment(values)
     with distributed.explained():
-        distributed.check_same_config(config)
+        # Note: before anything that needs all processes, since those that differ would wait for each other for ever.
+        distributed.require_same("command", _agreed(config))
         if _MODE.value == "train":
             train(config, _WORKDIR.value, age=process_age())
         else:
             evaluate(config, _WORKDIR.value)
     return 0
+
+
+def _agreed(config: Any) -> dict[str, Any]:
+    """What all processes of a run must have alike."""
+    import jax  # late: keeps the start fast
+
+    import alto_jax
+
+    versions = {"alto_jax": alto_jax.__version__, "jax": jax.__version__}
+    return {"--mode": _MODE.value, "config": to_dict(config), "version of": versions}
 
 
 def _own_help() -> str:

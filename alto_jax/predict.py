@@ -54,7 +54,7 @@ def describe(checkpoint: str, step: int | None, length: str | int) -> dict[str, 
     """
     from alto_jax.checkpoint import runs  # late: keeps the start fast
 
-    runs.find_run(checkpoint, made_by=runs.MADE_BY)
+    runs.find_run(checkpoint, made_by=runs.MADE_BY, step=step)
     meta = runs.load_meta(checkpoint, step)
     most = meta["model"]["tokenizer"]["num_latent_tokens"]
     if isinstance(length, int) and length > most:

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 ROOMS = (
     "__init__", "plan", "main", "quickstart", "demo", "serve", "export", "tokenize", "predict", "inference", "evaluate",
     "train", "stages", "experiment", "data", "checkpoint", "lora", "report", "figures", "losses", "rewards", "metrics",
-    "mllm", "tokenizer", "layers", "attention", "batch", "params", "cli", "parallel", "config",
+    "mllm", "tokenizer", "layers", "attention", "batch", "params", "storage", "cli", "parallel", "config",
 )  # fmt: skip
 # A room's command stands above the rooms: it may ask any of them.
 COMMANDS = {"checkpoint.__main__", "evaluate.__main__", "lora.__main__", "plan.__main__"}

@@ -17,7 +17,6 @@ from alto_jax.data import open_vocab, prepare, sources
 from alto_jax.evaluate import __main__ as evaluate
 from alto_jax.experiment import make_experiment
 from alto_jax.lora import __main__ as lora
-from alto_jax.train.workdir import claim_workdir
 from tests.conftest import ROOT, error_line, run_python
 from tools.convert_torch_weights import __main__ as convert
 
@@ -61,28 +60,36 @@ def test_how_processes_join_may_follow_a_space(tmp_path):
         assert "ALTO_COORDINATOR must be set" in run_main(DEBUG, f"--workdir={tmp_path / 'run'}", *flag)
 
 
-URL = "gs://bucket/runs"
+URL = "https://host/runs"  # Of a scheme that nothing reads.
 
 
 def test_main_refuses_urls(tmp_path, monkeypatch, refused):
     line = refused(main.main, DEBUG, f"--workdir={URL}")
-    assert line == f"error: --workdir: expected a path on this machine (mount the bucket), got {URL!r}"
+    assert line.startswith("error: --workdir: expected a path on this machine, or a URL of s3://, gs://, file://, ")
+    assert line.endswith(f" got {URL!r}")
+    line = refused(main.main, "--config=configs/quickstart.py:debug", "--workdir=s3://bucket/run")
+    assert line == "error: --workdir: expected a path on this machine (mount the bucket), got 's3://bucket/run'"
     monkeypatch.chdir(tmp_path)
     plain = main.load_config(str(ROOT / "configs/stage2.py:debug")).to_dict()
     for group, field in (("", "init_from"), ("data", "root"), ("data", "meta")):
         changed = plain | ({group: plain[group] | {field: URL}} if group else {field: URL})
         name = f"config.{group}.{field}" if group else f"config.{field}"
-        with pytest.raises(ConfigError, match=f"{name}: expected a path on this machine .*'{URL}'"):
+        with pytest.raises(ConfigError, match=f"{name}.*: expected a path on this machine.*'{URL}'"):
             make_experiment(changed)
     mixture = tmp_path / "mixture.json"
-    mixture.write_text(json.dumps({"one": {"weight": 1, "source": "prepared", "root": URL}}))
+    mixture.write_text(json.dumps({"one": {"weight": 1, "source": "sa1b", "root": "s3://b/sa1b"}}))
     config = make_experiment(plain | {"data": plain["data"] | {"source": "mixture", "meta": str(mixture)}})
-    with pytest.raises(ConfigError, match="mixture.json: one.root: expected a path on this machine"):
+    with pytest.raises(ConfigError, match=r"mixture.json: one.root \(source 'sa1b'; .*: expected a path on"):
         sources.chat_source(config)
-    for path in (URL, "S3://bucket", "https://host/run", pathlib.Path(URL)):
-        for opened in (runs.find_run, runs.Checkpointer, lambda path: claim_workdir(path, config)):
+    for path in (URL, "ftp://host/run", pathlib.Path(URL)):
+        for opened in (runs.find_run, runs.Checkpointer):
             with pytest.raises(ConfigError, match="expected a path on this machine"):
                 opened(path)
+    # Raw data in a bucket: what works is said.
+    changed = plain | {"data": plain["data"] | {"source": "sa1b_chats", "root": "gs://b/sa1b"}}
+    with pytest.raises(ConfigError, match=r"config.data.root .*prepared data alone\): expected .*'gs://b/sa1b'"):
+        make_experiment(changed)
+    make_experiment(plain | {"data": plain["data"] | {"source": "prepared", "root": "gs://b/prepared"}})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mixture.json"]
     assert local_path("runs/a:b", "out") == pathlib.Path("runs/a:b")
 

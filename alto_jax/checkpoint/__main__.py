@@ -18,7 +18,7 @@ def main() -> int:
     command.add_argument("out", help="a new directory")
     command.add_argument("--step", type=int, metavar="N", help="of the run's checkpoints (default: the newest)")
     arguments = parser.parse_args()
-    cli.check_paths({"run": arguments.run, "out": arguments.out})
+    cli.check_paths({"out": arguments.out})
     from alto_jax.checkpoint import packed  # late: --help needs no JAX
 
     made = packed.pack(arguments.run, arguments.out, arguments.step)

@@ -1,18 +1,24 @@
-"""What a path is that is no run's directory: a packed checkpoint to unpack, or, in words, PyTorch weights to import
-first, or one step's folder."""
+"""What a path is that is no run's directory: a URL to fetch, a packed checkpoint to unpack, or, in words, PyTorch
+weights to import first, or one step's folder."""
 
 from collections.abc import Callable
 import os
 import pathlib
 
+from alto_jax.storage import bucket, fetched
+
+WEIGHTS, ABOUT = "model.safetensors", "model.json"  # of a packed checkpoint, see packed.py
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 
 # Directory → the run that it is unpacked to, None: it is not of this form. Filled by what stands above, see packed.py.
 unpackers: list[Callable[[str | os.PathLike], pathlib.Path | None]] = []
 
 
-def run_of(directory: str | os.PathLike) -> pathlib.Path:
-    """The run that a path stands for: the one that a packed checkpoint is unpacked to, else the path itself."""
+def run_of(directory: str | os.PathLike, step: int | None = None) -> pathlib.Path:
+    """The run that a path stands for, on this machine: of a URL what it is fetched to (with a step, None: the newest);
+    the one that a packed checkpoint is unpacked to; else the path itself."""
+    if bucket.is_url(directory):
+        directory = fetched.run(os.fspath(directory), "checkpoint", step, (WEIGHTS, ABOUT))
     return next((run for unpack in unpackers if (run := unpack(directory))), pathlib.Path(directory))
 
 

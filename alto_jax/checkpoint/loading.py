@@ -19,6 +19,7 @@ from alto_jax.mllm.alto_llm import ModelConfig, init_params
 from alto_jax.mllm.text import TextTokenizer
 from alto_jax.parallel import sharding
 from alto_jax.params import merge_params
+from alto_jax.storage import bucket
 
 AT_ONCE = 1 << 28  # bytes of saved parameters that are read and converted at once
 
@@ -60,7 +61,7 @@ def load_model(
       ConfigError: there is no such step, or no language model to quantise.
       ValueError: the checkpoint lacks parameters of its own model, or cannot be read.
     """
-    root, _ = runs.find_run(directory, made_by=runs.MADE_BY)
+    root, _ = runs.find_run(directory, made_by=runs.MADE_BY, step=step)
     require(quantize in QUANTIZE, "quantize", quantize, f"one of {QUANTIZE}")
     require(for_inference or not quantize, "quantize", quantize, "'' without for_inference")
     if mesh is None:
@@ -92,9 +93,10 @@ def load_model(
         return params, paths, runs.described(found)
 
     place = base_of(meta, str(directory)) if lora else root
+    found_in = runs.find_run(place)[0] if lora else root
     groups = _groups(abstract["model"]) if for_inference else [abstract["model"]]
     reads = [functools.partial(runs.read_params, str(place), group, None) for group in groups]
-    parts, read_step = newest_in_parts(runs.find_run(place)[0], reads, keep, None if lora else step)
+    parts, read_step = newest_in_parts(found_in, reads, keep, None if lora else step)
     have = {path: True for _, paths, _ in parts for path in paths}
     runs.require_complete(traverse_util.unflatten_dict(have, sep="/"), abstract["model"], str(place))
     params = merge_params(*(part for part, _, _ in parts))
@@ -141,7 +143,9 @@ def adapter_meta(config: Any) -> dict:
     """What a run of adapters says of its base: {"lora", "base", "base_identity"}; {} without adapters."""
     if not config.lora.rank:
         return {}
-    base = str(runs.find_run(config.init_from)[0])
+    # Note: of a base in a bucket its URL, not the copy on this machine.
+    start = config.init_from
+    base = bucket.place(start) if bucket.is_url(start) else str(runs.find_run(start)[0])
     return {"lora": to_dict(config.lora), "base": base, "base_identity": runs.identity(base)}
 
 

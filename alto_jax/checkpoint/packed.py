@@ -19,10 +19,11 @@ import warnings
 import numpy as np
 
 from alto_jax.checkpoint import foreign
+from alto_jax.checkpoint.foreign import ABOUT, WEIGHTS
 from alto_jax.config import cache_folder
 
 _CHECKPOINTS = "checkpoints"  # of a run
-WEIGHTS, ABOUT, TEXT = "model.safetensors", "model.json", "tokenizer.json"
+TEXT = "tokenizer.json"
 ASSETS = pathlib.Path(__file__).parents[1] / "assets"
 _KEPT = ("stage", "model", "data", "step")  # what a packed model says of itself
 _temporary: dict[pathlib.Path, pathlib.Path] = {}

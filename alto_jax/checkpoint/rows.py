@@ -157,7 +157,7 @@ def open_params(directory: str | os.PathLike, step: int | None = None) -> dict[s
     Raises:
       ConfigError: there is no such step. ValueError: none can be opened.
     """
-    root, _ = find_run(directory)
+    root, _ = find_run(directory, step=step)
     _, step = newest_readable(root, lambda folder: Found(plain=sorted(_open(folder))), step)
     return _open(root / CHECKPOINTS / str(step))
 

@@ -41,6 +41,8 @@ from alto_jax.checkpoint.agreement import (
 from alto_jax.config import local_path
 from alto_jax.parallel import distributed
 from alto_jax.params import merge_params, refuse_quantized
+from alto_jax.storage import fetched
+from alto_jax.storage.bucket import checked, is_url
 
 MADE_BY = "python -m alto_jax.main --config=configs/quickstart.py --workdir=DIR"  # For who has no checkpoint yet.
 BROKEN = "broken_checkpoints"  # What could not be read on resume is moved here.
@@ -315,12 +317,13 @@ def read_meta(folder: pathlib.Path) -> dict:
     return meta
 
 
-def find_run(directory: str | os.PathLike, *, made_by: str = "") -> tuple[pathlib.Path, int]:
+def find_run(directory: str | os.PathLike, *, made_by: str = "", step: int | None = None) -> tuple[pathlib.Path, int]:
     """Finds the newest complete checkpoint of a run.
 
     Args:
-      directory: a run's directory (or its `checkpoints` folder), or a packed checkpoint (packed.py).
+      directory: a run's directory (or its `checkpoints` folder), or a packed checkpoint (packed.py); or a URL of one.
       made_by: the command that makes such a checkpoint, for the message.
+      step: the one that will be read (None: the newest), which is what is fetched of a URL.
 
     Returns:
       (the run's directory, step).
@@ -328,9 +331,9 @@ def find_run(directory: str | os.PathLike, *, made_by: str = "") -> tuple[pathli
     Raises:
       FileNotFoundError: the directory is missing or holds no complete checkpoint.
     """
-    given = local_path(directory, "checkpoint")
-    root = foreign.run_of(given).absolute()
-    if root == given.absolute() and (found := foreign.explain(given)):
+    given = checked(directory, "checkpoint")
+    root = foreign.run_of(given, step).absolute()
+    if isinstance(given, pathlib.Path) and root == given.absolute() and (found := foreign.explain(given)):
         raise FileNotFoundError(found)
     root = root.parent if root.name == CHECKPOINTS else root
     hint = f"; make it with: {made_by}" if made_by else ""
@@ -344,7 +347,7 @@ def find_run(directory: str | os.PathLike, *, made_by: str = "") -> tuple[pathli
 
 def load_meta(directory: str | os.PathLike, step: int | None = None) -> dict:
     """What the run said of itself when it saved: {"stage", "model", "data", "step"}; step: None is the newest."""
-    root, _ = find_run(directory)
+    root, _ = find_run(directory, step=step)
     found, _ = newest_readable(root, lambda folder: Found(plain=read_meta(folder)), step)
     return described(found)
 
@@ -356,7 +359,10 @@ def described(found: Found) -> dict:
 
 def identity(directory: str | os.PathLike, step: int | None = None) -> str:
     """Step and a hash that changes when the run's checkpoint (None: the newest) is saved anew."""
-    root, newest = find_run(directory)
+    if is_url(directory) and step is None:
+        step, saved = fetched.newest(directory, "checkpoint")  # Note: without fetching it.
+        return f"step {step} {hashlib.sha256(saved).hexdigest()[:12]}"
+    root, newest = find_run(directory, step=step)
     step = newest if step is None else step
     saved = (root / CHECKPOINTS / str(step) / "_CHECKPOINT_METADATA").read_bytes()
     return f"step {step} {hashlib.sha256(saved).hexdigest()[:12]}"
@@ -383,7 +389,7 @@ def load_params(
     Raises:
       ValueError: a parameter has another shape in the checkpoint, or no checkpoint can be read.
     """
-    root, _ = find_run(directory)
+    root, _ = find_run(directory, step=step)
     found, _ = newest_readable(root, functools.partial(read_params, str(directory), abstract, only), step)
     return joined(found)
 

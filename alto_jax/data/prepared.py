@@ -21,11 +21,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from alto_jax.config import local_path
 from alto_jax.data import identity, prompts
 from alto_jax.data.fingerprint import Fingerprint
 from alto_jax.data.shards import Shards
 from alto_jax.data.source import place
 from alto_jax.data.split import ImageSplit, image_hash
+from alto_jax.storage import fetched
+from alto_jax.storage.bucket import checked, is_url
 
 _log = logging.getLogger(__name__)
 KINDS = ("masks", "chat", "referring")
@@ -33,6 +36,14 @@ FORMATS = ("raw", "png", "jpeg")
 MANIFEST = "manifest.json"
 IMAGES = "images.npy"  # What image each record shows: its name and its hash (split.py), so that no record need be read.
 REQUESTS = "requests.npy"  # uint16[N, 2]: requests for one mask (prompts.py) and masks of each record of kind "chat"
+
+
+def check_root(source: str, root: str | os.PathLike, field: str) -> None:
+    """Raises ConfigError if a data folder is a URL that cannot be used, or of another source than "prepared"."""
+    if source == "prepared":
+        checked(root, field)
+    elif is_url(root):
+        local_path(root, f"{field} (source {source!r}; a bucket may hold prepared data alone)")
 
 
 def features(kind: str, image_format: str, caches: Mapping[str, Any] | None = None) -> Any:
@@ -186,7 +197,7 @@ class Prepared:
         """Opens a data set.
 
         Args:
-          directory: the folder with `manifest.json`.
+          directory: the folder with `manifest.json`, or its URL, which is fetched whole to the cache folder.
           expect: name the data set must have; kind: one of KINDS it must have.
           use_caches: whether to read what is cached.
           max_masks: records of more are passed over, with a warning; None: none is.
@@ -194,6 +205,8 @@ class Prepared:
         Raises:
           ValueError: not a complete prepared data set, or another one than expected.
         """
+        if is_url(directory):
+            directory = fetched.data(os.fspath(directory), "root", MANIFEST, "a prepared data set")
         self.directory = pathlib.Path(directory)
         try:
             self.manifest = json.loads((self.directory / MANIFEST).read_text())

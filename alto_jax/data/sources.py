@@ -16,7 +16,7 @@ from alto_jax.config import local_path
 from alto_jax.data import bad_data, benchmarks, caches, composition, comprehension, lessons, pipeline, refcoco, scenes
 from alto_jax.data.conversations import Conversations
 from alto_jax.data.mixture import Mixture
-from alto_jax.data.prepared import Prepared
+from alto_jax.data.prepared import Prepared, check_root
 from alto_jax.data.prompts import NoPrompts, Prompts
 from alto_jax.data.reading import Reading
 from alto_jax.data.sa1b import Sa1bMasks
@@ -26,6 +26,7 @@ from alto_jax.data.split import EmptySplit, ImageSplit
 from alto_jax.mllm.text import TextTokenizer
 from alto_jax.parallel import distributed
 from alto_jax.parallel.shares import WHOLE, BatchShare
+from alto_jax.storage.bucket import is_url, place
 
 S = TypeVar("S", Conversations, Prepared, Sa1bMasks, Sa1bChats, refcoco.Referring)
 _log = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ def _place(config: Any, held_out: bool) -> tuple[Any, str, ImageSplit | None]:
 
 
 def _resolved(path: str) -> str:
-    return str(pathlib.Path(path).resolve()) if path else ""
+    return place(path) if path else ""
 
 
 def _part(source: S, split: ImageSplit | None) -> S:
@@ -217,8 +218,8 @@ def _entries(config: Any, field: str) -> dict[str, tuple[float, dict[str, Any]]]
     for name, (_, entry) in found.items():
         if entry["source"] == "mixture":
             raise ValueError(f"{file}: {name}.source: a mixture in a mixture")
-        for place in ("root", "meta"):
-            local_path(entry.get(place) or "", f"{file}: {name}.{place}")
+        check_root(entry["source"], entry.get("root") or "", f"{file}: {name}.root")
+        local_path(entry.get("meta") or "", f"{file}: {name}.meta")
     return found
 
 
@@ -232,7 +233,9 @@ def _mixture(config: Any, field: str, open_part: Callable[[Any], Records]) -> Re
     empty: list[ValueError] = []
     for name, (weight, entry) in _entries(config, field).items():
         source = entry["source"]
-        paths = {"root": str(file.parent / entry["root"]) if entry.get("root") else "", "meta": entry.get("meta", "")}
+        root = entry.get("root") or ""
+        root = root if is_url(root) or not root else str(file.parent / root)
+        paths = {"root": root, "meta": entry.get("meta", "")}
         if source == "jsonl":
             paths["meta"] = str(file.parent / paths["meta"])
         paths |= {rule: entry[rule] for rule in ("exif", "mask_rule") if rule in entry}

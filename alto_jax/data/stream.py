@@ -14,7 +14,7 @@ from alto_jax.config import ConfigError
 from alto_jax.data import identity
 from alto_jax.data.closing import ClosingIterator
 
-_KEY = "data_set"
+DATA_SET = "data_set"  # in the state of an iterator: what data set it is of
 
 
 class Numbers(grain.MapDataset):
@@ -65,7 +65,7 @@ class _StreamIterator(ClosingIterator):
 
     def get_state(self) -> dict[str, Any]:
         """The position and the data set."""
-        return {**self._parent.get_state(), _KEY: self._identity}
+        return {**self._parent.get_state(), DATA_SET: self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Moves there.
@@ -73,17 +73,17 @@ class _StreamIterator(ClosingIterator):
         Raises:
           ConfigError: the state belongs to another data set, and `allow_changed` is False.
         """
-        if _KEY not in state:
+        if DATA_SET not in state:
             _warn("the checkpoint, of an earlier version, does not say which data set it was trained on; going on at "
                   "the same place of the one that is given")  # fmt: skip
-        elif changed := identity.difference(state[_KEY], self._identity):
+        elif changed := identity.difference(state[DATA_SET], self._identity):
             if not self._allow_changed:
                 raise ConfigError(
                     f"config.data: the data set is not the one that this run was trained on: {changed}; give that one,"
                     " or go on with this one, at the same place of its order, by --config.data.allow_changed=True"
                 )
             _warn(f"config.data.allow_changed: going on with another data set: {changed}")
-        self._parent.set_state({name: value for name, value in state.items() if name != _KEY})
+        self._parent.set_state({name: value for name, value in state.items() if name != DATA_SET})
 
 
 def _warn(text: str) -> None:

@@ -3,18 +3,23 @@
     python -m alto_jax.evaluate --checkpoint DIR --benchmark refcoco_val,grefcoco_testA --data ROOT --out DIR
 
 Writes to the out directory `results/*.jsonl` (a line a sample, in order), `metrics.json`, `tables.md`, plots,
-`coco/*.json` (the predicted masks), `worst.html`, `timing.json` and `timing.md`. Killed and started again, it goes on
-after the last whole batch; everything but the times ends byte for byte as without the kill. --rescore makes it all
-again from the results. A benchmark is one of those that --list names, or `tokenizer_NAME`: the mask
-tokenizer alone on the masks of benchmark NAME, of `scenes`, or of the SA-1B folder given by --data (`tokenizer_sa1b`).
+`coco/*.json` (the predicted masks), `worst.html`, `timing.json` and `timing.md`; it may be a URL of a bucket. Killed
+and started again, it goes on after the last whole batch; everything but the times ends byte for byte as without the
+kill. --rescore makes it all again from the results. A benchmark is one of those that --list names, or `tokenizer_NAME`:
+the mask tokenizer alone on the masks of benchmark NAME, of `scenes`, or of the SA-1B folder given by --data
+(`tokenizer_sa1b`).
 """
 
 import argparse
 from collections.abc import Sequence
 import pathlib
+from typing import TYPE_CHECKING
 
 from alto_jax import cli
-from alto_jax.config import ConfigError
+from alto_jax.config import ConfigError, local_path
+
+if TYPE_CHECKING:
+    from alto_jax.evaluate.options import EvaluateOptions
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,7 +101,21 @@ def main() -> int:
     distributed.initialize(values.pop("distributed"))
     values["length"] = values["length"] or ("both" if table else "adaptive")
     values["checkpoint"] = values["checkpoint"] or ""
+    if is_card:
+        local_path(options.out, "--out")
     asked = EvaluateOptions(benchmarks=split("benchmark"), **values)
+    from alto_jax.storage.mirror import working_copy  # late: keeps the start fast
+
+    with working_copy(asked.out, "--out") as (out, _):
+        _write(asked.replace(out=out), table, figure, is_card, runs, results)
+    return 0
+
+
+def _write(
+    asked: "EvaluateOptions", table: Sequence[str], figure: int | None, is_card: bool, runs: Sequence[str],
+    results: Sequence[str],
+) -> None:  # fmt: skip
+    """Writes what is asked for into its folder on this machine."""
     if table or figure is not None or is_card:
         from alto_jax.evaluate.paper import command as paper  # late: keeps the start fast
 
@@ -106,12 +125,11 @@ def main() -> int:
             paper.write_figure(asked, figure, runs)
         else:
             paper.write_card(asked, results)
-        return 0
+        return
     from alto_jax.evaluate.runner import evaluate  # late: keeps the start fast
 
     if evaluate(asked):
         print((pathlib.Path(asked.out) / "tables.md").read_text(), end="")
-    return 0
 
 
 def _check(

@@ -10,6 +10,7 @@ from alto_jax.config import QUANTIZE, ConfigError, Quantize, local_path, require
 from alto_jax.data.masks import AUTO, parse_rule
 from alto_jax.data.reading import EXIF, Exif
 from alto_jax.data.refcoco import PROTOCOLS
+from alto_jax.storage.bucket import checked
 
 
 def length_modes(length: str) -> tuple[str, ...]:
@@ -98,7 +99,9 @@ class EvaluateOptions:
         for name in ("step", "quantize"):
             value = getattr(self, name)
             require(not self.rescore or value in (None, ""), name, value, "nothing, with --rescore")
-        for name in ("checkpoint", "out", "data", "images", "paper_rows"):
+        for name in ("checkpoint", "out"):
+            checked(getattr(self, name) or "", f"--{name}")
+        for name in ("data", "images", "paper_rows"):
             local_path(getattr(self, name) or "", f"--{name.replace('_', '-')}")
         require(not isinstance(self.benchmarks, str), "benchmarks", self.benchmarks, "a list of names")
         for name in ("limit", "max_new_tokens", "min_pixels", "worst", "timed_samples"):

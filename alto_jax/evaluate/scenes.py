@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--length", choices=("adaptive", "fixed"), default="adaptive")
     parser.add_argument("--end-bias", type=float, default=0.0, metavar="X", help="> 0: fewer mask tokens; < 0: more")
     options = parser.parse_args()
-    cli.check_paths({"checkpoint": options.checkpoint, "out": options.out or ""})
+    cli.check_paths({"out": options.out})
     # late: --help needs no JAX
     from alto_jax.checkpoint import loading
     from alto_jax.evaluate.scene_answers import KINDS, evaluate_scenes, table

@@ -28,7 +28,7 @@ def main() -> int:
                         help="answers are a mask and nothing else; --no-forced_prefix: free ones")  # fmt: skip
     cli.add_quantize(parser)
     options = parser.parse_args()
-    cli.check_paths({"--checkpoint": options.checkpoint, "--out": options.out})
+    cli.check_paths({"--out": options.out})
     out = pathlib.Path(options.out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out={options.out}: expected a folder")

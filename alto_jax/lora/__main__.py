@@ -58,7 +58,7 @@ def main() -> int:
     command.add_argument("out", help="a new directory")
     command.add_argument("--step", type=int, metavar="N", help="of the run's checkpoints (default: the newest)")
     arguments = parser.parse_args()
-    cli.check_paths({"run": arguments.run, "out": arguments.out})
+    cli.check_paths({"out": arguments.out})
     print(f"merged into {merge(arguments.run, arguments.out, arguments.step)}")
     return 0
 

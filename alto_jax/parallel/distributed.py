@@ -7,7 +7,6 @@ scripts that start the processes.
 from collections.abc import Callable, Iterator
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import socket
 import sys
 from typing import Any, TypeVar
 
-from alto_jax.config import ConfigError, to_dict
+from alto_jax.config import ConfigError, differences
 
 _joined = False
 T = TypeVar("T")
@@ -92,11 +91,49 @@ def require_alone(what: str) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process gives, in order of the processes; every process gets it all. For values that JSON can hold."""
-    import jax  # late: keeps the start fast
+    """What each process gives, in order of the processes; every process gets it all. For values that JSON can hold.
 
-    if jax.process_count() == 1:
+    Raises:
+      ConfigError: a process has failed instead, see `opening`; names it.
+    """
+    if count() == 1:
         return [value]
+    found = _exchange({"value": value})
+    failed = next((index for index, given in enumerate(found) if "failed" in given), None)
+    if failed is not None:
+        raise _Told(f"process {failed}: {found[failed]['failed']}")
+    return [given["value"] for given in found]
+
+
+class _Told(ConfigError):
+    """Another process has failed, as all have heard."""
+
+
+@contextlib.contextmanager
+def opening() -> Iterator[None]:
+    """Around what each process opens for itself, before work on devices: an error of one ends all, with its name.
+
+    Inside of it processes may `gather`, but use no devices together.
+
+    Raises:
+      ConfigError: what was a ValueError or OSError in this process or another one, with that process's number.
+    """
+    try:
+        yield
+    except _Told:
+        raise
+    except (ValueError, OSError) as error:
+        if count() == 1:
+            raise
+        _exchange({"failed": " ".join(str(error).split())})
+        import jax  # late: keeps the start fast
+
+        raise ConfigError(f"process {jax.process_index()}: {error}") from error
+    gather(None)
+
+
+def _exchange(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """`gather` of several processes."""
     from jax.experimental import multihost_utils  # late: only several processes need it
     import numpy as np  # late: keeps the start fast
 
@@ -118,7 +155,7 @@ def from_first(function: Callable[[], T]) -> T:
     """
     import jax  # late: keeps the start fast
 
-    if jax.process_count() == 1:
+    if count() == 1:
         return function()
     found: dict[str, Any] = {}
     if jax.process_index() == 0:
@@ -132,6 +169,13 @@ def from_first(function: Callable[[], T]) -> T:
     return found["value"]
 
 
+def count() -> int:
+    """How many processes the run has."""
+    import jax  # late: keeps the start fast
+
+    return jax.process_count()
+
+
 @functools.cache
 def processes_here() -> int:
     """How many processes of the run this machine has; all of them must ask."""
@@ -139,24 +183,23 @@ def processes_here() -> int:
     return gather(here).count(here)
 
 
-def check_same_config(config: Any) -> None:
-    """Compares the configuration of all processes.
+def require_same(what: str, value: Any) -> None:
+    """Compares what all processes have of something that must be the same; all must ask together.
+
+    Args:
+      what: in words, for the message.
+      value: nested dicts of what JSON can hold.
 
     Raises:
-      ConfigError: this process's configuration differs from process 0's.
+      ConfigError: in every process, naming the first process that differs from process 0, and in what.
     """
-    import jax  # late: keeps the start fast
-
-    if jax.process_count() == 1:
-        return
-    text = json.dumps(to_dict(config), sort_keys=True)
-    all_digests = gather(hashlib.sha256(text.encode()).hexdigest())
-    others = [i for i, digest in enumerate(all_digests) if digest != all_digests[0]]
-    if others:
-        raise ConfigError(
-            f"process {jax.process_index()}: the configurations of the processes differ:"
-            f" {', '.join(map(str, others))} from the one of process 0"
-        )
+    all_values = gather(value)
+    for index, other in enumerate(all_values):
+        differing = differences(all_values[0], other)
+        if differing:
+            told = "; ".join(f"{name or what}: {here!r}, {first!r} in process 0" for name, first, here in differing[:3])
+            rest = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+            raise ConfigError(f"process {index} has another {what} than process 0: {told}{rest}")
 
 
 # Statuses of JAX's errors that say by themselves that another process is gone.

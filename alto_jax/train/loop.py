@@ -20,13 +20,14 @@ import optax
 from alto_jax.checkpoint import loading, runs
 from alto_jax.cli import Stopped, duration
 from alto_jax.config import ConfigError, write_whole
-from alto_jax.data import prefetch, sources
+from alto_jax.data import prefetch, sources, stream
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.lora import adapters
 from alto_jax.parallel import distributed, sharding
 from alto_jax.params import merge_params
 from alto_jax.stages.stage import Stage
 from alto_jax.stages.table import make_stage
+from alto_jax.storage import mirror, shared
 from alto_jax.train import best, goodput
 from alto_jax.train.logs import Logs
 from alto_jax.train.preemption import StopSignals
@@ -44,7 +45,7 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike, *, age: float = 
 
     Args:
       config: the run's configuration.
-      workdir: the run's directory; created if missing.
+      workdir: the run's directory, created if missing; or a URL of a bucket, which a copy on this machine is kept like.
       age: seconds since the start of the process, if it was started for this run.
 
     Returns:
@@ -60,29 +61,33 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike, *, age: float = 
       distributed.ProcessLost, distributed.OutOfMemory: see `distributed.explained`.
       Stopped: a signal ended the run after a save.
     """
-    claimed, finished, newest = distributed.from_first(lambda: _claim(workdir, config))
-    path = pathlib.Path(claimed)
-    if finished is not None:
-        print(f"[{config.stage}] {path} is already complete")
-        return finished
-    is_first = jax.process_index() == 0
-    account = goodput.Account(path if is_first else None, config, newest, age=age)
-    with account.closing(), distributed.explained():
-        return _train(config, path, account)
+    with mirror.working_copy(workdir, "--workdir") as (path, copy):
+        finished, newest = distributed.from_first(lambda: _claim(path, config))
+        shared.require(path, "--workdir")
+        if finished is not None:
+            print(f"[{config.stage}] {workdir} is already complete")
+            return finished
+        is_first = jax.process_index() == 0
+        account = goodput.Account(path if is_first else None, config, newest, age=age)
+        with account.closing(), distributed.explained():
+            return _train(config, path, account, copy)
 
 
-def _train(config: ExperimentConfig, path: pathlib.Path, account: goodput.Account) -> dict:
-    """`train` in a directory that is the run's."""
+def _train(config: ExperimentConfig, path: pathlib.Path, account: goodput.Account, copy: mirror.Mirror | None) -> dict:
+    """`train` in a directory that is the run's; copy: keeps a bucket like it."""
     measured = _name_evaluation(config)
     mesh = run_mesh(config)
     sharding.batch_share(mesh).rows(config.train.batch_size, "config.train.batch_size")
     keep = runs.Retention(config.train.keep_checkpoints, config.train.keep_best, config.train.best_mode)
     checkpointer = runs.Checkpointer(path, keep)
     is_resumed = checkpointer.latest_step() is not None
-    stage = make_stage(config, mesh, path if is_resumed else None)
     optimizer = make_optimizer(config.optim, config.train.steps)
-    data = stage.data(sharding.batch_share(mesh))
+    with distributed.opening():
+        stage = make_stage(config, mesh, path if is_resumed else None)
+        data = stage.data(sharding.batch_share(mesh))
     iterator = prefetch.Ahead(data, lambda batch: sharding.put_batch(batch, mesh, config.train.batch_size))
+    if distributed.count() > 1:
+        distributed.require_same("data set", iterator.get_state()[stream.DATA_SET])
     if stage.save_files is not None and jax.process_index() == 0:
         stage.save_files(path)
 
@@ -99,7 +104,7 @@ def _train(config: ExperimentConfig, path: pathlib.Path, account: goodput.Accoun
     began = time.monotonic()
     try:
         with StopSignals() as signals:
-            run = _Run(config, stage, optimizer, checkpointer, iterator, mesh, path, signals, measured, account)
+            run = _Run(config, stage, optimizer, checkpointer, iterator, mesh, path, signals, measured, account, copy)
             state, logs, watch = _steps(run, state)
     finally:
         iterator.close()
@@ -146,14 +151,14 @@ def _name_evaluation(config: ExperimentConfig) -> str:
     return measured
 
 
-def _claim(workdir: str | os.PathLike, config: ExperimentConfig) -> tuple[str, dict | None, int]:
-    """The run's directory, what its result.json holds (None: the run is not at its end), its newest step (or 0)."""
-    path = claim_workdir(workdir, config)
+def _claim(path: pathlib.Path, config: ExperimentConfig) -> tuple[dict | None, int]:
+    """What the result.json of the run's directory holds (None: the run is not at its end), its newest step (or 0)."""
+    claim_workdir(path, config)
     file, newest = path / "result.json", max(runs.complete_steps(path), default=0)
     if file.exists():
-        return str(path), json.loads(file.read_text()), newest
+        return json.loads(file.read_text()), newest
     goodput.require_progress(path, config, newest)
-    return str(path), None, newest
+    return None, newest
 
 
 def run_mesh(config: ExperimentConfig, devices: Any = None) -> jax.sharding.Mesh:
@@ -173,7 +178,8 @@ class _Run:
     """What the steps of a run work with, beside its state.
 
     iterator: of batches on the devices of `mesh`. path: the run's directory. signals: taken while the steps run.
-    measured: the name of the evaluations' metrics. account: of the time that all of it takes.
+    measured: the name of the evaluations' metrics. account: of the time that all of it takes. copy: keeps a bucket like
+    the run's directory (None: there is none).
     """
 
     config: ExperimentConfig
@@ -186,6 +192,7 @@ class _Run:
     signals: StopSignals
     measured: str
     account: goodput.Account
+    copy: mirror.Mirror | None
 
 
 def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
@@ -198,7 +205,7 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
     total, start, name = config.train.steps, int(state.step), f"[{config.stage}]"
     step_fn = make_step(config, stage, run.optimizer, jax.tree.map(lambda a: a.sharding, state))
     rollouts, repeats = None, 1
-    saver = Saver(config, run.checkpointer, run.iterator)
+    saver = Saver(config, run.checkpointer, run.iterator, run.copy)
     logs, meter = Logs(config, path, start), Meter(config, account)
     # Note: after Logs, which drops what a killed run wrote after its last checkpoint.
     watch = best.Watch(config.train, distributed.from_first(lambda: read_metrics(path)))
@@ -358,7 +365,7 @@ def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
 
     Args:
       config: the run's configuration.
-      workdir: the run's directory.
+      workdir: the run's directory, or its URL.
 
     Returns:
       {metric: value}, with names of the stage.
@@ -367,9 +374,8 @@ def evaluate(config: ExperimentConfig, workdir: str | os.PathLike) -> dict:
       ConfigError: the directory belongs to another configuration, or nothing is to be evaluated.
       FileNotFoundError: the directory holds no checkpoint.
     """
-    runs.find_run(workdir)
-    claim = lambda: str(claim_workdir(workdir, config, is_training=False))
-    path = pathlib.Path(distributed.from_first(claim))
+    path, _ = runs.find_run(workdir)
+    distributed.from_first(lambda: str(claim_workdir(path, config, is_training=False)))
     _name_evaluation(config)
     mesh = run_mesh(config)
     stage = make_stage(config, mesh, path)

@@ -11,6 +11,7 @@ from alto_jax.config import to_dict
 from alto_jax.data import prefetch
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.parallel import distributed
+from alto_jax.storage import mirror
 from alto_jax.train.logs import Logs
 from alto_jax.train.state import TrainState
 
@@ -18,8 +19,9 @@ from alto_jax.train.state import TrainState
 class Saver:
     """Saves; what fails on a full disk is tried again at the next save, but for the last one of a run."""
 
-    def __init__(self, config: ExperimentConfig, checkpointer: runs.Checkpointer, iterator: prefetch.Ahead):
-        self._config, self._checkpointer, self._iterator = config, checkpointer, iterator
+    def __init__(self, config: ExperimentConfig, checkpointer: runs.Checkpointer, iterator: prefetch.Ahead,
+                 copy: mirror.Mirror | None = None):  # fmt: skip
+        self._config, self._checkpointer, self._iterator, self._copy = config, checkpointer, iterator, copy
         data: dict[str, Any] = {"system": config.data.system}
         if config.data.source == "scenes":
             data["box_step"] = config.data.scene_chats.box_step
@@ -60,6 +62,9 @@ class Saver:
         if self._config.lora.rank:
             state = dataclasses.replace(state, frozen={})
         try:
+            self._checkpointer.wait()
+            if self._copy is not None:
+                self._copy.settle()
             self._checkpointer.save(step, state, self._iterator, {**self._meta, "step": step}, metric=metric)
             if is_last:
                 self._checkpointer.wait()

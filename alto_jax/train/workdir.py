@@ -4,13 +4,15 @@ import contextlib
 import json
 import os
 import pathlib
-from typing import Any
 
-from alto_jax.checkpoint import loading, runs
-from alto_jax.config import ConfigError, local_path, to_dict, write_whole
+from alto_jax.checkpoint import runs
+from alto_jax.config import ConfigError, differences, to_dict, write_whole
 from alto_jax.experiment import ExperimentConfig, make_experiment
+from alto_jax.storage import bucket
 from alto_jax.train import goodput, trackers
 
+STARTS = "starts.json"  # {field: identity} of the checkpoints that the run began with
+_STARTS = ("init_from", "tokenizer_from")
 # Fields that may change between two runs of the same command line: they do not change what is learned.
 _FREE_FIELDS = (
     "train.log_every",
@@ -32,6 +34,9 @@ _FREE_FIELDS = (
     "data.num_workers",
     "data.memory_gb",
     "data.allow_changed",
+    # Note: where the data lie; which they are is compared with the position in them, see data/stream.py.
+    "data.root",
+    "data.meta",
     "data.max_bad_fraction",
     "data.length_buckets",
 )
@@ -44,7 +49,7 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig, *, is_tr
     from its newest checkpoint, with the learning rate that the schedule of the new length has there.
 
     Args:
-      workdir: the run's directory.
+      workdir: the run's directory, on this machine.
       config: the configuration.
       is_training: False: only reads there, so that `train.steps` may differ and nothing is written.
 
@@ -52,7 +57,7 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig, *, is_tr
       ConfigError: the directory holds a run of another configuration, names the fields that differ; or one that has
         done more updates than `train.steps`; or a package of `train.writers` is not installed.
     """
-    path = local_path(workdir, "--workdir")
+    path = pathlib.Path(workdir)
     if is_training:
         trackers.check(config.train.writers)
     path.mkdir(parents=True, exist_ok=True)
@@ -64,15 +69,15 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig, *, is_tr
             old = _completed(json.loads(file.read_text()))
         except ValueError as error:
             raise ConfigError(f"{file}: not readable as JSON: {error}") from error
-        differences = [
+        found = [
             f"{name}: {before!r} there, {now!r} here"
-            for name, before, now in _differences(old, json.loads(json.dumps(plain)))
+            for name, before, now in differences(old, json.loads(json.dumps(plain)))
             if not name.startswith((*_FREE_FIELDS, "train.steps"))
-            and not (name == "init_from" and _is_moved(path, config))
+            and not (name in _STARTS and _is_same_start(path, config, name, before, now))
         ]
-        if differences:
+        if found:
             raise ConfigError(
-                f"--workdir={workdir} holds a run of another configuration ({'; '.join(differences[:3])});"
+                f"--workdir={workdir} holds a run of another configuration ({'; '.join(found[:3])});"
                 " choose another directory or the same configuration"
             )
         if is_training and old["train"].get("steps") != config.train.steps:
@@ -91,18 +96,35 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig, *, is_tr
         (path / goodput.FILE).unlink(missing_ok=True)  # Note: of another run.
     # Note: every process of a run writes the same.
     write_whole(file, text)
+    if is_training:
+        starts = {name: _identity(place) for name in _STARTS if (place := getattr(config, name))}
+        write_whole(path / STARTS, json.dumps(starts) + "\n")
     return path
 
 
-def _is_moved(path: pathlib.Path, config: ExperimentConfig) -> bool:
-    """Whether `init_from` is another place of the base that the run's adapters were trained on."""
-    if not config.lora.rank:
+def _identity(place: str) -> str:
+    """What checkpoint a run begins with; "": none is there."""
+    try:
+        return runs.identity(place)
+    except FileNotFoundError:
+        return ""
+
+
+def _is_same_start(path: pathlib.Path, config: ExperimentConfig, name: str, before: str, now: str) -> bool:
+    """Whether `init_from` or `tokenizer_from` is another spelling, or another place, of what the run began with."""
+    if not before or not now:
         return False
-    now = loading.adapter_meta(config)["base_identity"]
-    # Note: by hand, since process 0 alone is here, and `load_meta` has all processes agree.
+    if bucket.place(before) == bucket.place(now):
+        return True
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        known = json.loads((path / STARTS).read_text())[name]
+        return bool(known) and known == _identity(now)
+    if not config.lora.rank or name != "init_from":
+        return False
+    # Note: of an earlier version. By hand, since process 0 alone is here, and `load_meta` has all processes agree.
     for step in reversed(runs.complete_steps(path)):
         with contextlib.suppress(OSError, ValueError):
-            return runs.read_meta(path / runs.CHECKPOINTS / str(step)).get("base_identity") == now
+            return runs.read_meta(path / runs.CHECKPOINTS / str(step)).get("base_identity") == _identity(now)
     return False
 
 
@@ -112,13 +134,3 @@ def _completed(plain: dict) -> dict:
         return json.loads(json.dumps(to_dict(make_experiment(plain))))
     except ConfigError:
         return plain
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted name, old, new) of the leaves that differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted({*old, *new}):
-            found += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-        return found
-    return [] if old == new else [(name, old, new)]
