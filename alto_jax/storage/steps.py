@@ -5,7 +5,8 @@ read. Each file is compared with the size and hash that the list has of it. A ru
 has no lists; of its steps those count that hold Orbax's mark of completeness, and sizes alone are compared.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
 import dataclasses
 import functools
 import hashlib
@@ -21,6 +22,7 @@ CHECKPOINTS = "checkpoints"  # of a run; as Orbax and `alto_jax.checkpoint` have
 DONE = "_CHECKPOINT_METADATA"  # Orbax's mark of a step that is complete
 LIST = "alto_files.json"  # {"files": {name: [bytes, hash]}}, beside the files of a step
 PARTIAL = "orbax-checkpoint-tmp"  # in the name of a folder that is not complete, as Orbax has it
+_THREADS = 8
 _STEP = re.compile(rf"{CHECKPOINTS}/(\d+)/(.+)")
 
 
@@ -104,8 +106,9 @@ def write(bucket: Bucket, folder: pathlib.Path, number: int, content: bytes) -> 
     """
     base, names = f"{CHECKPOINTS}/{number}", json.loads(content)["files"]
     bucket.delete(f"{base}/{name}" for name in (LIST, DONE))
-    for name in sorted(names, key=lambda name: name == DONE):
-        bucket.upload(folder / name, f"{base}/{name}")
+    _at_once(lambda name: bucket.upload(folder / name, f"{base}/{name}"), (name for name in names if name != DONE))
+    if DONE in names:
+        bucket.upload(folder / DONE, f"{base}/{DONE}")
     bucket.write(f"{base}/{LIST}", content)
     bucket.delete(name for name in bucket.sizes(base) if name.removeprefix(f"{base}/") not in (LIST, *names))
 
@@ -138,9 +141,9 @@ def fetch(bucket: Bucket, step: Step, run: pathlib.Path) -> None:
     partial = target.with_name(f"{step.number}.{PARTIAL}-fetch")
     for old in (target, partial):
         shutil.rmtree(old, ignore_errors=True)
-    for name, (size, known) in step.files.items():
-        if name == LIST:
-            continue
+
+    def bring(name: str) -> None:
+        size, known = step.files[name]
         where = f"{bucket.url}: {CHECKPOINTS}/{step.number}/{name}"
         if ".." in pathlib.PurePosixPath(name).parts or name.startswith("/"):
             raise Damaged(f"{where}: no name of a file")
@@ -151,7 +154,19 @@ def fetch(bucket: Bucket, step: Step, run: pathlib.Path) -> None:
         found = (partial / name).stat().st_size
         if found != size or (known and hash_of(partial / name) != known):
             raise Damaged(f"{where}: it is not what was written ({found} bytes, {size} written)")
+
+    _at_once(bring, (name for name in step.files if name != LIST))
     partial.rename(target)
+
+
+def _at_once(action: Callable[[str], None], names: Iterable[str]) -> None:
+    """`action` of each name, some at a time, since most of it is waiting; raises what the first that fails raises."""
+    pool = futures.ThreadPoolExecutor(_THREADS)
+    try:
+        for done in [pool.submit(action, name) for name in names]:
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def fetch_newest(bucket: Bucket, found: Mapping[int, Step], run: pathlib.Path, tell: Any) -> None:
