@@ -21,7 +21,8 @@ from alto_jax.checkpoint import runs
 from alto_jax.cli import EXIT_RESUMABLE
 from alto_jax.config import ConfigError, to_dict
 from alto_jax.parallel import distributed
-from alto_jax.storage import shared
+from alto_jax.storage import mirror
+from alto_jax.storage.shared import require as require_shared
 from alto_jax.train.progress import read_metrics
 from tests import fake_stage
 from tests.conftest import ROOT
@@ -48,12 +49,17 @@ def workers(process) -> list[int]:
     return [int(number) for number in open(path).read().split()]
 
 
-def test_two_processes_stop_together_and_one_goes_on(tmp_path):
-    """A signal to one of two processes stops both at one step; one process alone ends as if it had been so always."""
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
+def test_two_processes_stop_together_and_one_goes_on(tmp_path, monkeypatch):
+    """A signal to one of two processes stops both at one step; one process alone ends as if it had been so always.
+
+    Their directory is in a bucket, and the one goes on from there alone.
+    """
+    monkeypatch.setenv("ALTO_RUNS", str(tmp_path / "runs"))
+    alone, url = tmp_path / "alone", f"file://{tmp_path}/bucket/shared"
+    shared = mirror.copy_of(url)
     code, _, err = finish(start(*CONFIG, f"--workdir={alone}"))
     assert code == 0, err[-3000:]
-    both = start(*CONFIG, f"--workdir={shared}", processes=2)
+    both = start(*CONFIG, f"--workdir={url}", processes=2)
     deadline = time.monotonic() + 280
     while not (shared / "metrics.jsonl").exists() or not read_metrics(shared):
         assert time.monotonic() < deadline and both.poll() is None, both.communicate(timeout=10)
@@ -64,7 +70,8 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     stopped_at = runs.find_run(shared)[1]
     assert out.count(f"SIGTERM: saved step {stopped_at} of") == 2  # each process says the same
     assert 1 <= stopped_at <= 6
-    code, out, err = finish(start(*CONFIG, f"--workdir={shared}"))
+    shutil.rmtree(shared)
+    code, out, err = finish(start(*CONFIG, f"--workdir={url}"))
     assert code == 0 and f"resumed from step {stopped_at}" in out, err[-3000:]
     # Note: not every single number: the gradient of the keys' biases is nothing but rounding, which Adam makes large.
     params = lambda run: {name: value for name, value in arrays(run, 6).items() if "['params']" in name}
@@ -133,15 +140,15 @@ def test_who_cannot_open_is_named(monkeypatch):
 
 
 def test_a_directory_that_is_not_shared_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(shared, "PATIENCE", 0.0)
+    monkeypatch.setattr("alto_jax.storage.shared.PATIENCE", 0.0)
     same = lambda given: given
     speak_as(monkeypatch, same, same)
-    shared.require(tmp_path, "--workdir")
+    require_shared(tmp_path, "--workdir")
     blind = lambda given: {"value": ["host-b", False]} if isinstance(given["value"], list) else given
     speak_as(monkeypatch, same, same, blind)
     with pytest.raises(ConfigError, match=rf"^--workdir: process 2 \(on host-b\) does not see what process 0 \(on .*\) "
                                           rf"writes in {tmp_path}; all processes of a run need one"):  # fmt: skip
-        shared.require(tmp_path, "--workdir")
+        require_shared(tmp_path, "--workdir")
     assert not list(tmp_path.iterdir())
 
 
