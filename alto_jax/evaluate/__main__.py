@@ -106,6 +106,9 @@ def main() -> int:
     asked = EvaluateOptions(benchmarks=split("benchmark"), **values)
     from alto_jax.storage.mirror import working_copy  # late: keeps the start fast
 
+    # Note: places may be others on another machine; what lies there is compared when it is read.
+    places = ("checkpoint", "data", "images", "out", "paper_rows")
+    distributed.require_same("command", {name: str(v) for name, v in vars(asked).items() if name not in places})
     with working_copy(asked.out, "--out") as (out, _):
         _write(asked.replace(out=out), table, figure, is_card, runs, results)
     return 0

@@ -1,7 +1,7 @@
 """What is only read: a run, a packed checkpoint or prepared data in a bucket, brought to the cache folder once.
 
-A fetched folder is named by what it holds, so that it never goes stale.
-Folders of `fetched` in the cache folder may be deleted when no command uses them.
+A fetched folder is named by what it holds, so that it never goes stale. Folders of `fetched` in the cache folder may be
+deleted when no command uses them.
 """
 
 from collections.abc import Callable, Collection
@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 from typing import Any
 
 from alto_jax import cli
@@ -27,17 +28,22 @@ def _kept(found: Bucket, content: str, bring: Callable[[pathlib.Path], Any]) -> 
     with place.with_name(f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not place.is_dir():
-            partial = place.with_name(f".{name}.part")
+            # Note: the lock may be this machine's alone.
+            partial = place.with_name(f".{name}.{socket.gethostname()}.part")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             bring(partial)
-            partial.rename(place)
+            try:
+                partial.rename(place)
+            except OSError:  # another machine was faster
+                shutil.rmtree(partial)
+                if not place.is_dir():
+                    raise
     return place
 
 
 def _bring(found: Bucket, names: Collection[str], folder: pathlib.Path) -> None:
-    for name in names:
-        found.download(name, folder / name)
+    steps.at_once(lambda name: found.download(name, folder / name), names)
 
 
 def run(url: str, field: str, step: int | None = None, packed: Collection[str] = ()) -> pathlib.Path:

@@ -27,9 +27,8 @@ from alto_jax.parallel import distributed
 from alto_jax.storage import steps
 from alto_jax.storage.bucket import Bucket, bucket, checked, is_url
 
-_STATE = (
-    ".mirror.json"  # of the copy: {step: identity} of all that it has begun to write to the bucket, and which it has
-)
+# Of the copy: the identity of each step that it began to write to the bucket, which steps are there, and whether files.
+_STATE = ".mirror.json"
 _WRITER = "writer.json"  # of the bucket: who writes there
 _LAST = "result.json"  # says that a run is complete, so it comes after everything else
 _APART = (steps.CHECKPOINTS, "broken_checkpoints")  # steps have an order of their own; what is broken stays here
@@ -103,8 +102,7 @@ class Mirror:
         for path in (self.folder / steps.CHECKPOINTS).glob("*"):
             if not path.name.isdigit() or int(path.name) not in remote:
                 shutil.rmtree(path)
-        for name in small:
-            self.bucket.download(name, self.folder / name)
+        steps.at_once(lambda name: self.bucket.download(name, self.folder / name), small)
         steps.fetch_newest(self.bucket, remote, self.folder, cli.tell)
 
     def _remember(self) -> None:

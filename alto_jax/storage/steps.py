@@ -106,7 +106,7 @@ def write(bucket: Bucket, folder: pathlib.Path, number: int, content: bytes) -> 
     """
     base, names = f"{CHECKPOINTS}/{number}", json.loads(content)["files"]
     bucket.delete(f"{base}/{name}" for name in (LIST, DONE))
-    _at_once(lambda name: bucket.upload(folder / name, f"{base}/{name}"), (name for name in names if name != DONE))
+    at_once(lambda name: bucket.upload(folder / name, f"{base}/{name}"), (name for name in names if name != DONE))
     if DONE in names:
         bucket.upload(folder / DONE, f"{base}/{DONE}")
     bucket.write(f"{base}/{LIST}", content)
@@ -155,11 +155,11 @@ def fetch(bucket: Bucket, step: Step, run: pathlib.Path) -> None:
         if found != size or (known and hash_of(partial / name) != known):
             raise Damaged(f"{where}: it is not what was written ({found} bytes, {size} written)")
 
-    _at_once(bring, (name for name in step.files if name != LIST))
+    at_once(bring, (name for name in step.files if name != LIST))
     partial.rename(target)
 
 
-def _at_once(action: Callable[[str], None], names: Iterable[str]) -> None:
+def at_once(action: Callable[[str], None], names: Iterable[str]) -> None:
     """`action` of each name, some at a time, since most of it is waiting; raises what the first that fails raises."""
     pool = futures.ThreadPoolExecutor(_THREADS)
     try:
