@@ -118,7 +118,7 @@ def check_configuration(arguments: list[str], is_run: bool) -> None:
     if "config" not in flags:
         return
     if is_run:
-        assert flags["workdir"].startswith("runs/")
+        assert flags["workdir"].startswith(("runs/", "s3://BUCKET/"))
     changes = [word for word in arguments if word.startswith("--config.")]
     values = read_config(str(ROOT / flags["config"]), changes)
     if "stage" in values:
@@ -155,8 +155,10 @@ def test_requests_run(pictures, monkeypatch, capsys):
     requests = [words for words in commands() if words[1] == "-m" and words[2] in modules]
     assert len(requests) >= 6
     for words in requests:
-        # Note: a run that the text trains before is tests/test_finetune.py's.
-        words = [word.replace("runs/finetuned", "alto-tiny") for word in words]
+        # Note: runs that the text trains before are tests/test_finetune.py's and tests/storage's.
+        words = [
+            word.replace("runs/finetuned", "alto-tiny").replace("s3://BUCKET/stage2", "alto-tiny") for word in words
+        ]
         monkeypatch.setattr(sys, "argv", [words[2], *words[3:]])
         assert not modules[words[2]].main(), words
     names = {"image": pictures}

@@ -51,9 +51,11 @@ def s3():
 @pytest.fixture(scope="module")
 def gs():
     """The same, as Google's service does."""
-    pytest.importorskip("gcsfs")
-    server = pytest.importorskip("gcp_storage_emulator.server")
     with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
+        # Note: before gcsfs is imported, which else asks for the kind of bucket over gRPC for a minute.
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        pytest.importorskip("gcsfs")
+        server = pytest.importorskip("gcp_storage_emulator.server")
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
