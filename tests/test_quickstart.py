@@ -52,7 +52,7 @@ def test_a_run_of_a_stage_leaves_its_record(quickstart):
     for stage in ("stage0", "stage1", "stage1_5", "stage2", "stage3"):
         run = quickstart.path / stage
         names = {p.name for p in run.iterdir()} - {"tokenizer.json"}
-        files = {"config.json", "goodput.jsonl", "metrics.jsonl", "parameters.txt", "result.json"}
+        files = {"config.json", "goodput.jsonl", "metrics.jsonl", "parameters.txt", "result.json", "starts.json"}
         assert names == files | {"checkpoints", "tensorboard"}
         assert (run / "tokenizer.json").exists() == (stage in ("stage0", "stage2", "stage3"))
         assert re.search(r"trainable: [\d,]+ parameters", (run / "parameters.txt").read_text())
