@@ -1,9 +1,9 @@
 """Trains three steps of every stage on several meshes, one after the other: one process of a run, or the only one.
 
-    python tests/parallel/stages_on_processes.py FOLDER [STAGE:DATA,FSDP,TENSOR[:MICRO_BATCHES] ...]
+    python tests/parallel/stages_on_processes.py FOLDER [STAGE:DATA,FSDP,TENSOR[:MICRO_BATCHES[:bucket]] ...]
 
-Writes a folder of each case, with metrics.jsonl, into FOLDER; FOLDER/start is where stages 1.5, 2 and 3 begin. See
-test_several_processes.py.
+Writes a folder of each case, with metrics.jsonl, into FOLDER (with "bucket" by its URL); FOLDER/start is where stages
+1.5, 2 and 3 begin. See test_several_processes.py.
 """
 
 import os
@@ -50,7 +50,7 @@ def main(folder: pathlib.Path, cases: list[str]) -> None:
         stage, mesh, *parts = case.split(":")
         accumulate = int(parts[0]) if parts else 1
         config = config_of(stage, tuple(map(int, mesh.split(","))), str(folder / "start"), accumulate)
-        loop.train(config, folder / case)
+        loop.train(config, f"file://{folder}/{case}" if parts[1:] == ["bucket"] else folder / case)
 
 
 if __name__ == "__main__":

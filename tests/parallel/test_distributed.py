@@ -1,6 +1,5 @@
 """Several real processes as one run (Gloo on the CPU), started by launch/local.sh."""
 
-import json
 import os
 import pathlib
 import re
@@ -19,12 +18,8 @@ import yaml
 from alto_jax import cli
 from alto_jax.checkpoint import runs
 from alto_jax.cli import EXIT_RESUMABLE
-from alto_jax.config import ConfigError, to_dict
 from alto_jax.parallel import distributed
-from alto_jax.storage import mirror
-from alto_jax.storage.shared import require as require_shared
 from alto_jax.train.progress import read_metrics
-from tests import fake_stage
 from tests.conftest import ROOT
 from tests.train.test_loop import arrays
 
@@ -49,17 +44,12 @@ def workers(process) -> list[int]:
     return [int(number) for number in open(path).read().split()]
 
 
-def test_two_processes_stop_together_and_one_goes_on(tmp_path, monkeypatch):
-    """A signal to one of two processes stops both at one step; one process alone ends as if it had been so always.
-
-    Their directory is in a bucket, and the one goes on from there alone.
-    """
-    monkeypatch.setenv("ALTO_RUNS", str(tmp_path / "runs"))
-    alone, url = tmp_path / "alone", f"file://{tmp_path}/bucket/shared"
-    shared = mirror.copy_of(url)
+def test_two_processes_stop_together_and_one_goes_on(tmp_path):
+    """A signal to one of two processes stops both at one step; one process alone ends as if it had been so always."""
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
     code, _, err = finish(start(*CONFIG, f"--workdir={alone}"))
     assert code == 0, err[-3000:]
-    both = start(*CONFIG, f"--workdir={url}", processes=2)
+    both = start(*CONFIG, f"--workdir={shared}", processes=2)
     deadline = time.monotonic() + 280
     while not (shared / "metrics.jsonl").exists() or not read_metrics(shared):
         assert time.monotonic() < deadline and both.poll() is None, both.communicate(timeout=10)
@@ -70,8 +60,7 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path, monkeypatch):
     stopped_at = runs.find_run(shared)[1]
     assert out.count(f"SIGTERM: saved step {stopped_at} of") == 2  # each process says the same
     assert 1 <= stopped_at <= 6
-    shutil.rmtree(shared)
-    code, out, err = finish(start(*CONFIG, f"--workdir={url}"))
+    code, out, err = finish(start(*CONFIG, f"--workdir={shared}"))
     assert code == 0 and f"resumed from step {stopped_at}" in out, err[-3000:]
     # Note: not every single number: the gradient of the keys' biases is nothing but rounding, which Adam makes large.
     params = lambda run: {name: value for name, value in arrays(run, 6).items() if "['params']" in name}
@@ -94,62 +83,6 @@ def test_missing_process_is_named(monkeypatch):
     # Note: JAX itself may end the process, with the reason in its message.
     assert done.returncode != 0
     assert "did not come together within 2 s" in done.stderr or "DEADLINE_EXCEEDED" in done.stderr, done.stderr[-2000:]
-
-
-def speak_as(monkeypatch, *processes):
-    """Makes this process one of several; each of `processes` makes what it says of what this one says."""
-    monkeypatch.setattr(distributed, "count", lambda: len(processes))
-    monkeypatch.setattr(distributed, "_exchange", lambda value: [process(value) for process in processes])
-
-
-def test_what_differs_is_named(monkeypatch):
-    """The process, the fields and the values."""
-    config = to_dict(fake_stage.config())
-    same = lambda given: given
-    speak_as(monkeypatch, same, same, same)
-    distributed.require_same("command", {"--mode": "train", "config": config})
-    other = json.loads(json.dumps(config)) | {"seed": 7}
-    other["optim"]["lr"] = 0.5
-    speak_as(monkeypatch, same, same, lambda given: {"value": {"--mode": "evaluate", "config": other}})
-    with pytest.raises(ConfigError) as caught:
-        distributed.require_same("command", {"--mode": "train", "config": config})
-    line = (
-        "process 2 has another command than process 0: --mode: 'evaluate', 'train' in process 0; config.optim.lr: 0.5,"
-    )
-    assert str(caught.value) == f"{line} 0.02 in process 0; config.seed: 7, 0 in process 0"
-    with pytest.raises(ConfigError, match="process 2 has another data set than process 0: data set: .*"):
-        distributed.require_same("data set", 3)
-
-
-def test_who_cannot_open_is_named(monkeypatch):
-    same = lambda given: given
-    failed = lambda given: {"failed": "data: there is no such folder"}
-    speak_as(monkeypatch, same, failed)
-    with pytest.raises(ConfigError, match="^process 1: data: there is no such folder$"), distributed.opening():
-        pass  # Process 0, which is fine.
-    with pytest.raises(ConfigError, match="^process 1: data: there is no such folder$"), distributed.opening():
-        distributed.gather(1)  # It hears of it in the middle, too, and says nothing of its own.
-    said = []
-    speak_as(monkeypatch, same, lambda given: said.append(given) or given)
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with pytest.raises(ConfigError, match="^process 1: no folder$"), distributed.opening():
-        raise FileNotFoundError("no folder")
-    assert said == [{"failed": "no folder"}]
-    with distributed.opening():
-        assert distributed.gather(3) == [3, 3]
-
-
-def test_a_directory_that_is_not_shared_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr("alto_jax.storage.shared.PATIENCE", 0.0)
-    same = lambda given: given
-    speak_as(monkeypatch, same, same)
-    require_shared(tmp_path, "--workdir")
-    blind = lambda given: {"value": ["host-b", False]} if isinstance(given["value"], list) else given
-    speak_as(monkeypatch, same, same, blind)
-    with pytest.raises(ConfigError, match=rf"^--workdir: process 2 \(on host-b\) does not see what process 0 \(on .*\) "
-                                          rf"writes in {tmp_path}; all processes of a run need one"):  # fmt: skip
-        require_shared(tmp_path, "--workdir")
-    assert not list(tmp_path.iterdir())
 
 
 LOST = (

@@ -20,8 +20,8 @@ from tests.debug_model import write_model
 from tests.parallel import stages_on_processes
 
 SECONDS = 900  # until a process that hangs is ended
-# Of 4 devices in 2 processes: a tensor axis of 4 spans both.
-CASES = ("stage1:1,4,1", "stage1_5:1,2,2", "stage2:1,1,4", "stage3:1,1,4")
+# Of 4 devices in 2 processes: a tensor axis of 4 spans both. One works in a copy of a bucket.
+CASES = ("stage1:1,4,1:1:bucket", "stage1_5:1,2,2", "stage2:1,1,4", "stage3:1,1,4")
 
 
 def run(folder, cases, processes=1, devices=1):
