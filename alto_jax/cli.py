@@ -11,7 +11,7 @@ import traceback
 from typing import TextIO
 
 from alto_jax.config import QUANTIZE, ConfigError, keep_programs, local_path
-from alto_jax.parallel import distributed
+from alto_jax.parallel import devices, distributed
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on from what was saved.
 
@@ -33,6 +33,7 @@ def run(main: Callable[[], int | None]) -> None:
     # Note: Orbax reports every file that a checkpoint of another kind would have.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
+        devices.claim_gpu_memory()
         sys.exit(main() or 0)
     except Stopped as stopped:
         print(stopped, flush=True)

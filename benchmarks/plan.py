@@ -25,17 +25,20 @@ RESULTS = ROOT / "benchmarks" / "results"
 CONFIGS = ("stage1.py:base", "stage2.py:2b", "stage2.py:8b", "stage3.py:2b", "stage3.py:8b")
 # (topology, devices)
 TOPOLOGIES = (
-    ("v5e:4x4", 16), ("v5e:16x16", 256), ("v5p:2x2x4", 16), ("v6e:4x4", 16), ("v6e:8x8", 64), ("h100-80g:8", 8),
+    ("v5e:4x4", 16), ("v5e:16x16", 256), ("v5p:2x2x4", 16), ("v5p:2x2x4*2", 32), ("v6e:4x4", 16), ("v6e:8x8", 64),
+    ("h100-80g:8", 8), ("h100-80g:8*2", 16),
 )  # fmt: skip
 GIB = 2**30
 HEAD = """# What fits where, and how fast it could be
 
-2026-11-25, planned on 2 CPU cores without any of these machines: `python benchmarks/plan.py` (`--compile` asks the TPU
+2026-11-26, planned on 2 CPU cores without any of these machines: `python benchmarks/plan.py` (`--compile` asks the TPU
 compiler). `GiB, compiler` is the most that a program of the step needs on a device as the TPU compiler lays it out.
-Rows without it, and all of 8 x H100-80G, are **estimates from shapes** (state exact, activations counted roughly).
+Rows without it, and all of H100-80G, are **estimates from shapes** (state exact, activations counted roughly).
+`v5p:2x2x4*2` is two slices with the data centre's network between them (6.25 GB/s a chip), `h100-80g:8*2` two machines
+of 8 with a network card of 400 Gb/s for each GPU; of a GPU's memory JAX takes 90 %.
 Time is a bound, not a measurement: from everything overlapping to nothing overlapping, with compute at 60 %, HBM at
-80 % and links at 80 % of the data sheets' rates. The mesh (data, fsdp, tensor) is what `--mesh=auto` chooses. A batch
-is of images, in stage 3 of prompts with 12 answers each; a stage-3 step is rollout and update.
+80 %, links and network at 80 % of the data sheets' rates. The mesh (data, fsdp, tensor) is what `--mesh=auto` chooses.
+A batch is of images, in stage 3 of prompts with 12 answers each; a stage-3 step is rollout and update.
 
 """
 SHORT = """

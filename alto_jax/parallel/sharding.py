@@ -17,11 +17,11 @@ from types import EllipsisType
 from typing import Any, cast
 
 import jax
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from alto_jax.config import require
+from alto_jax.parallel import slices
 from alto_jax.parallel.devices import find_device
 from alto_jax.parallel.shares import BatchShare
 
@@ -114,13 +114,11 @@ def make_mesh(cfg: MeshConfig, devices: Any = None, auto_inputs: Callable[[], Au
         if auto_inputs is None:
             raise ValueError("config.mesh.auto: only a training run chooses its mesh; give data, fsdp and tensor here")
         inputs, device = auto_inputs(), find_device(devices[0].device_kind)
-        memory = None if device is None else device.memory
-        cfg = choose_sizes(inputs.state, len(devices), inputs.batch_size, memory)
+        memory = None if device is None else device.usable
+        cfg = choose_sizes(inputs.state, len(devices), inputs.batch_size, memory, slices.count_slices(devices))
     cfg = fill_sizes(cfg, len(devices))
     sizes = (cfg.data, cfg.fsdp, cfg.tensor)
-    # Note: an axis of 16 devices on a slice of 8 x 8 splits a physical axis, which jax.make_mesh refuses.
-    arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(slices.arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def fill_sizes(cfg: MeshConfig, num_devices: int) -> MeshConfig:
@@ -159,21 +157,23 @@ def held_in_update(state: Any) -> tuple[Any, Any]:
     return state, state.params
 
 
-def choose_sizes(state: Any, num_devices: int, batch_size: int, memory: int | None) -> MeshConfig:
+def choose_sizes(state: Any, num_devices: int, batch_size: int, memory: int | None, num_slices: int = 1) -> MeshConfig:
     """The rule of `mesh.auto`: the first of `mesh_sizes` whose state takes at most 40 % of a device's memory.
 
-    If none does (or the memory is unknown), the one with the least state on a device.
+    With several slices, those come first that have nothing but the data axis between them. If none takes so little (or
+    the memory is unknown), the one with the least state on a device.
 
     Args:
       state: ShapeDtypeStructs of parameters, gradients and optimizer state (`held_in_update`).
       num_devices, batch_size: devices, and rows of the global batch.
       memory: bytes of one device, or None.
+      num_slices: that the devices are of (`alto_jax.parallel.slices`).
 
     Raises:
       ValueError: the batch or the model does not divide over any mesh of so many devices.
     """
     best, reasons = None, []
-    for sizes in mesh_sizes(num_devices, batch_size):
+    for sizes in sorted(mesh_sizes(num_devices, batch_size), key=lambda sizes: sizes.data % num_slices > 0):
         try:
             needed = bytes_per_device(state, sizes)
         except ValueError as error:

@@ -30,6 +30,11 @@ _NAMES = re.compile(r"%([\w.\-]+)")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}")
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+# Between TPU slices: what is received from the runtime that moves data over the network.
+_SLICES = re.compile(
+    r'[\s)}]recv\(.*_xla_host_transfer_handler_name="xla_megascale_runtime".*'
+    r'_xla_megascale_target="\{([0-9,]*)\}.*_xla_megascale_transfer_type="([A-Z_]+)"'
+)
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([0-9,]*)\}")
 
 
@@ -46,7 +51,8 @@ class Collective:
     """Collectives of one kind among groups of one size, in one run of the program.
 
     count: how often one is executed. bytes: what each device receives in all of them. in_unknown_loop: some are in a
-    loop whose trip count the text does not tell, and counted once.
+    loop whose trip count the text does not tell, and counted once. between_slices: over the network between TPU slices;
+    the groups are then of slices, and each device's part of what moves is counted.
     """
 
     kind: str
@@ -54,6 +60,7 @@ class Collective:
     count: int
     bytes: int
     in_unknown_loop: bool
+    between_slices: bool = False
 
 
 def compile_program(lowered: Any) -> Any:
@@ -199,7 +206,13 @@ def computations_of(text: str) -> tuple[dict[str, list[str]], str | None]:
 def collectives(text: str, num_devices: int) -> list[Collective]:
     """Reads the collectives of an optimised HLO module (`compiled.as_text()`), the largest first."""
     computations, entry = computations_of(text)
-    found: dict[tuple[str, int], list] = {}
+    found: dict[tuple[str, int, bool], list] = {}
+
+    def add(kind: str, group: int, between_slices: bool, times: int, moved: int, unknown: bool) -> None:
+        total = found.setdefault((kind, group, between_slices), [0, 0, False])
+        total[0] += times
+        total[1] += times * moved
+        total[2] |= unknown
 
     def visit(name: str, times: int, unknown: bool, seen: set[str], depth: int = 0) -> None:
         for line in computations.get(name, ()) if depth < 64 else ():
@@ -215,11 +228,14 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                     # A TPU's reduce-scatter is a fusion of an all-reduce and a slice of its result.
                     kind, sizes = "reduce-scatter", [size // group for size in sizes]
-                moved = _received(kind, sizes, bool(match[2]), group)
-                total = found.setdefault((kind, group), [0, 0, False])
-                total[0] += times
-                total[1] += times * moved
-                total[2] |= unknown
+                add(kind, group, False, times, _received(kind, sizes, bool(match[2]), group), unknown)
+                continue
+            crossed = _SLICES.search(line)
+            if crossed:
+                kind, group = crossed[2].lower().replace("_", "-"), len(crossed[1].split(","))
+                # Note: the result is (what is received, a counter, a token).
+                size = _shape_bytes(line[: line.index("recv(")].split("=", 1)[1])[0]
+                add(kind, group, True, times, _received(kind, [size], False, group), unknown)
                 continue
             if re.search(r"[\s)}]while\(", line):
                 trips = trip_count(line, name, computations)
@@ -238,7 +254,11 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
 
     if entry is not None:
         visit(entry, 1, False, set())
-    result = [Collective(kind, group, *values) for (kind, group), values in found.items() if group > 1]
+    result = [
+        Collective(kind, group, count, total, unknown, crosses)
+        for (kind, group, crosses), (count, total, unknown) in found.items()
+        if group > 1
+    ]
     return sorted(result, key=lambda c: -c.bytes)
 
 

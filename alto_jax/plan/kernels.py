@@ -25,7 +25,14 @@ COPY, TOKENS = 0.89, 0.73
 
 
 def expected_seconds(
-    config: ExperimentConfig, name: str, device: Device, number: int, work: Work, new_tokens: int, state_bytes: float
+    config: ExperimentConfig,
+    name: str,
+    device: Device,
+    number: int,
+    work: Work,
+    new_tokens: int,
+    state_bytes: float,
+    network: float | None = None,
 ) -> float:
     """What one program of a step should take: its kinds of work one after the other, each at its measured rate.
 
@@ -33,6 +40,7 @@ def expected_seconds(
       config: the run. name: "train", "update", "rollout" or "predict". device, number: which devices, and how many.
       work: what one of them moves. new_tokens: of the loop, in "rollout" and "predict".
       state_bytes: of one device's trained parameters, gradients and optimizer state, which an update reads and writes.
+      network: bytes per second of one device to other slices; None with one slice.
     """
     total = 0.0
     for kind, (paths, with_flash, with_xla) in KINDS.items():
@@ -45,7 +53,7 @@ def expected_seconds(
         total += work.hbm / (TOKENS * device.bandwidth)
     else:
         total += 2 * state_bytes / (COPY * device.bandwidth)
-    return total + work.links / (LINKS * device.links)
+    return total + work.links / (LINKS * device.links) + (work.network / (LINKS * network) if network else 0.0)
 
 
 def _part(model: Any, kind: str) -> Any:

@@ -22,7 +22,7 @@ from alto_jax.parallel.devices import DEVICES
 from alto_jax.parallel.sharding import MeshConfig
 from alto_jax.plan import hlo, kernels, roofline
 from alto_jax.plan.topology import Target, find_target
-from alto_jax.plan.types import GIB, Options, Plan, Program
+from alto_jax.plan.types import Options, Plan, Program
 from alto_jax.stages.table import make_stage
 from alto_jax.train import flops, loop
 from alto_jax.train.state import make_optimizer
@@ -56,7 +56,11 @@ def _resolve(config: ExperimentConfig, options: Options, target: Target) -> Mesh
     if cfg.auto:
         memory = target.memory
         return sharding.choose_sizes(
-            sharding.held_in_update(state_shapes(config)), target.number, config.train.batch_size, memory
+            sharding.held_in_update(state_shapes(config)),
+            target.number,
+            config.train.batch_size,
+            memory,
+            target.slices,
         )
     sizes = sharding.fill_sizes(cfg, target.number)
     parts = sizes.data * sizes.fsdp
@@ -77,13 +81,26 @@ def _given_sizes(mesh: str) -> MeshConfig:
     return MeshConfig(data, fsdp, tensor)
 
 
+def sizes_for_rules(config: ExperimentConfig, options: Options) -> MeshConfig:
+    """The mesh whose splits `--rules` prints."""
+    if options.mesh and options.mesh != "auto" and not options.topology:
+        return _given_sizes(options.mesh)
+    if not options.topology:
+        raise ConfigError("--rules: give --mesh=DATA,FSDP,TENSOR or --topology")
+    return _resolve(config, options, _target(options))
+
+
+def _target(options: Options) -> Target:
+    return find_target(options.topology, estimate=options.estimate, network=options.network)
+
+
 def make_plan(config: ExperimentConfig, options: Options, sizes: MeshConfig | None = None) -> Plan:
     """Compiles (or, with `options.estimate`, counts) the programs of one step.
 
     Raises:
       ConfigError, ValueError: sizes that do not divide, a topology that cannot be had.
     """
-    target = find_target(options.topology, estimate=options.estimate)
+    target = _target(options)
     sizes = _resolve(config, options, target) if sizes is None else sizes
     build = _estimated_programs if target.devices is None else _compiled_programs
     return Plan(
@@ -97,6 +114,8 @@ def make_plan(config: ExperimentConfig, options: Options, sizes: MeshConfig | No
         batch_size=config.train.batch_size,
         estimated=target.devices is None,
         programs=build(config, options.step, sizes, target),
+        slices=target.slices,
+        memory_share=target.memory / target.device.memory if target.device and target.memory else 1.0,
     )
 
 
@@ -128,14 +147,14 @@ def _row_flops(config: ExperimentConfig, name: str) -> float:
     return counted.forward + counted.backward
 
 
-def _work(config: ExperimentConfig, name: str, state: Any, sizes: MeshConfig) -> roofline.Work:
+def _work(config: ExperimentConfig, name: str, state: Any, sizes: MeshConfig, num_slices: int) -> roofline.Work:
     """What one device holds and moves in one program, from shapes."""
     if name in ("rollout", "predict"):
         samples, new = 1, config.eval.max_new_tokens
         if name == "rollout":
             samples, new = config.grpo.num_generations, config.grpo.generate.max_new_tokens
-        return roofline.answering_work(config, state.all_params(), sizes, samples, new)
-    return roofline.training_work(config, state.params, state.frozen, state.opt_state, sizes)
+        return roofline.answering_work(config, state.all_params(), sizes, samples, new, num_slices)
+    return roofline.training_work(config, state.params, state.frozen, state.opt_state, sizes, num_slices)
 
 
 def _held(config: ExperimentConfig, name: str, state: Any, sizes: MeshConfig) -> dict[str, int]:
@@ -160,16 +179,15 @@ def _expected(
     new = {"rollout": config.grpo.generate.max_new_tokens, "predict": config.eval.max_new_tokens}.get(name, 0)
     held = lambda tree: sharding.bytes_per_device(tree, sizes)
     moved = 2 * held(state.params) + held(state.opt_state)
-    return {"expected": kernels.expected_seconds(config, name, target.device, target.number, work, new, moved)}
+    found = kernels.expected_seconds(config, name, target.device, target.number, work, new, moved, target.network)
+    return {"expected": found}
 
 
-def _time(target: Target, work: roofline.Work, operations: float, links: float | None) -> tuple[dict, float | None]:
+def _time(target: Target, work: roofline.Work, operations: float) -> tuple[dict, float | None]:
     """Seconds of one program by part, and its MFU."""
     if target.device is None:
         return {}, None
-    parts = roofline.seconds(
-        target.device, operations / target.number, work.hbm, work.links if links is None else links
-    )
+    parts = roofline.seconds(target.device, operations / target.number, work, target.network)
     times = {**dataclasses.asdict(parts), "estimate": parts.estimate, "serial": parts.serial}
     return times, operations / (parts.estimate * target.number * target.device.flops)
 
@@ -178,16 +196,25 @@ def _estimated_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, 
     """The programs of a step, from shapes."""
     state, programs = state_shapes(config), []
     for name in _wanted(config, step):
-        work, operations = _work(config, name, state, sizes), _flops(config, name)
+        work, operations = _work(config, name, state, sizes, target.slices), _flops(config, name)
         held = _held(config, name, state, sizes) | {"temporary": round(work.temporary)}
         total = sum(held.values())
         hbm: dict[str, int | None] = {**held, "total": total, "limit": target.memory}
         fits, short = _compare(total, target.memory)
-        times, mfu = _time(target, work, operations, None)
+        times, mfu = _time(target, work, operations)
         times |= _expected(config, name, state, sizes, target, work)
-        moved = [{"kind": "all", "bytes": round(work.links), "group_size": target.number, "count": 1}]
+        moved = _estimated_moves(work, target)
         programs.append(Program(name, fits, hbm, short, operations, times, mfu, moved, "estimated", None))
     return programs
+
+
+def _estimated_moves(work: roofline.Work, target: Target) -> list[dict]:
+    """What a program moves, from shapes, in the form of `hlo.Collective`."""
+    found = [{"kind": "all", "bytes": round(work.links), "group_size": target.number // target.slices, "count": 1}]
+    if target.slices > 1:
+        crossed = {"kind": "all", "bytes": round(work.network), "group_size": target.slices, "count": 1}
+        found.append(crossed | {"between_slices": True})
+    return found
 
 
 def _compare(total: int | None, limit: int | None) -> tuple[bool | None, int | None]:
@@ -254,7 +281,7 @@ def _compiled_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, t
     state, _, wanted = lower_programs(config, step, mesh)
     programs = []
     for name, function, arguments in wanted:
-        work, operations = _work(config, name, state, sizes), _flops(config, name)
+        work, operations = _work(config, name, state, sizes, target.slices), _flops(config, name)
         held = _held(config, name, state, sizes)
         lowered = function.lower(*arguments)
         began = time.monotonic()
@@ -267,7 +294,7 @@ def _compiled_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, t
                 held["activations and temporary"] = error.temporaries
                 total = sum(held.values())
             short = None if total is None or limit is None else total - limit
-            times, mfu = _time(target, work, operations, None)
+            times, mfu = _time(target, work, operations)
             times |= _expected(config, name, state, sizes, target, work)
             programs.append(
                 Program(
@@ -290,19 +317,25 @@ def _compiled_programs(config: ExperimentConfig, step: str, sizes: MeshConfig, t
         hbm: dict[str, int | None] = {**held, **account, "total": total, "limit": target.memory}
         text = hlo.program_text(executable)
         moved = None if text is None else hlo.collectives(text, target.number)
-        links: float | None = None if moved is None else sum(c.bytes for c in moved)
-        if moved is not None and links is not None and any(c.in_unknown_loop for c in moved):
-            links = max(links, work.links)  # Of a loop that ends by itself one turn was counted.
-        times, mfu = _time(target, work, operations, links)
+        times, mfu = _time(target, _compiled_work(work, moved), operations)
         times |= _expected(config, name, state, sizes, target, work)
-        if moved is None:
-            found = [{"kind": "all", "bytes": round(work.links), "group_size": target.number, "count": 1}]
-        else:
-            found = [dataclasses.asdict(c) for c in moved]
+        found = _estimated_moves(work, target) if moved is None else [dataclasses.asdict(c) for c in moved]
         source = "estimated; the compiler cannot print this program" if moved is None else "from the compiled program"
         fits, short = _compare(total, target.memory)
         programs.append(Program(name, fits, hbm, short, operations, times, mfu, found, source, taken))
     return programs
+
+
+def _compiled_work(work: roofline.Work, moved: list[hlo.Collective] | None) -> roofline.Work:
+    """`work` with the bytes between devices and slices of a compiled program's collectives, where they can be read."""
+    if moved is None:
+        return work
+    total = {crossed: sum(c.bytes for c in moved if c.between_slices == crossed) for crossed in (False, True)}
+    links, network = float(total[False]), float(total[True])
+    if any(c.in_unknown_loop for c in moved):
+        links = max(links, work.links)  # Of a loop that ends by itself one turn was counted.
+        network = max(network, work.network)
+    return dataclasses.replace(work, links=links, network=network)
 
 
 def _memory(executable: Any, held: int) -> dict[str, int]:
@@ -323,7 +356,7 @@ def sweep(config: ExperimentConfig, options: Options) -> list[Plan]:
 
     Sorted by rows per second, those that fit first, compiled ones before estimates.
     """
-    target = find_target(options.topology, estimate=options.estimate)
+    target = _target(options)
     sizes = [config.train.batch_size]
     if options.batch_sizes:
         sizes = [int(size) for size in options.batch_sizes.split(",") if size.isdigit()]
@@ -332,7 +365,8 @@ def sweep(config: ExperimentConfig, options: Options) -> list[Plan]:
     if target.device is None:
         raise ConfigError(f"--sweep: no figures for {target.kind!r} to rank meshes by; known: {', '.join(DEVICES)}")
     name = next(n for n, device in DEVICES.items() if device is target.device)
-    guess = dataclasses.replace(options, topology=f"{name}:{target.number}", estimate=True)
+    each = f"{target.number // target.slices}" + (f"*{target.slices}" if target.slices > 1 else "")
+    guess = dataclasses.replace(options, topology=f"{name}:{each}", estimate=True)
     estimates, reasons = [], []
     for batch_size in sizes:
         run = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size))
@@ -353,43 +387,3 @@ def sweep(config: ExperimentConfig, options: Options) -> list[Plan]:
             plan = make_plan(run, options, mesh)
         plans.append(dataclasses.replace(plan, topology=target.name))
     return sorted(plans, key=rank)
-
-
-def describe_rules(config: ExperimentConfig, options: Options) -> str:
-    """The rules as applied to a configuration: every parameter's shape, split, rule and bytes of one device."""
-    if options.mesh and options.mesh != "auto" and not options.topology:
-        sizes = _given_sizes(options.mesh)
-    elif options.topology:
-        sizes = _resolve(config, options, find_target(options.topology, estimate=options.estimate))
-    else:
-        raise ConfigError("--rules: give --mesh=DATA,FSDP,TENSOR or --topology")
-    state = state_shapes(config)
-    lines = [f"{'parameter':<72}{'shape':<26}{'split':<44}{'rule':>6}{'MiB a device':>14}"]
-    total: dict[str, int] = {}
-    for part, tree in (("trained", state.params), ("frozen", state.frozen)):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            name = sharding.param_path(path)
-            found = sharding.matching_rule(name, leaf.shape, sizes)
-            rule, split = ("-", "whole") if found is None else (_rule_name(found), _split_name(found[2]))
-            held = sharding.bytes_per_device({name: leaf}, sizes)
-            total[part] = total.get(part, 0) + held
-            lines.append(f"{name:<72}{leaf.shape!s:<26}{split:<44}{rule:>6}{held / 2**20:>14.3f}")
-    total["optimizer"] = sharding.bytes_per_device(state.opt_state, sizes)
-    lines.append("")
-    lines += [f"{part + ', all of it':<72}{held / GIB:>10.3f} GiB a device" for part, held in total.items()]
-    lines.append("\nrule n.m: the n-th of PARAM_RULES, its m-th split (1: the preferred one); -: no rule, replicated")
-    lines.append(
-        "\nactivations: " + "; ".join(f"{n} over {' x '.join(a)}" for n, a in sharding.ACTIVATION_RULES.items())
-    )
-    return "\n".join(lines)
-
-
-def _rule_name(found: tuple) -> str:
-    pattern, index, _ = found
-    number = next(i for i, rule in enumerate(sharding.PARAM_RULES, 1) if rule[0] == pattern)
-    return f"{number}.{index + 1}"
-
-
-def _split_name(spec: Any) -> str:
-    names = ["-" if e is None else e if isinstance(e, str) else "*".join(e) for e in spec]
-    return ", ".join(names) if set(names) != {"-"} else "whole"

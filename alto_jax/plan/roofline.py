@@ -1,9 +1,9 @@
 """How much memory and time a step needs, from shapes alone: what `plan` says before, beside and without a compiler.
 
-Time is the largest of three parts, as if they overlapped perfectly (and their sum, as if they did not at all):
+Time is the largest of its parts, as if they overlapped perfectly (and their sum, as if they did not at all):
 operations at `COMPUTE` of the peak, bytes through HBM at `BANDWIDTH` of its rate, bytes between devices at `LINKS` of
-the interconnect's. Those shares are assumptions, not measurements. Memory of activations is a rough count; state is
-exact.
+the interconnect's, and bytes between slices or machines at `LINKS` of the network's. Those shares are assumptions, not
+measurements. Memory of activations is a rough count; state is exact.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from alto_jax.config import require
 from alto_jax.experiment import ExperimentConfig
-from alto_jax.parallel import sharding
+from alto_jax.parallel import sharding, slices
 from alto_jax.parallel.devices import Device
 from alto_jax.parallel.sharding import MeshConfig
 
@@ -27,24 +27,26 @@ class Seconds:
     compute: float
     memory: float
     collectives: float
+    network: float = 0.0
 
     @property
     def estimate(self) -> float:
         """The largest part."""
-        return max(self.compute, self.memory, self.collectives)
+        return max(self.compute, self.memory, self.collectives, self.network)
 
     @property
     def serial(self) -> float:
         """The sum."""
-        return self.compute + self.memory + self.collectives
+        return self.compute + self.memory + self.collectives + self.network
 
 
-def seconds(device: Device, flops: float, hbm_bytes: float, link_bytes: float) -> Seconds:
-    """Time from operations, HBM bytes and interconnect bytes of one device."""
+def seconds(device: Device, flops: float, work: "Work", network: float | None = None) -> Seconds:
+    """Time from the operations of one device and what it moves; network: its rate, None with one slice."""
     return Seconds(
         flops / (COMPUTE * device.flops),
-        hbm_bytes / (BANDWIDTH * device.bandwidth),
-        link_bytes / (LINKS * device.links),
+        work.hbm / (BANDWIDTH * device.bandwidth),
+        work.links / (LINKS * device.links),
+        work.network / (LINKS * network) if network else 0.0,
     )
 
 
@@ -52,13 +54,34 @@ def seconds(device: Device, flops: float, hbm_bytes: float, link_bytes: float) -
 class Work:
     """What one device holds and moves: bytes.
 
-    temporary: gradients, activations and gathered parameters at the worst moment. hbm, links: bytes through HBM and
-    between devices in one step.
+    temporary: gradients, activations and gathered parameters at the worst moment. hbm, links, network: bytes through
+    HBM, between devices of a slice, and between slices in one step.
     """
 
     temporary: float
     hbm: float
     links: float
+    network: float = 0.0
+
+
+class _Moved:
+    """What one device receives in collectives over the axes of a mesh.
+
+    Over an axis that crosses slices they go in two stages: within a slice every device takes its part, so that of the
+    whole only that part crosses the network.
+    """
+
+    def __init__(self, sizes: MeshConfig, num_slices: int):
+        self._sizes = sharding.axis_sizes(sizes)
+        self._outer = dict(zip(sharding.AXES, slices.between([self._sizes[a] for a in sharding.AXES], num_slices)))
+        self.links = self.network = 0.0
+
+    def gather(self, axis: str, whole: float) -> None:
+        """An all-gather to `whole` bytes, or a reduce-scatter of them; an all-reduce is both."""
+        outer = self._outer[axis]
+        inner = self._sizes[axis] // outer
+        self.links += whole * (inner - 1) / inner
+        self.network += whole / inner * (outer - 1) / outer
 
 
 def has_flash(cfg: Any) -> bool:
@@ -143,13 +166,16 @@ def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> floa
     return total + 3 * rows * scored / tensor * 4
 
 
-def training_work(config: ExperimentConfig, params: Any, frozen: Any, opt_state: Any, sizes: MeshConfig) -> Work:
+def training_work(
+    config: ExperimentConfig, params: Any, frozen: Any, opt_state: Any, sizes: MeshConfig, num_slices: int = 1
+) -> Work:
     """What one device holds and moves in an update.
 
     Args:
       config: the run; its batch is the global one.
       params, frozen, opt_state: ShapeDtypeStructs of the state.
       sizes: the mesh.
+      num_slices: that it is laid over (`alto_jax.parallel.slices`).
     """
     parts = sizes.data * sizes.fsdp
     require(
@@ -173,19 +199,21 @@ def training_work(config: ExperimentConfig, params: Any, frozen: Any, opt_state:
     passes = _remat_passes(config)
     hbm = passes * gathered * (2 if sizes.fsdp > 1 else 1) + 2 * (held(opt_state) + 2 * held(params)) + 2 * temporary
 
-    links = 0.0
+    moved = _Moved(sizes, num_slices)
     if sizes.fsdp > 1:
-        links += (passes * gathered + trained) * (sizes.fsdp - 1) / sizes.fsdp
+        moved.gather("fsdp", passes * gathered + trained)
     if sizes.data > 1:
-        links += 2 * held(params) * (sizes.data - 1) / sizes.data
+        moved.gather("data", 2 * held(params))
     if sizes.tensor > 1 and config.model.language_model is not None:
         language = config.model.language_model
         once = rows * config.data.max_length * language.embed_dim * jnp.dtype(language.dtype).itemsize
-        links += 2 * passes * language.num_layers * once * 2 * (sizes.tensor - 1) / sizes.tensor
-    return Work(temporary, hbm, links)
+        moved.gather("tensor", 2 * passes * language.num_layers * once * 2)
+    return Work(temporary, hbm, moved.links, moved.network)
 
 
-def answering_work(config: ExperimentConfig, params: Any, sizes: MeshConfig, samples: int, new_tokens: int) -> Work:
+def answering_work(
+    config: ExperimentConfig, params: Any, sizes: MeshConfig, samples: int, new_tokens: int, num_slices: int = 1
+) -> Work:
     """What one device holds and moves while it answers its prompts: a pass over the prompt, then token by token."""
     language = config.model.need_language_model()
     rows = config.train.batch_size / (sizes.data * sizes.fsdp)
@@ -200,5 +228,7 @@ def answering_work(config: ExperimentConfig, params: Any, sizes: MeshConfig, sam
     # Note: the language model is gathered once, before the loop of tokens (`language_model.for_inference`).
     working = weights + 2 * everything / language.num_layers if sizes.fsdp > 1 else 0.0
     hbm = everything + new_tokens * (weights + cache + logits)
-    links = everything * (sizes.fsdp - 1) / sizes.fsdp if sizes.fsdp > 1 else 0.0
-    return Work(cache + logits + working + activation_bytes(config, rows, sizes.tensor) / 8, hbm, links)
+    moved = _Moved(sizes, num_slices)
+    moved.gather("fsdp", everything)
+    temporary = cache + logits + working + activation_bytes(config, rows, sizes.tensor) / 8
+    return Work(temporary, hbm, moved.links, moved.network)

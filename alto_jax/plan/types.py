@@ -18,6 +18,7 @@ class Options:
       step: which program; in stage 3 "train" is rollout and update.
       estimate: count from shapes instead of compiling.
       sweep: rank meshes and `batch_sizes` (with commas; "": the configuration's), compile the best `compile` of them.
+      network: GB per second and direction of one device to other slices or machines; 0: as the table of devices says.
       rules: print the split of every parameter, and stop.
       json: print JSON.
     """
@@ -30,6 +31,7 @@ class Options:
     sweep: bool = False
     batch_sizes: str = ""
     compile: int = 3
+    network: float = 0.0
     rules: bool = False
     json: bool = False
 
@@ -56,7 +58,10 @@ class Program:
 
 @dataclasses.dataclass
 class Plan:
-    """The answer for one mesh and batch size."""
+    """The answer for one mesh and batch size.
+
+    slices: TPU slices or machines that the devices are of. memory_share: of a device's memory, what a program can have.
+    """
 
     config: str
     stage: str
@@ -68,6 +73,8 @@ class Plan:
     batch_size: int
     estimated: bool
     programs: list[Program]
+    slices: int = 1
+    memory_share: float = 1.0
 
     @property
     def fits(self) -> bool | None:
@@ -97,8 +104,9 @@ def describe(plan: Plan) -> str:
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     verdict = {True: "FITS", False: "DOES NOT FIT", None: "UNKNOWN (no memory limit)"}[plan.fits]
     how = "estimated from shapes, not compiled" if plan.estimated else "compiled ahead of time"
+    devices = f"{plan.num_devices} x {plan.device_kind}" + (f" in {plan.slices} slices" if plan.slices > 1 else "")
     lines = [
-        f"{plan.config} {plan.step} on {plan.topology} ({plan.num_devices} x {plan.device_kind}), mesh {mesh}, batch"
+        f"{plan.config} {plan.step} on {plan.topology} ({devices}), mesh {mesh}, batch"
         f" {plan.batch_size}: {verdict} ({how})"
     ]
     for program in plan.programs:
@@ -107,12 +115,12 @@ def describe(plan: Plan) -> str:
             lines.append(f"  short of memory by {program.shortfall / GIB:.2f} GiB a device")
         for kind, size in program.hbm.items():
             if size is not None:
-                lines.append(f"  {kind:<28}{size / GIB:>9.3f} GiB a device")
+                share = f" ({plan.memory_share:.0%} of its memory, which JAX takes)" if plan.memory_share < 1 else ""
+                lines.append(f"  {kind:<28}{size / GIB:>9.3f} GiB a device{share if kind == 'limit' else ''}")
         lines.append(f"  {'operations':<28}{program.flops / 1e12:>9.2f} TFLOP a step on all devices")
         if program.seconds:
-            parts = ", ".join(
-                f"{k} {v * 1e3:.1f} ms" for k, v in program.seconds.items() if k in ("compute", "memory", "collectives")
-            )
+            wanted = ("compute", "memory", "collectives", *(["network"] if plan.slices > 1 else []))
+            parts = ", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in program.seconds.items() if k in wanted)
             mfu = "" if program.mfu is None else f", MFU {program.mfu:.0%}"
             lines.append(
                 f"  bound: {program.seconds['estimate'] * 1e3:.1f} ms if all overlaps,"
@@ -125,7 +133,8 @@ def describe(plan: Plan) -> str:
         for item in program.collectives or [{"kind": "none"}]:
             text = f"    {item['kind']}"
             if "count" in item:
-                text += f" among {item['group_size']}: {item['count']} times, {item['bytes'] / GIB:.3f} GiB received"
+                who = f"{item['group_size']}{' slices' if item.get('between_slices') else ''}"
+                text += f" among {who}: {item['count']} times, {item['bytes'] / GIB:.3f} GiB received"
             lines.append(text + (" (a loop of unknown length counted once)" if item.get("in_unknown_loop") else ""))
         if program.compile_seconds is not None:
             lines.append(f"  compiled in {program.compile_seconds:.0f} s")

@@ -13,7 +13,7 @@ from alto_jax.main import load_config
 from alto_jax.parallel import sharding
 from alto_jax.parallel.sharding import MeshConfig
 from alto_jax.plan import __main__ as plan
-from alto_jax.plan import hlo, programs, roofline
+from alto_jax.plan import hlo, programs, roofline, rules
 from alto_jax.stages.table import make_stage
 from tests.conftest import ROOT, run_python
 
@@ -130,6 +130,31 @@ def test_collectives_of_a_tpu_count_once_a_turn_of_their_loops():
     }
     found = {c.kind: c for c in hlo.collectives(TPU_HLO.replace("CONDITION", "%either"), 8)}
     assert found["all-gather"] == hlo.Collective("all-gather", 4, 33, 33 * 64 * 3 // 4, True)
+
+
+# Two slices of a TPU: within each the collectives of old, between them what goes through the host's runtime.
+BETWEEN_SLICES = """HloModule m, num_partitions=32
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %rs = f32[64,8,128]{2,1,0} reduce-scatter(%x), channel_id=9, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %send.2 = (f32[64,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%rs, %after-all.2), ATTRIBUTES
+  %recv.2 = (f32[64,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all.2), ATTRIBUTES
+  %send-done.2 = token[] send-done(%send.2), ATTRIBUTES
+  %recv-done.2 = (f32[64,8,128]{2,1,0:T(8,128)}, token[]) recv-done(%recv.2), ATTRIBUTES
+}
+""".replace(
+    "ATTRIBUTES",
+    'channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_host_transfer_rendezvous="all-reduce.5_0",_xla_megascale_reduce_operation="SUM",'
+    '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE",is_spmd_generated="true"}',
+)
+
+
+def test_what_crosses_the_network_between_slices_is_counted_once():
+    size = 64 * 8 * 128 * 4
+    assert hlo.collectives(BETWEEN_SLICES, 32) == [
+        hlo.Collective("reduce-scatter", 4, 1, 3 * size, False),
+        hlo.Collective("all-reduce", 2, 1, size, False, between_slices=True),
+    ]
 
 
 def test_a_loop_of_gathers_as_the_compiler_writes_it():
@@ -250,6 +275,48 @@ def test_estimates(size, topology, fits):
     assert ("FITS" if fits else "DOES NOT FIT") in text and ("short of memory by" in text) != fits
 
 
+def estimated(topology, *more):
+    options, config = plan.parse(["--config=configs/stage2.py:8b", f"--topology={topology}", "--estimate", *more])
+    return programs.make_plan(config, options)
+
+
+def test_the_network_between_machines_takes_its_time():
+    """Two machines on twice the rows: each does what one did, and the gradients of its part cross the network."""
+    one = estimated("h100-80g:8", "--mesh=1,8,1", "--config.train.batch_size=32")
+    two = estimated("h100-80g:8*2", "--mesh=2,8,1", "--config.train.batch_size=64")
+    (alone,), (both,) = one.programs, two.programs
+    assert both.hbm == alone.hbm and two.slices == 2 and two.num_devices == 16
+    assert both.seconds["collectives"] == pytest.approx(alone.seconds["collectives"])
+    # An all-reduce between two: half of it comes in, twice; float32 gradients as large as the parameters.
+    crossed = {c["bytes"] for c in both.collectives if c.get("between_slices")}
+    assert crossed == {both.hbm["parameters (trained)"]} and alone.seconds["network"] == 0
+    assert both.seconds["network"] == pytest.approx(max(crossed) / (0.8 * 50e9))
+    assert both.seconds["expected"] == pytest.approx(alone.seconds["expected"] + both.seconds["network"])
+    slow = estimated("h100-80g:8*2", "--mesh=2,8,1", "--network=5").programs[0].seconds
+    assert slow["network"] == pytest.approx(10 * both.seconds["network"]) == slow["estimate"]
+    # Parameters that are gathered over the network in every layer.
+    across = estimated("h100-80g:8*2", "--mesh=1,16,1").programs[0].seconds
+    assert across["network"] > both.seconds["network"]
+    text = plan.describe(two)
+    assert "(16 x NVIDIA H100 80GB HBM3 in 2 slices)" in text and "among 2 slices" in text and "network" in text
+
+
+def test_gpus_beyond_one_machine_are_several():
+    many = estimated("h100-80g:64", "--mesh=auto")
+    assert many.slices == 8 and many.programs[0].seconds["network"] > 0
+    assert dataclasses.replace(estimated("h100-80g:8*8", "--mesh=auto"), topology=many.topology) == many
+    assert many.mesh["data"] % 8 == 0
+
+
+def test_a_gpu_has_the_memory_that_jax_takes(monkeypatch):
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    found = estimated("h100-80g:8", "--mesh=2,4,1")
+    assert found.programs[0].hbm["limit"] == 40 * 2**30 and found.fits is False
+    assert "40.000 GiB a device (50% of its memory, which JAX takes)" in plan.describe(found)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
+    assert estimated("h100-80g:8", "--mesh=2,4,1").fits is True
+
+
 def test_sweep_ranks_what_fits_by_speed():
     options, config = plan.parse(
         ["--config=configs/stage2.py:2b", "--topology=v5e:4x4", "--estimate", "--sweep", "--batch_sizes=16,64"]
@@ -264,7 +331,7 @@ def test_sweep_ranks_what_fits_by_speed():
 
 def test_rules_show_every_parameter_with_its_bytes():
     options, config = plan.parse(["--config=configs/stage2.py:8b", "--mesh=1,8,2", "--rules"])
-    text = programs.describe_rules(config, options)
+    text = rules.describe_rules(config, options)
     head = next(line for line in text.splitlines() if line.startswith("language_model/head/kernel"))
     # 4096 x 93579 float32 over 16 devices, by its second choice.
     assert head.split()[1:3] == ["(4096,", "93579)"] and "fsdp*tensor, -" in head and "11.2" in head
@@ -279,6 +346,14 @@ def test_rules_show_every_parameter_with_its_bytes():
         (["--topology=gpu:8"], r"--topology=gpu:8: this machine has no GPU"),
         (["--topology=cpu:64"], r"--topology=cpu:64: this machine has \d+ of them"),
         (["--topology=h300:8", "--estimate"], r"--estimate knows v4, v5e"),
+        (
+            ["--topology=h100-80g:8*0", "--estimate"],
+            r"h100-80g:8\*0: expected a number of slices after the \*",
+        ),
+        (["--topology=h100-80g:12", "--estimate"], r"links join 8 of these in a machine.* as in h100-80g:8\*2"),
+        (["--topology=h100-80g:16*2", "--estimate"], r"links join 8 of these in a machine.* as in h100-80g:8\*4"),
+        (["--topology=v4:2x2x4*2", "--estimate"], r"v4:2x2x4\*2: the network's rate is not known; give --network"),
+        (["--topology=cpu:1*2"], r"--topology=cpu:1\*2: this machine is one; for several --estimate"),
         (["--topology=v5e:16x16", "--estimate"], r"config.train.batch_size: 64 does not split over 256 devices"),
         (["--topology=v5e:4x4", "--estimate", "--mesh=3,2"], r"--mesh=3,2: expected auto or DATA,FSDP,TENSOR"),
         (["--topology=v5e:4x4", "--estimate", "--step=rollout"], r"--step=rollout: stage2 has none"),
@@ -288,4 +363,4 @@ def test_rules_show_every_parameter_with_its_bytes():
 def test_bad_input_is_one_clear_error(arguments, message):
     options, config = plan.parse(["--config=configs/stage2.py:8b", *arguments])
     with pytest.raises(ValueError, match=message):
-        programs.describe_rules(config, options) if options.rules else programs.make_plan(config, options)
+        rules.describe_rules(config, options) if options.rules else programs.make_plan(config, options)
