@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Runs one command on the hosts of a TPU slice on GKE, by launch/gke_jobset.yaml.
+# Runs one command on GKE: on the hosts of TPU slices, by launch/gke_jobset.yaml, or on GPU machines, by
+# launch/gke_gpu_jobset.yaml.
 #   launch/gke_jobset.sh [--dry-run] IMAGE CLAIM --config=configs/stage2.py:8b --config.init_from=/runs/start --workdir=/runs/stage2
 # Assumes: kubectl is set up for the cluster, the JobSet controller is installed there, IMAGE holds this package with
-# its `tpu` extra, and CLAIM is a volume claim that all hosts may write; it is mounted as /runs. ACCELERATOR, TOPOLOGY,
-# HOSTS and CHIPS (per host) choose the slice (tpu-v5-lite-podslice, 4x4, 4 and 4). --dry-run prints the manifest.
+# its `tpu` (or `cuda`) extra, and CLAIM is a volume claim that all hosts may write; it is mounted as /runs. ACCELERATOR,
+# TOPOLOGY, HOSTS and CHIPS (per host) choose the slice (tpu-v5-lite-podslice, 4x4, 4 and 4), SLICES how many of them (1);
+# for GPUs ACCELERATOR=nvidia-h100-80gb (or another name that begins with nvidia-), HOSTS (2) and CHIPS (8) choose the
+# machines. --dry-run prints the manifest.
 set -euo pipefail
 
 dry_run=false
@@ -20,13 +23,18 @@ for argument in "$@"; do
   escaped=${argument//\\/\\\\}
   arguments+=", \"${escaped//\"/\\\"}\""
 done
-manifest=$(<"$(dirname "$0")/gke_jobset.yaml")
+case "${ACCELERATOR:=tpu-v5-lite-podslice}" in
+  nvidia-*) file=gke_gpu_jobset.yaml hosts=${HOSTS:-2} chips=${CHIPS:-8} ;;
+  *) file=gke_jobset.yaml hosts=${HOSTS:-4} chips=${CHIPS:-4} ;;
+esac
+manifest=$(<"$(dirname "$0")/$file")
 manifest=${manifest//@IMAGE@/"$image"}
 manifest=${manifest//@CLAIM@/"$claim"}
-manifest=${manifest//@ACCELERATOR@/"${ACCELERATOR:-tpu-v5-lite-podslice}"}
+manifest=${manifest//@ACCELERATOR@/"$ACCELERATOR"}
 manifest=${manifest//@TOPOLOGY@/"${TOPOLOGY:-4x4}"}
-manifest=${manifest//@HOSTS@/"${HOSTS:-4}"}
-manifest=${manifest//@CHIPS@/"${CHIPS:-4}"}
+manifest=${manifest//@SLICES@/"${SLICES:-1}"}
+manifest=${manifest//@HOSTS@/"$hosts"}
+manifest=${manifest//@CHIPS@/"$chips"}
 manifest=${manifest//@ARGUMENTS@/"$arguments"}
 if "$dry_run"; then
   echo "$manifest"

@@ -39,37 +39,65 @@ def start(*arguments, processes=1):
 
 
 def workers(process) -> list[int]:
-    """Ids of the processes that a shell script has started."""
+    """Ids of the processes of a run that a shell script has started."""
     path = f"/proc/{process.pid}/task/{process.pid}/children"
-    return [int(number) for number in open(path).read().split()]
+    found = [int(number) for number in open(path).read().split()]
+    return [number for number in found if "alto_jax" in pathlib.Path(f"/proc/{number}/cmdline").read_text()]
 
 
-def test_two_processes_stop_together_and_one_goes_on(tmp_path):
-    """A signal to one of two processes stops both at one step; one process alone ends as if it had been so always."""
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    code, _, err = finish(start(*CONFIG, f"--workdir={alone}"))
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run in one process that nothing happened to."""
+    path = tmp_path_factory.mktemp("alone")
+    code, _, err = finish(start(*CONFIG, f"--workdir={path}"))
     assert code == 0, err[-3000:]
-    both = start(*CONFIG, f"--workdir={shared}", processes=2)
+    return path
+
+
+def assert_same_run(found_in, expected_in):
+    """Parameters and losses of two runs of CONFIG, whose reductions had another order."""
+    # Note: not every single number: the gradient of the keys' biases is nothing but rounding, which Adam makes large.
+    params = lambda run: {name: value for name, value in arrays(run, 6).items() if "['params']" in name}
+    expected, found = params(expected_in), params(found_in)
+    norm = lambda parts: np.sqrt(sum(np.sum(np.square(part, dtype=np.float64)) for part in parts))
+    assert norm(found[name] - expected[name] for name in expected) < 1e-5 * norm(expected.values())
+    for one, other in zip(read_metrics(expected_in), read_metrics(found_in), strict=True):
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-5)
+
+
+def wait_for(process, is_there):
     deadline = time.monotonic() + 280
-    while not (shared / "metrics.jsonl").exists() or not read_metrics(shared):
-        assert time.monotonic() < deadline and both.poll() is None, both.communicate(timeout=10)
+    while not is_there():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate(timeout=10)
         time.sleep(0.02)
+
+
+def test_two_processes_stop_together_and_one_goes_on(alone, tmp_path):
+    """A signal to one of two processes stops both at one step; one process alone ends as if it had been so always."""
+    both = start(*CONFIG, f"--workdir={tmp_path}", processes=2)
+    wait_for(both, lambda: (tmp_path / "metrics.jsonl").exists() and read_metrics(tmp_path))
     os.kill(workers(both)[-1], signal.SIGTERM)
     code, out, err = finish(both)
     assert code == EXIT_RESUMABLE, out[-2000:] + err[-3000:]
-    stopped_at = runs.find_run(shared)[1]
+    stopped_at = runs.find_run(tmp_path)[1]
     assert out.count(f"SIGTERM: saved step {stopped_at} of") == 2  # each process says the same
     assert 1 <= stopped_at <= 6
-    code, out, err = finish(start(*CONFIG, f"--workdir={shared}"))
+    code, out, err = finish(start(*CONFIG, f"--workdir={tmp_path}"))
     assert code == 0 and f"resumed from step {stopped_at}" in out, err[-3000:]
-    # Note: not every single number: the gradient of the keys' biases is nothing but rounding, which Adam makes large.
-    params = lambda run: {name: value for name, value in arrays(run, 6).items() if "['params']" in name}
-    expected, found = params(alone), params(shared)
-    norm = lambda parts: np.sqrt(sum(np.sum(np.square(part, dtype=np.float64)) for part in parts))
-    assert norm(found[name] - expected[name] for name in expected) < 1e-5 * norm(expected.values())
-    for one, other in zip(read_metrics(alone), read_metrics(shared), strict=True):
-        for name in ("loss", "grad_norm"):
-            np.testing.assert_allclose(one[name], other[name], rtol=1e-5)
+    assert_same_run(tmp_path, alone)
+
+
+def test_the_launcher_goes_on_without_the_process_that_was_killed(alone, tmp_path, monkeypatch):
+    """Two processes, one is killed after a save: the same script goes on with one, from that save, to the same run."""
+    monkeypatch.setenv("RESTARTS", "1")
+    both = start(*CONFIG, "--config.train.steps=6", f"--workdir={tmp_path}", processes=2)
+    wait_for(both, lambda: runs.complete_steps(tmp_path))
+    os.kill(workers(both)[-1], signal.SIGKILL)
+    code, out, err = finish(both)
+    assert code == 0, out[-2000:] + err[-3000:]
+    assert "1 killed; goes on with 1 of 2 processes" in err and re.search(r"resumed from step [24]", out), err[-2000:]
+    assert_same_run(tmp_path, alone)
 
 
 def test_missing_process_is_named(monkeypatch):
@@ -157,20 +185,80 @@ def test_a_full_device_ends_all_processes(monkeypatch, capsys):
         cli.run(lambda: main(KeyError("a mistake")))
 
 
+def fake_commands(folder, **scripts):
+    """An environment whose PATH begins with these shell scripts; "calls" in the folder is theirs to write to."""
+    for name, lines in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\ncalls={folder}/calls\n{lines}\n")
+        (folder / name).chmod(0o755)
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
 @pytest.mark.parametrize(
     "code, restarts, queued", [(0, 0, 0), (2, 0, 0), (130, 0, 0), (75, 0, 1), (137, 1, 1), (1, 3, 1), (75, 4, 0)]
 )
 def test_slurm_queues_again_what_may_end_better(code, restarts, queued, tmp_path):
-    for name, line in (("srun", f"exit {code}"), ("scontrol", f"echo $@ >> {tmp_path}/queued")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
-        (tmp_path / name).chmod(0o755)
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "MAX_RESTARTS": "4"}
+    env = fake_commands(tmp_path, srun=f"exit {code}", scontrol="echo $@ >> $calls")
+    env |= {"SLURM_JOB_ID": "77", "MAX_RESTARTS": "4", "SLURM_RESTART_COUNT": str(restarts)}
     command = [ROOT / "launch" / "slurm.sh", "--config=x"]
-    env["SLURM_RESTART_COUNT"] = str(restarts)
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
-    file = tmp_path / "queued"
+    file = tmp_path / "calls"
     assert done.returncode == code and (file.read_text() if file.exists() else "") == "requeue 77\n" * queued
     assert ("not queued again" in done.stderr) == (restarts == 4)
+
+
+@pytest.mark.parametrize(
+    "left, least, steps, queued",
+    [
+        (3, "2", ["", "--nodes=2 --ntasks=16 --nodelist=n0,n1"], False),  # 3 do not divide what 4 did
+        (1, "2", [""], True),
+        (3, "3", [""], True),
+        (4, "1", [""], True),  # none was lost
+        (3, "", [""], True),
+    ],
+)
+def test_slurm_goes_on_with_the_nodes_that_are_left(left, least, steps, queued, tmp_path):
+    env = fake_commands(
+        tmp_path,
+        srun='echo step $@ >> $calls; case "$*" in *--nodelist=*) exit 0 ;; *) exit 137 ;; esac',
+        sinfo=f"for n in $(seq 0 {left - 1}); do echo n$n; echo n$n; done",  # a line for each partition
+        scontrol="echo $@ >> $calls",
+    )
+    env |= {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_NODELIST": "n[0-3]", "MIN_NODES": least}
+    env |= {"SLURM_NTASKS_PER_NODE": "8", "PYTHON": "python"}
+    command = [ROOT / "launch" / "slurm.sh", "--config=x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    main = "python -m alto_jax.main --distributed=auto --config=x"
+    lines = [" ".join(["step --kill-on-bad-exit=1 --gpu-bind=none", step, main]).replace("  ", " ") for step in steps]
+    assert (tmp_path / "calls").read_text().splitlines() == lines + ["requeue 77"] * queued, done.stderr
+    assert done.returncode == (137 if queued else 0)
+    assert ("goes on with 2 of 4 nodes: n0 n1" in done.stderr) != queued
+
+
+@pytest.mark.parametrize(
+    "count, restarts, code, said",
+    [
+        (4, 1, 0, ["ended with 137, 1 killed; goes on with 2 of 4 processes"]),
+        (3, 1, 137, ["ended with 137, 1 killed; goes on with 1 of 3 processes"]),  # and that one is killed too
+        (4, 0, 137, []),
+    ],
+)
+def test_local_goes_on_with_the_processes_that_are_left(count, restarts, code, said, tmp_path):
+    """Process 0 of more than two, and of one, is killed; two come through."""
+    script = """
+echo $ALTO_NUM_PROCESSES $ALTO_PROCESS_ID >> $calls
+[ $ALTO_NUM_PROCESSES = 2 ] && exit 0
+[ $ALTO_PROCESS_ID = 0 ] && kill -9 $$
+exec sleep 60
+"""
+    env = fake_commands(tmp_path, python=script) | {"RESTARTS": str(restarts), "PYTHON": "python"}
+    began = time.monotonic()
+    command = [ROOT / "launch" / "local.sh", str(count), "--config=x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, env=env)
+    lines = [line.removeprefix("launch/local.sh: ") for line in done.stderr.splitlines() if "launch/local" in line]
+    assert done.returncode == code and [line for line in lines if "goes on" in line] == said, done.stderr
+    assert time.monotonic() - began < 40
+    if code == 0:
+        assert sorted((tmp_path / "calls").read_text().splitlines()) == ["2 0", "2 1", "4 0", "4 1", "4 2", "4 3"]
 
 
 def test_shellcheck():
@@ -184,16 +272,45 @@ def test_shellcheck():
     assert len(scripts) == 4 and done.returncode == 0, done.stdout
 
 
+def manifest_of(words, **choices):
+    """The JobSet that gke_jobset.sh would make, and the specification of its pods' job."""
+    command = [ROOT / "launch" / "gke_jobset.sh", "--dry-run", "IMAGE", "CLAIM", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | choices)
+    assert done.returncode == 0 and not re.search(r"@[A-Z]+@", done.stdout)
+    found = yaml.safe_load(done.stdout)
+    return found, found["spec"]["replicatedJobs"][0]["template"]["spec"]
+
+
 def test_jobset_manifest():
     """The manifest is YAML, holds the command word for word, and nothing is left to fill in."""
     words = ["--config=configs/stage2.py:8b", '--workdir=/runs/a "b"']
-    command = [ROOT / "launch" / "gke_jobset.sh", "--dry-run", "IMAGE", "CLAIM", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"HOSTS": "2"})
-    assert done.returncode == 0 and not re.search(r"@[A-Z]+@", done.stdout)
-    job = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert job["parallelism"] == job["completions"] == 2
+    jobset, job = manifest_of(words, HOSTS="2", SLICES="3")
+    assert job["parallelism"] == job["completions"] == 2 and jobset["spec"]["replicatedJobs"][0]["replicas"] == 3
     container = job["template"]["spec"]["containers"][0]
     assert container["command"] == ["python", "-m", "alto_jax.main", "--distributed=auto", *words]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+def test_jobset_manifest_of_gpus():
+    """One process for each machine, found by the names that a JobSet gives its pods."""
+    jobset, job = manifest_of(["--workdir=/runs/a"], ACCELERATOR="nvidia-h100-80gb", HOSTS="4")
+    pod, replicated = job["template"]["spec"], jobset["spec"]["replicatedJobs"][0]
+    container, name = pod["containers"][0], jobset["metadata"]["name"]
+    assert container["command"] == ["python", "-m", "alto_jax.main", "--distributed=env", "--workdir=/runs/a"]
+    env = {item["name"]: item.get("value") for item in container["env"]}
+    assert job["parallelism"] == 4 and job["completionMode"] == "Indexed" and env["ALTO_NUM_PROCESSES"] == "4"
+    assert env["ALTO_COORDINATOR"].partition(":")[0] == f"{name}-{replicated['name']}-0-0.{name}"
+    assert "ALTO_PROCESS_ID" in env and container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_slurm_hides_no_gpu_from_a_process():
+    """JAX takes the GPU of the process's number on its node, so each must see all of them."""
+    text = (ROOT / "launch" / "slurm.sh").read_text()
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
+    assert asked["gpus-per-node"] == asked["ntasks-per-node"] and "gpus-per-task" not in asked
+    assert "srun --kill-on-bad-exit=1 --gpu-bind=none" in text
 
 
 @pytest.mark.parametrize("script", ["slurm.sh", "tpu_vm.sh", "local.sh", "gke_jobset.sh"])
