@@ -1,0 +1,39 @@
+"""The short forms of trajectories.py and collectives.py, each in a process with eight virtual devices."""
+
+import json
+
+import pytest
+
+from tests.conftest import run_python
+from tests.invariants import collectives
+
+FOLDER = "tests/invariants"
+
+
+def test_everything_changed_at_once_is_the_same_trajectory():
+    """Stage 2 on a mesh, in micro-batches, with packed rows; the rest by command."""
+    done = run_python(f"{FOLDER}/trajectories.py", "--stages", "stage2", "--steps", "2")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    row = next(line for line in done.stdout.splitlines() if "mesh (2, 2, 2), accumulate 2, pack 2" in line)
+    figures = [float(cell) for cell in row.split("|")[3:5]]
+    # Not exactly equal either: it was really computed in another way.
+    assert 0 < max(figures) < 1e-5
+
+
+def test_the_compiled_steps_move_what_is_recorded():
+    done = run_python(f"{FOLDER}/collectives.py")
+    if done.returncode == collectives.OTHER_VERSION:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_a_new_gather_is_seen():
+    recorded = json.loads(collectives.RECORD.read_text())["programs"]
+    assert len(recorded) == 5 and all("all-reduce" in " ".join(lines) for lines in recorded.values())
+    assert collectives.changes(recorded, recorded) == []
+    first, *others = recorded["stage2 train"]
+    found = {"stage2 train": ["all-gather among 2: 9 times, 9 bytes", *others]}
+    assert collectives.changes(recorded, found) == [
+        f"- stage2 train: {first}",
+        "+ stage2 train: all-gather among 2: 9 times, 9 bytes",
+    ]
