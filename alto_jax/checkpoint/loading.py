@@ -8,6 +8,7 @@ from typing import Any
 
 from flax import traverse_util
 import jax
+import numpy as np
 
 from alto_jax.checkpoint import runs
 from alto_jax.checkpoint.agreement import newest_in_parts
@@ -105,6 +106,29 @@ def load_model(
     name = f"{meta['stage']} {runs.identity(root, step)}" + f" {quantize}".rstrip()
     text = TextTokenizer.load(root) if language is not None else None
     return LoadedModel(root, meta, cfg, params, text, name)
+
+
+def load_in_parts(directory: str | os.PathLike, abstract: dict) -> dict:
+    """`runs.load_params` that is never there in more than one part beside the result: each part is read as float32,
+    compared with its checksums, and then cast.
+
+    Args:
+      directory: a run's.
+      abstract: nested dict of ShapeDtypeStructs (with shardings), in the types wanted.
+    """
+    float32 = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32, sharding=leaf.sharding)
+    if all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(abstract)):
+        return runs.load_params(directory, abstract)
+    wanted = traverse_util.flatten_dict(abstract, sep="/")
+
+    def keep(found: runs.Found) -> dict:
+        flat = traverse_util.flatten_dict(runs.joined(found), sep="/")
+        return {path: value.astype(wanted[path].dtype) for path, value in flat.items()}
+
+    groups = _groups(jax.tree.map(float32, abstract))
+    reads = [functools.partial(runs.read_params, str(directory), group, None) for group in groups]
+    parts, _ = newest_in_parts(runs.find_run(directory)[0], reads, keep)
+    return traverse_util.unflatten_dict({path: value for part in parts for path, value in part.items()}, sep="/")
 
 
 def _groups(abstract: dict) -> list[dict]:

@@ -20,7 +20,7 @@ from alto_jax.mllm.generate import GenerateConfig
 from alto_jax.parallel import sharding
 from alto_jax.parallel.devices import DEVICES
 from alto_jax.parallel.sharding import MeshConfig
-from alto_jax.plan import hlo, kernels, roofline
+from alto_jax.plan import hlo, kernels, roofline, starting
 from alto_jax.plan.topology import Target, find_target
 from alto_jax.plan.types import Options, Plan, Program
 from alto_jax.stages.table import make_stage
@@ -103,6 +103,10 @@ def make_plan(config: ExperimentConfig, options: Options, sizes: MeshConfig | No
     target = _target(options)
     sizes = _resolve(config, options, target) if sizes is None else sizes
     build = _estimated_programs if target.devices is None else _compiled_programs
+    if options.step == "init":
+        found = starting.init_programs(config, sizes, target)
+    else:
+        found = build(config, options.step, sizes, target)
     return Plan(
         config=options.config,
         stage=config.stage,
@@ -113,7 +117,7 @@ def make_plan(config: ExperimentConfig, options: Options, sizes: MeshConfig | No
         mesh={axis: getattr(sizes, axis) for axis in sharding.AXES},
         batch_size=config.train.batch_size,
         estimated=target.devices is None,
-        programs=build(config, options.step, sizes, target),
+        programs=found,
         slices=target.slices,
         memory_share=target.memory / target.device.memory if target.device and target.memory else 1.0,
     )

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 GIB = 2**30
-STEPS = ("train", "rollout", "update", "predict")
+STEPS = ("train", "rollout", "update", "predict", "init")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Options:
       config: FILE[:SIZE], for the heading.
       topology: such as "v5p:2x2x4"; "" with `rules` and a `mesh`.
       mesh: "DATA,FSDP,TENSOR", "auto", or "" for the configuration's.
-      step: which program; in stage 3 "train" is rollout and update.
+      step: which program; in stage 3 "train" is rollout and update. "init": how the state at step 0 is made.
       estimate: count from shapes instead of compiling.
       sweep: rank meshes and `batch_sizes` (with commas; "": the configuration's), compile the best `compile` of them.
       network: GB per second and direction of one device to other slices or machines; 0: as the table of devices says.
@@ -26,7 +26,7 @@ class Options:
     config: str
     topology: str = ""
     mesh: str = ""
-    step: Literal["train", "rollout", "update", "predict"] = "train"
+    step: Literal["train", "rollout", "update", "predict", "init"] = "train"
     estimate: bool = False
     sweep: bool = False
     batch_sizes: str = ""
@@ -117,6 +117,8 @@ def describe(plan: Plan) -> str:
             if size is not None:
                 share = f" ({plan.memory_share:.0%} of its memory, which JAX takes)" if plan.memory_share < 1 else ""
                 lines.append(f"  {kind:<28}{size / GIB:>9.3f} GiB a device{share if kind == 'limit' else ''}")
+        if plan.step == "init":
+            continue
         lines.append(f"  {'operations':<28}{program.flops / 1e12:>9.2f} TFLOP a step on all devices")
         if program.seconds:
             wanted = ("compute", "memory", "collectives", *(["network"] if plan.slices > 1 else []))

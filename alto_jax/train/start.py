@@ -1,12 +1,15 @@
 """The state at the start of a run: its shapes and shardings, then fresh parameters or those of a checkpoint."""
 
+from collections.abc import Collection
 import dataclasses
 import pathlib
 import re
 from typing import Any
+import warnings
 
 from flax import traverse_util
 import jax
+import jax.numpy as jnp
 
 from alto_jax.checkpoint import loading, runs
 from alto_jax.experiment import ExperimentConfig
@@ -38,6 +41,59 @@ def abstract_state(config: ExperimentConfig, stage: Stage, optimizer: Any, mesh:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """How the state at step 0 is made without ever being there twice: from parameters in the types that the state has
+    them in, whose memory becomes the state's.
+
+    Attributes:
+      wanted: {"a/b/c": ShapeDtypeStruct} of the parameters as they are first made or read, with their shardings.
+      fresh: jitted `(key) -> {"a/b/c": array}` of those that are not inherited.
+      complete: jitted `(params, key) -> TrainState`, of all of them as nested dicts; the arrays are donated.
+    """
+
+    wanted: dict[str, Any]
+    fresh: Any
+    complete: Any
+
+
+def beginning(
+    config: ExperimentConfig, stage: Stage, optimizer: Any, abstract: TrainState, mesh: Any, inherited: Collection[str]
+) -> Beginning:
+    """The programs of the state at step 0; inherited: paths of the parameters that a checkpoint gives."""
+    shapes = traverse_util.flatten_dict(jax.eval_shape(stage.init, jax.random.key(config.seed)), sep="/")
+    final = traverse_util.flatten_dict(abstract.all_params(), sep="/")
+    # Note: what the stage makes of the parameters (the reference of GRPO) may have a wider type than they have.
+    made = [leaf.dtype for path, leaf in final.items() if path not in shapes and "/lora_" not in path]
+    wanted = {
+        path: jax.ShapeDtypeStruct(
+            leaf.shape,
+            jnp.result_type(final[path].dtype, *made) if path in final else leaf.dtype,
+            sharding=_sharding(path, leaf, mesh),
+        )
+        for path, leaf in shapes.items()
+    }
+
+    def fresh(key: jax.Array) -> dict[str, jax.Array]:
+        flat = traverse_util.flatten_dict(stage.init(key), sep="/")
+        return {p: v.astype(wanted[p].dtype) for p, v in flat.items() if p not in inherited}
+
+    return Beginning(
+        wanted,
+        jax.jit(fresh, out_shardings={p: leaf.sharding for p, leaf in wanted.items() if p not in inherited}),
+        jax.jit(
+            lambda params, key: _complete(config, stage, optimizer, params, key),
+            out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
+            donate_argnums=0,
+        ),
+    )
+
+
+def inherited_paths(stage: Stage, paths: Collection[str]) -> set[str]:
+    """Those of the parameters that the stage takes from its start checkpoint, where that has them."""
+    return {p for p in paths if p.split("/")[0] in stage.inherits and not (stage.reset and re.search(stage.reset, p))}
+
+
 def initial_state(
     config: ExperimentConfig, stage: Stage, optimizer: Any, abstract: TrainState, mesh: Any
 ) -> TrainState:
@@ -48,8 +104,6 @@ def initial_state(
       ValueError: it lacks parameters that the stage needs (with adapters: any).
     """
     key = jax.random.key(config.seed)
-    fresh_shapes = jax.eval_shape(stage.init, key)
-    flat_shapes = traverse_util.flatten_dict(fresh_shapes, sep="/")
     inherited: dict = {}
     if config.lora.rank and not config.init_from:
         raise FileNotFoundError(
@@ -65,18 +119,16 @@ def initial_state(
             runs.find_run(config.init_from, made_by=stage.previous)
             if config.tokenizer_from:
                 runs.find_run(config.tokenizer_from, made_by=stage.previous)
-            wanted = {
-                p: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=_sharding(p, v, mesh))
-                for p, v in flat_shapes.items()
-                if p.split("/")[0] in stage.inherits and not (stage.reset and re.search(stage.reset, p))
-            }
+            all_wanted = beginning(config, stage, optimizer, abstract, mesh, ()).wanted
+            paths = inherited_paths(stage, all_wanted)
+            wanted = {p: leaf for p, leaf in all_wanted.items() if p in paths}
             places = [(config.init_from, wanted)]
             if config.tokenizer_from:
                 tokenizer = {p: v for p, v in wanted.items() if p.startswith("tokenizer/")}
                 others = {p: v for p, v in wanted.items() if p not in tokenizer}
                 places = [(config.init_from, others), (config.tokenizer_from, tokenizer)]
             for place, chosen in places:
-                loaded = runs.load_params(place, traverse_util.unflatten_dict(chosen, sep="/"))
+                loaded = loading.load_in_parts(place, traverse_util.unflatten_dict(chosen, sep="/"))
                 inherited |= traverse_util.flatten_dict(loaded, sep="/")
             needed = stage.inherits if config.lora.rank else stage.requires
             missing = [p for p in wanted if p not in inherited and p.split("/")[0] in needed]
@@ -87,18 +139,14 @@ def initial_state(
                     f" such as {missing[0]}; expected {expected}"
                 )
 
-    def fresh(key: jax.Array) -> dict[str, jax.Array]:
-        flat = traverse_util.flatten_dict(stage.init(key), sep="/")
-        return {p: v for p, v in flat.items() if p not in inherited}
-
-    shardings = {p: _sharding(p, v, mesh) for p, v in flat_shapes.items() if p not in inherited}
-    created = jax.jit(fresh, out_shardings=shardings)(key)
+    begin = beginning(config, stage, optimizer, abstract, mesh, inherited)
+    created = begin.fresh(key)
     params = traverse_util.unflatten_dict({**created, **inherited}, sep="/")
-    finish = jax.jit(
-        lambda params, key: _complete(config, stage, optimizer, params, key),
-        out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
-    )
-    return finish(params, key)
+    del created, inherited  # so that nothing but the state holds them
+    with warnings.catch_warnings():
+        # Note: where types differ, an array cannot become one of the state, and is given up all the same.
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        return begin.complete(params, key)
 
 
 def _sharding(path: str, leaf: Any, mesh: Any) -> Any:
