@@ -42,8 +42,8 @@ A batch is of images, in stage 3 of prompts with 12 answers each; a stage-3 step
 
 """
 SHORT = """
-Compiled rows take 1.1 to 2.3 times the memory of their estimates, all but that of two slices being from before attention
-had the TPU's kernel, with which the estimates count: better compile than rely on an estimated one.
+Compiled rows take 1.1 to 2.3 times the memory of their estimates, all but that of two slices being from before
+attention had the TPU's kernel, with which the estimates count: better compile than rely on an estimated one.
 
 In short (as in the README): GiB a device and milliseconds a step; ~ is an estimate, without it the compiler has spoken.
 
