@@ -16,6 +16,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alto_jax import cli, figures, metrics
@@ -43,11 +44,11 @@ GROUPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What was measured of N masks: IoU [N, L] of the first 1 … L tokens, with image features and without; predicted
-    lengths, numbers of targets, complexities and areas (shares of the picture) [N]."""
+    """What was measured of N masks: IoU [N, L] of the first 1 … L tokens, with image features and without (None: not
+    measured); predicted lengths, numbers of targets, complexities and areas (shares of the picture) [N]."""
 
     iou: np.ndarray
-    iou_withheld: np.ndarray
+    iou_withheld: np.ndarray | None
     length: np.ndarray
     targets: np.ndarray
     complexity: np.ndarray
@@ -117,27 +118,36 @@ def scene_masks(count: int, scenes: ScenesConfig = SCENES) -> tuple[SceneMasks, 
     return source, np.array([len(source.scenes[i].targets(source[i]["mask"])) for i in range(len(source))])
 
 
-def measure(model: loading.LoadedModel, count: int, scenes: ScenesConfig = SCENES, batch_size: int = 64) -> Table:
-    """Encodes and decodes `count` masks at every number of tokens."""
+def measure(
+    model: loading.LoadedModel,
+    count: int,
+    scenes: ScenesConfig = SCENES,
+    batch_size: int = 64,
+    *,
+    withheld: bool = True,
+) -> Table:
+    """Encodes and decodes `count` masks at every number of tokens (`withheld`: also without image features)."""
     source, targets = scene_masks(count, scenes)
     counts, parts = range(1, model.cfg.tokenizer.num_latent_tokens + 1), []
-    for part in prefixes(model, source, counts, withheld=True, batch_size=batch_size):
+    for part in prefixes(model, source, counts, withheld=withheld, batch_size=batch_size):
         masks = part.mask > 0.5
         complexity = [mask_complexity(mask) for mask in masks]
-        parts.append((part.iou, part.iou_withheld, part.length, complexity, masks.mean((1, 2))))
-    iou, iou_withheld, length, complexity, area = (np.concatenate(p) for p in zip(*parts, strict=True))
-    return Table(iou, iou_withheld, length, targets, complexity, area)
+        without = part.iou if part.iou_withheld is None else part.iou_withheld
+        parts.append((part.iou, without, part.length, complexity, masks.mean((1, 2))))
+    iou, without, length, complexity, area = (np.concatenate(p) for p in zip(*parts, strict=True))
+    return Table(iou, without if withheld else None, length, targets, complexity, area)
 
 
 def lengths(model: loading.LoadedModel, count: int, scenes: ScenesConfig = SCENES) -> np.ndarray:
-    """The predicted lengths [N] of the masks that `measure` takes."""
+    """The lengths [N] that the masks of `measure` are given where the predictor is used, as labels have them (with the
+    reference's rule a token fewer than in training; an empty mask counts as one token)."""
     size = model.cfg.tokenizer
     source = SceneMasks(dataclasses.replace(scenes, num_scenes=count), MASKS)
 
     @jax.jit
     def predict(params: dict, mask: Any) -> jax.Array:
         encoded = apply_module(ALTo(size), params, mask, method="encode")
-        return apply_module(ALTo(size), params, encoded, method="predict_length").num_kept
+        return jnp.maximum(apply_module(ALTo(size), params, encoded, method="predict_length").length, 1)
 
     batches = pipeline.mask_batches(source, image_size=size.image_size, mask_size=size.mask_size, batch_size=64, **ONCE)
     return np.concatenate([np.asarray(predict(model.params["tokenizer"], batch.mask)) for batch in batches])
@@ -183,7 +193,8 @@ def summarize(table: Table) -> dict[str, Any]:
         iou, length = table.iou[chosen], table.length[chosen]
         kept = [k for k in SHOWN if k <= iou.shape[1]]
         row = {"masks": name, "number": int(chosen.sum())} | {f"{k}": float(iou[:, k - 1].mean()) for k in kept}
-        row |= {f"{k} withheld": float(table.iou_withheld[chosen][:, k - 1].mean()) for k in (kept[0], kept[-1])}
+        if table.iou_withheld is not None:
+            row |= {f"{k} withheld": float(table.iou_withheld[chosen][:, k - 1].mean()) for k in (kept[0], kept[-1])}
         rows.append(row | {"adaptive": at_length(iou, length), "length": float(length.mean())})
     mean = float(table.length.mean())
     best = best_lengths(table.iou, cost_of_mean(table.iou, mean))

@@ -135,37 +135,10 @@ class SceneEvaluation:
 
     def _batches(self, kind: str, split: str, count: int) -> Iterator[tuple[list, PromptBatch, dict]]:
         """Scenes with the objects that are meant, their requests, and the answers."""
-        scene_options, chat_options = KINDS[kind]
-        config = ScenesConfig(**scene_options, split=split, num_scenes=count)
-        if split == "train" and config.shapes == "split":
-            config = dataclasses.replace(config, shapes="train")
-        chats = ChatConfig(**chat_options)
-        chats = dataclasses.replace(chats, adaptive_only=self._adaptive, adaptive_fraction=float(self._adaptive))
-        source, cfg = SceneChats(config, chats), self._model.cfg
-        batches = pipeline.prompt_batches(
-            source,
-            self._model.text,
-            vision_size=cfg.need_vision().image_size,
-            image_size=cfg.tokenizer.image_size,
-            mask_size=cfg.tokenizer.mask_size,
-            num_image_tokens=cfg.num_image_tokens,
-            max_prompt_length=cfg.num_image_tokens + 256,
-            system=self._model.meta["data"]["system"],
-            templates="first" if self._adaptive else "keep",
-            batch_size=self._batch_size,
-            seed=0,
-            num_epochs=1,
-            shuffle=False,
-            drop_remainder=False,
-        )
-        done = 0
-        for batch in batches:
+        for scenes, batch in scene_prompts(self._model, kind, split, count, self._batch_size, adaptive=self._adaptive):
             rows = len(batch.prompt_ids)
-            drawn = [source.with_scene(i) for i in range(done, done + rows)]
-            scenes = [(scene, scene.targets(record["masks"][0])) for scene, record in drawn]
-            done += rows
             # Note: one program whatever the number of rows of the last batch.
-            filled = jax.tree.map(lambda a: _filled(a, self._batch_size), batch)
+            filled = jax.tree.map(lambda a: filled_rows(a, self._batch_size), batch)
             found = {name: value[:rows] for name, value in self._answer(self._model.params, filled).items()}
             yield scenes, batch, found
 
@@ -211,7 +184,51 @@ def _programs(cfg: ModelConfig, ids: SpecialIds, end_bias: float) -> tuple[Calla
     return jax.jit(answer), jax.jit(tokenize), jax.jit(decode)
 
 
-def _filled(rows: np.ndarray, count: int) -> np.ndarray:
+def scene_prompts(
+    model: loading.LoadedModel, kind: str, split: str, count: int, batch_size: int, *, adaptive: bool = True
+) -> Iterator[tuple[list[tuple[Scene, list[int]]], PromptBatch]]:
+    """Batches of requests of one of KINDS about `count` scenes of a split, with each scene and the objects meant.
+
+    Args:
+      model: the checkpoint that is asked.
+      kind, split, count: which scenes.
+      batch_size: requests at once; the last batch may have fewer.
+      adaptive: ask for adaptive length; False: for all mask tokens.
+    """
+    scene_options, chat_options = KINDS[kind]
+    config = ScenesConfig(**scene_options, split=split, num_scenes=count)
+    if split == "train" and config.shapes == "split":
+        config = dataclasses.replace(config, shapes="train")
+    chats = ChatConfig(**chat_options)
+    chats = dataclasses.replace(chats, adaptive_only=adaptive, adaptive_fraction=float(adaptive))
+    source, cfg = SceneChats(config, chats), model.cfg
+    assert model.text is not None  # Note: callers refuse a mask tokenizer alone.
+    batches = pipeline.prompt_batches(
+        source,
+        model.text,
+        vision_size=cfg.need_vision().image_size,
+        image_size=cfg.tokenizer.image_size,
+        mask_size=cfg.tokenizer.mask_size,
+        num_image_tokens=cfg.num_image_tokens,
+        max_prompt_length=cfg.num_image_tokens + 256,
+        system=model.meta["data"]["system"],
+        templates="first" if adaptive else "keep",
+        batch_size=batch_size,
+        seed=0,
+        num_epochs=1,
+        shuffle=False,
+        drop_remainder=False,
+    )
+    done = 0
+    for batch in batches:
+        rows = len(batch.prompt_ids)
+        drawn = [source.with_scene(i) for i in range(done, done + rows)]
+        yield [(scene, scene.targets(record["masks"][0])) for scene, record in drawn], batch
+        done += rows
+
+
+def filled_rows(rows: np.ndarray, count: int) -> np.ndarray:
+    """`count` rows: those given, the last one again and again behind them."""
     rows = np.asarray(rows)
     return np.concatenate([rows, np.repeat(rows[-1:], count - len(rows), axis=0)])
 
