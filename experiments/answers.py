@@ -17,6 +17,8 @@ from alto_jax.mllm.alto_llm import ALToLLM, segment
 from alto_jax.mllm.generate import GenerateConfig
 from alto_jax.tokenizer.alto import ALTo
 
+_WIDTHS = 64  # of prompts
+
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
@@ -64,7 +66,7 @@ class Requests:
         for kind in kinds:
             for adaptive in (True, False):
                 parts = scene_prompts(model, kind, "validation", count, self._batch_size, adaptive=adaptive)
-                self._batches[kind, adaptive] = [batch for _, batch in parts]
+                self._batches[kind, adaptive] = _without_padding([batch for _, batch in parts])
 
         @jax.jit
         def answer(params: dict, batch: Any, controls: Any) -> tuple:
@@ -78,16 +80,16 @@ class Requests:
         def cut(params: dict, batch: Any, controls: Any, counts: jax.Array) -> tuple:
             given = batch, self._base.static(), model.text.ids, jax.random.key(0), None, controls
             with told_precision(model.cfg.matmul_precision):
-                codes = segment(model.cfg, params, *given).codes
+                answered = segment(model.cfg, params, *given)
             image = batch.image, batch.pixel_image
             features = apply_module(ALToLLM(model.cfg), params, *image, method="image_features")
 
             def decoded(count: jax.Array) -> tuple:
-                length = jnp.full(len(codes), count)
-                given = codes, length, features
+                length = count * answered.valid
+                given = answered.codes, length, features
                 logits = apply_module(ALTo(model.cfg.tokenizer), params["tokenizer"], *given, method="decode_codes")
-                masks, target = logits > 0, batch.mask > 0.5
-                return (masks & target).sum((1, 2)), (masks | target).sum((1, 2))
+                masks, target = (logits > 0) & answered.valid[:, None, None], batch.mask > 0.5
+                return (masks & target).sum((1, 2)), (masks | target).sum((1, 2)), length
 
             return jax.lax.map(decoded, counts)
 
@@ -121,9 +123,8 @@ class Requests:
         for batch in self._batches[kind, False]:
             found = self._cut(params, self._filled(batch), controls, jnp.asarray(counts))
             parts.append([np.asarray(value)[:, : len(batch.prompt_ids)] for value in found])
-        shared, union = (np.concatenate(column, 1) for column in zip(*parts, strict=True))
-        lengths = (np.full(shared.shape[1], count) for count in counts)
-        return {k: Answers(*row) for k, *row in zip(counts, shared, union, lengths, strict=True)}
+        found = (np.concatenate(column, 1) for column in zip(*parts, strict=True))
+        return {count: Answers(*row) for count, *row in zip(counts, *found, strict=True)}
 
     def cpu_seconds(self, params: Mapping[str, Any], kind: str, *, adaptive: bool = True, **dials: Any) -> float:
         """CPU seconds of an answer of the first batch, compiled; not touched by what else runs on the machine."""
@@ -138,3 +139,11 @@ class Requests:
     def _filled(self, batch: Any) -> Any:
         """Note: one program whatever the number of rows of the last batch."""
         return jax.tree.map(lambda a: filled_rows(a, self._batch_size), batch)
+
+
+def _without_padding(batches: list[Any]) -> list[Any]:
+    """Prompt batches without what is padding on the left of all prompts, in steps of `_WIDTHS`: few programs."""
+    width = max(int(np.asarray(batch.prompt_mask).sum(1).max()) for batch in batches)
+    start = max(0, np.asarray(batches[0].prompt_mask).shape[1] + -width // _WIDTHS * _WIDTHS)
+    cut = lambda batch: {name: np.asarray(getattr(batch, name))[:, start:] for name in ("prompt_ids", "prompt_mask")}
+    return [dataclasses.replace(batch, **cut(batch)) for batch in batches]

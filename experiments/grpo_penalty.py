@@ -27,7 +27,7 @@ from experiments.answers import Answers, Requests
 from experiments.ceiling import interval
 
 PENALTIES = (1e-2, 5e-3, 3e-3, 2e-3, 1e-3, 1e-4)
-BIASES = (-1.0, 0.5, 1.0, 2.0, 4.0)  # of the logit of a mask's end, at request time
+BIASES = (0.5, 1.0, 2.0)  # of the logit of a mask's end, at request time
 
 
 def config_of(model: loading.LoadedModel, options: argparse.Namespace, penalty: float, seed: int) -> Any:

@@ -1,0 +1,25 @@
+"""The experiment on a budget of two tokens, a step of it; and the short stage 1 that it shares with another."""
+
+import jax
+import numpy as np
+
+from alto_jax.checkpoint import loading
+from experiments import adapt, two_tokens
+from tests.experiments.commands import found_twice
+
+
+def test_command_gives_the_same_table(debug_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(two_tokens, "ARMS", {"two tokens": 2})
+    options = ["--seeds", "0", "--steps", 1, "--batch_size", 2, "--masks", 8]
+    found = found_twice(two_tokens, monkeypatch, tmp_path, debug_model.path, *options)
+    assert [row["trained for"] for row in found["means"]] == ["nothing", *two_tokens.ARMS]
+    assert all(len(curve) == 8 for curve in found["curves"].values())
+    assert found["curves"]["two tokens"] != found["curves"]["nothing"]
+
+
+def test_the_length_predictor_stays(debug_model):
+    model = loading.load_model(debug_model.path)
+    found = adapt.adapt(model, seed=0, steps=1, batch_size=2, kept="adaptive")["tokenizer"]
+    for name, part in model.params["tokenizer"].items():
+        moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()), part, found[name])
+        assert (max(jax.tree.leaves(moved)) > 0) == (name != "length")
