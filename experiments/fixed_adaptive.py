@@ -4,10 +4,14 @@
 
 In: a checkpoint of stage 2 or 3. Nothing is trained. The same requests about scenes that training never showed are put
 by the prompt for all mask tokens, which is cut to its first 1, 2, … tokens, and by the prompt for adaptive length;
-gIoU, cIoU, tokens, and the CPU seconds of an answer (in batches of 32). The same command gives the same table, but for
-the seconds.
+gIoU, cIoU, tokens, and for requests by a box the CPU seconds of an answer (in batches of 32). The same command gives
+the same table, but for the seconds, and goes on where it stopped.
 """
 
+import argparse
+from collections.abc import Callable
+import functools
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,7 @@ from experiments.answers import Answers, Requests
 from experiments.ceiling import interval
 
 KINDS = ("names", "box", "boxes")
+TIMED = "box"
 COUNTS = (1, 2, 4, 8, 12, 16, 24, 32)
 
 
@@ -43,21 +48,41 @@ def beside_fixed(adaptive: Answers, fixed: dict[int, Answers]) -> dict[str, floa
     return {"fixed_same_mean": float(beside.mean()), "gain": gain, "gain_from": low, "gain_to": high}
 
 
-def run(options: Any) -> dict[str, list[dict[str, Any]]]:
-    """{"rows": of prompts, "gains": of adaptive length over a fixed one of the same mean}."""
+def measured(
+    requests: Callable[[], Requests], model: loading.LoadedModel, runs: pathlib.Path, scenes: int
+) -> tuple[dict[str, Answers], dict[str, dict[int, Answers]]]:
+    """Answers by adaptive length, and the first tokens of the others, by kind of requests; kept in files of `runs`."""
+    settings, params = {"checkpoint": model.identity, "scenes": scenes}, model.params
+    adaptive = lambda: {kind: requests().ask(params, kind).plain() for kind in KINDS}
+
+    def fixed() -> dict[str, dict[str, Any]]:
+        found = {kind: requests().first_tokens(params, kind, counts_of(model)) for kind in KINDS}
+        return {kind: {str(k): answers.plain() for k, answers in first.items()} for kind, first in found.items()}
+
+    one = trials.once(runs / "checkpoint.json", settings, adaptive)
+    two = trials.once(runs / "fixed.json", settings, fixed)
+    return {kind: Answers.of(plain) for kind, plain in one.items()}, {
+        kind: {int(k): Answers.of(plain) for k, plain in first.items()} for kind, first in two.items()
+    }
+
+
+def run(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """{"rows": of prompts, "gains": of adaptive length over a fixed one of the same mean, "seconds": of an answer}."""
     model = loading.load_model(options.checkpoint, for_inference=True)
-    requests, params = Requests(model, KINDS, options.scenes), model.params
-    rows, gains = [], []
-    for kind in KINDS:
-        fixed, adaptive = requests.first_tokens(params, kind, counts_of(model)), requests.ask(params, kind)
-        for count, found in fixed.items():
-            seconds = requests.cpu_seconds(params, kind, adaptive=False, forced_length=count)
-            rows.append({"requests": kind, "prompt": f"fixed, {count}", **found.row(), "cpu_seconds": seconds})
-        seconds = requests.cpu_seconds(params, kind)
-        rows.append({"requests": kind, "prompt": "adaptive", **adaptive.row(), "cpu_seconds": seconds})
-        gain = beside_fixed(adaptive, fixed)
-        gains.append({"requests": kind, "tokens": float(adaptive.length.mean()), "giou": rows[-1]["giou"], **gain})
-    return {"rows": rows, "gains": gains}
+    requests = functools.cache(lambda: Requests(model, KINDS, options.scenes))
+    adaptive, fixed = measured(requests, model, options.out / "runs", options.scenes)
+    rows, gains, seconds = [], [], {}
+    for kind, found in adaptive.items():
+        rows += [{"requests": kind, "prompt": f"fixed, {count}", **cut.row()} for count, cut in fixed[kind].items()]
+        rows.append({"requests": kind, "prompt": "adaptive", **found.row()})
+        gain = beside_fixed(found, fixed[kind])
+        gains.append({"requests": kind, "tokens": rows[-1]["tokens"], "giou": rows[-1]["giou"], **gain})
+    for count in counts_of(model):
+        dial = {"adaptive": False, "forced_length": count}
+        seconds[f"fixed, {count}"] = requests().cpu_seconds(model.params, TIMED, **dial)
+    seconds["adaptive"] = requests().cpu_seconds(model.params, TIMED)
+    timed = [{"prompt": name, "cpu_seconds": value} for name, value in seconds.items()]
+    return {"rows": rows, "gains": gains, "seconds": timed}
 
 
 def main() -> int:
@@ -73,7 +98,8 @@ def main() -> int:
         panels[kind] = [figures.Series("fixed prompt, cut", *points(same[:-1]), "both"),
                         figures.Series("adaptive prompt", *points(same[-1:]), "marks")]  # fmt: skip
     figure = figures.panels_figure(panels, "mask tokens", ["gIoU"] * len(panels))
-    trials.write(options.out, found, {"": found["rows"], "Adaptive length beside a fixed one": found["gains"]}, figure)
+    tables = {"": found["rows"], "Adaptive length beside a fixed one": found["gains"]}
+    trials.write(options.out, found, tables | {"An answer to a request by a box": found["seconds"]}, figure)
     return 0
 
 

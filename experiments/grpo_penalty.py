@@ -10,11 +10,12 @@ stopped.
 """
 
 import argparse
+from collections.abc import Callable
 import dataclasses
+import functools
 import json
+import pathlib
 from typing import Any
-
-import numpy as np
 
 from alto_jax import cli, figures
 from alto_jax.checkpoint import loading
@@ -53,7 +54,7 @@ def row_of(name: str, kind: str, found: Answers, before: Answers, fixed: dict[in
         "requests": kind,
         "tokens": float(found.length.mean()),
         "std_tokens": float(found.length.std()),
-        "change_of_tokens": float(found.length.mean() / before.length.mean() - 1),
+        "change_of_tokens": float((found.length - before.length).mean() / max(before.length.mean(), 1e-9)),
         "giou": float(found.iou.mean()),
         "change": float(change.mean()),
         "change_from": low,
@@ -65,55 +66,30 @@ def row_of(name: str, kind: str, found: Answers, before: Answers, fixed: dict[in
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """{"rows": of each run, dial and kind of requests, "fixed": gIoU by tokens, "curves": of the runs' updates}."""
     model = loading.load_model(options.checkpoint, for_inference=True)
-    settings = {"checkpoint": model.identity, "scenes": options.scenes}
-    requests: list[Requests] = []
+    requests = functools.cache(lambda: Requests(model, fixed_adaptive.KINDS, options.scenes))
+    runs, settings = options.out / "runs", {"checkpoint": model.identity, "scenes": options.scenes}
+    before, fixed = fixed_adaptive.measured(requests, model, runs, options.scenes)
+    rows = [row_of("checkpoint", kind, found, found, fixed[kind]) for kind, found in before.items()]
 
-    def ask(params: dict, **dials: Any) -> dict[str, dict[str, list]]:
-        requests.extend([] if requests else [Requests(model, fixed_adaptive.KINDS, options.scenes)])
-        return {kind: plain(requests[0].ask(params, kind, **dials)) for kind in fixed_adaptive.KINDS}
+    def add(name: str, path: pathlib.Path, params: Callable[[], Any], **dials: Any) -> None:
+        ask = lambda: {kind: requests().ask(params(), kind, **dials).plain() for kind in before}
+        found = trials.once(path, settings, ask)
+        rows.extend(row_of(name, kind, Answers.of(found[kind]), before[kind], fixed[kind]) for kind in before)
 
-    def cut() -> dict[str, dict[str, dict[str, list]]]:
-        requests.extend([] if requests else [Requests(model, fixed_adaptive.KINDS, options.scenes)])
-        counts = fixed_adaptive.counts_of(model)
-        first = {kind: requests[0].first_tokens(model.params, kind, counts) for kind in fixed_adaptive.KINDS}
-        return {kind: {str(count): plain(a) for count, a in found.items()} for kind, found in first.items()}
-
-    saved, found = options.out / "runs", {}
-    found["checkpoint"] = trials.once(saved / "checkpoint.json", settings, lambda: ask(model.params))
-    fixed = trials.once(saved / "fixed.json", settings, cut)
     trained: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
         for penalty in options.penalties:
-            folder = saved / f"{penalty:g}_{seed}"
+            folder, name = runs / f"{penalty:g}_{seed}", f"GRPO, λ = {penalty:g}"
             train(config_of(model, options, penalty, seed), folder)
-            after = lambda folder=folder: ask(loading.load_model(folder, for_inference=True).params)
-            name = f"GRPO, λ = {penalty:g}"
-            found[f"{name} ({seed})"] = trials.once(folder / "answers.json", settings, after)
+            after = functools.cache(lambda folder=folder: loading.load_model(folder, for_inference=True).params)
+            add(name if len(options.seeds) == 1 else f"{name}, seed {seed}", folder / "answers.json", after)
             if seed == options.seeds[0]:
                 records = [record for record in read_metrics(folder) if "entropy" in record]
                 trained[name] = [{key: r[key] for key in ("step", "entropy", "length", "iou", "kl")} for r in records]
     for bias in BIASES:
-        dial = lambda bias=bias: ask(model.params, end_logit_bias=bias)
-        found[f"end bias {bias:+g}"] = trials.once(saved / f"bias_{bias:g}.json", settings, dial)
-    before = {kind: unplain(given) for kind, given in found["checkpoint"].items()}
-    curve = {kind: {int(k): unplain(a) for k, a in counts.items()} for kind, counts in fixed.items()}
-    rows = [
-        row_of(name, kind, unplain(given), before[kind], curve[kind])
-        for name, kinds in found.items()
-        for kind, given in kinds.items()
-    ]
-    giou = {kind: {k: float(a.iou.mean()) for k, a in counts.items()} for kind, counts in curve.items()}
+        add(f"end bias {bias:+g}", runs / f"bias_{bias:g}.json", lambda: model.params, end_logit_bias=bias)
+    giou = {kind: {k: float(a.iou.mean()) for k, a in counts.items()} for kind, counts in fixed.items()}
     return {"rows": rows, "fixed": giou, "curves": trained}
-
-
-def plain(answers: Answers) -> dict[str, list]:
-    """Answers as JSON has them."""
-    return {field.name: np.asarray(getattr(answers, field.name)).tolist() for field in dataclasses.fields(answers)}
-
-
-def unplain(given: dict[str, list]) -> Answers:
-    """The answers of `plain`."""
-    return Answers(**{name: np.array(values) for name, values in given.items()})
 
 
 def figure_of(found: dict[str, Any]) -> Any:
@@ -153,7 +129,7 @@ def main() -> int:
     found = run(options)
     trials.write(options.out, found, {"": found["rows"]}, figure_of(found))
     steps = figures.figure_bytes(steps_figure(found["curves"]), dpi=80)
-    (options.out / "grpo_penalty_steps.png").write_bytes(steps)
+    (options.out / f"{options.out.name}_steps.png").write_bytes(steps)
     return 0
 
 

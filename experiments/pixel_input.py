@@ -42,7 +42,7 @@ def enlarged(image: np.ndarray, share: float) -> np.ndarray:
     side = round(share * size)
     if side == size:
         return np.asarray(image, np.float32)
-    small = np.stack([transforms.resize_uint8(np.asarray(one), side, side, cubic=True) for one in image])
+    small = np.stack([transforms.squash(np.asarray(one), side) for one in image])
     return np.asarray(resize(jnp.asarray(small, jnp.float32), size, size, "bicubic"))
 
 

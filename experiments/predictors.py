@@ -17,14 +17,14 @@ from alto_jax.checkpoint import loading
 from alto_jax.experiment import make_experiment
 from alto_jax.train.loop import train
 from configs import stage1_5
-from experiments import tokens, trials
+from experiments import ceiling, tokens, trials
 
 
 def measured(model: loading.LoadedModel, masks: int, path: pathlib.Path) -> tokens.Table:
     """The table of a checkpoint's tokenizer; kept in a file."""
 
     def plain() -> dict[str, list]:
-        table = dataclasses.asdict(tokens.measure(model, masks, withheld=False))
+        table = dataclasses.asdict(tokens.measure(model, masks, withheld=False, counts=ceiling.COUNTS))
         return {name: value.tolist() for name, value in table.items() if value is not None}
 
     found = trials.once(path, {"checkpoint": model.identity, "masks": masks}, plain)

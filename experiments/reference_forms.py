@@ -104,8 +104,8 @@ def main() -> int:
     parser.add_argument("--masks", type=int, default=512, help="that are asked")
     parser.add_argument("--train_masks", type=int, default=2048, help="of the expected reward")
     parser.add_argument("--epochs", type=int, default=12, help="of the expected reward")
-    parser.add_argument("--mixing_steps", type=int, default=600, help="of the two tokenizers from nothing")
-    options = trials.parse(parser)
+    parser.add_argument("--mixing_steps", type=int, default=600, help="of the two tokenizers (0: without them)")
+    options = trials.parse(parser, may_be_zero=("mixing_steps",))
     rows = run(options)
     one, two = ([row for row in rows if (row["lengths by"] in MIXED) == mixed] for mixed in (False, True))
     shown = {title: trials.means(part, "lengths by") for title, part in (

@@ -125,15 +125,19 @@ def measure(
     batch_size: int = 64,
     *,
     withheld: bool = True,
+    counts: Sequence[int] | None = None,
 ) -> Table:
-    """Encodes and decodes `count` masks at every number of tokens (`withheld`: also without image features)."""
+    """Encodes and decodes `count` masks at every number of tokens, or at some `counts`, between which IoUs are taken to
+    lie on straight lines (`withheld`: also without image features)."""
     source, targets = scene_masks(count, scenes)
-    counts, parts = range(1, model.cfg.tokenizer.num_latent_tokens + 1), []
-    for part in prefixes(model, source, counts, withheld=withheld, batch_size=batch_size):
+    every = np.arange(1, model.cfg.tokenizer.num_latent_tokens + 1)
+    kept, parts = [k for k in every.tolist() if counts is None or k in {*counts, len(every)}], []
+    whole = lambda iou: iou if len(kept) == len(every) else np.stack([np.interp(every, kept, row) for row in iou])
+    for part in prefixes(model, source, kept, withheld=withheld, batch_size=batch_size):
         masks = part.mask > 0.5
         complexity = [mask_complexity(mask) for mask in masks]
         without = part.iou if part.iou_withheld is None else part.iou_withheld
-        parts.append((part.iou, without, part.length, complexity, masks.mean((1, 2))))
+        parts.append((whole(part.iou), whole(without), part.length, complexity, masks.mean((1, 2))))
     iou, without, length, complexity, area = (np.concatenate(p) for p in zip(*parts, strict=True))
     return Table(iou, without if withheld else None, length, targets, complexity, area)
 

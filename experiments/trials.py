@@ -25,8 +25,8 @@ def parser(name: str, doc: str, *, steps: int | None, seeds: str = "0,1,2") -> a
     return found
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options, with the seeds as numbers and `out` as a path.
+def parse(parser: argparse.ArgumentParser, may_be_zero: Sequence[str] = ()) -> argparse.Namespace:
+    """The options, with the seeds as numbers and `out` as a path; whole numbers are at least 1, or 0 for some names.
 
     Raises:
       ConfigError: an option has a value that cannot be used.
@@ -35,8 +35,9 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     cli.check_paths({"checkpoint": options.checkpoint, "out": options.out})
     options.out = pathlib.Path(options.out)
     for name, value in vars(options).items():
-        if isinstance(value, int) and value < 1:
-            raise ConfigError(f"--{name}: expected at least 1, got {value}")
+        least = 0 if name in may_be_zero else 1
+        if isinstance(value, int) and value < least:
+            raise ConfigError(f"--{name}: expected at least {least}, got {value}")
     if hasattr(options, "seeds"):
         options.seeds = numbers("--seeds", options.seeds, int)
     return options

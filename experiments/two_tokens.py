@@ -19,6 +19,7 @@ from alto_jax.checkpoint import loading
 from experiments import adapt, tokens, trials
 
 BUDGET = 2
+COUNTS = (1, 2, 4, 8, 12, 16, 20, 24, 32)  # that are measured; between them straight lines
 ARMS: dict[str, int | str] = {"two tokens": BUDGET, "a random number": "random", "the predictor's lengths": "adaptive"}
 
 
@@ -50,8 +51,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 if kept is not None:
                     given = {"seed": seed, "steps": options.steps, "batch_size": options.batch_size}
                     changed = dataclasses.replace(model, params=adapt.adapt(model, kept=kept, **given))
-                table = tokens.measure(changed, options.masks, withheld=False)
-                curve = {str(k): float(table.iou[:, k - 1].mean()) for k in range(1, table.iou.shape[1] + 1)}
+                table = tokens.measure(changed, options.masks, withheld=False, counts=COUNTS)
+                curve = {str(k): float(table.iou[:, k - 1].mean()) for k in COUNTS if k <= table.iou.shape[1]}
                 return {"row": row_of(name, table), "curve": curve}
 
             trained = {} if kept is None else {"steps": options.steps, "batch_size": options.batch_size}

@@ -38,4 +38,5 @@ def test_command(debug_model, monkeypatch, tmp_path):
     found = json.loads(run_command(fixed_adaptive, monkeypatch, tmp_path / "a", debug_model.path, "--scenes", 4))
     assert [row["prompt"] for row in found["rows"][:5]] == [*(f"fixed, {k}" for k in (1, 2, 4, 8)), "adaptive"]
     assert {row["requests"] for row in found["gains"]} == {"names", "box", "boxes"}
-    assert all(0 <= row["giou"] <= 1 and row["cpu_seconds"] > 0 for row in found["rows"])
+    assert all(0 <= row["giou"] <= 1 and row["tokens"] <= 8 for row in found["rows"])
+    assert all(row["cpu_seconds"] > 0 for row in found["seconds"])

@@ -8,9 +8,9 @@ def test_command_gives_the_same_table(debug_model, monkeypatch, tmp_path):
     options = ["--penalties", "0.1", "--steps", 1, "--batch_size", 1, "--generations", 2, "--scenes", 2]
     found = found_twice(grpo_penalty, monkeypatch, tmp_path, debug_model.path, *options)
     names = [row["lengths by"] for row in found["rows"] if row["requests"] == "box"]
-    assert names == ["checkpoint", "GRPO, λ = 0.1 (0)", *(f"end bias +{bias:g}" for bias in grpo_penalty.BIASES)]
+    assert names == ["checkpoint", "GRPO, λ = 0.1", *(f"end bias +{bias:g}" for bias in grpo_penalty.BIASES)]
     for row in found["rows"]:
         assert 0 <= row["giou"] <= 1 and row["change_from"] <= row["change"] <= row["change_to"]
         assert row["lengths by"] != "checkpoint" or row["change"] == row["change_of_tokens"] == 0
     assert found["curves"]["GRPO, λ = 0.1"][0]["entropy"] > 0
-    assert (tmp_path / "a/grpo_penalty_steps.png").is_file()
+    assert (tmp_path / "a/a_steps.png").is_file()

@@ -1,17 +1,25 @@
 """The experiment on the reference's forms, a step of each."""
 
 from experiments import reference_forms
-from tests.experiments.commands import found_twice
+from tests.experiments.commands import found_twice, run_command
+
+OPTIONS = ["--seeds", "0", "--steps", 1, "--masks", 8, "--train_masks", 160, "--epochs", 1]
 
 
 def test_command_gives_the_same_table(debug_model, monkeypatch, tmp_path):
-    monkeypatch.setattr(reference_forms, "MIXED_SIZE", "debug")
     form = "labels a token shorter (reference)"
     monkeypatch.setattr(reference_forms, "FORMS", {form: reference_forms.FORMS[form]})
-    options = ["--seeds", "0", "--steps", 1, "--masks", 8, "--train_masks", 160, "--epochs", 1, "--mixing_steps", 1]
+    options = [*OPTIONS, "--mixing_steps", 0]
     found = found_twice(reference_forms, monkeypatch, tmp_path, debug_model.path, *options)
-    names = [*reference_forms.FORMS, "expected reward", *reference_forms.MIXED]
-    assert [row["lengths by"] for row in found["rows"]] == names
+    assert [row["lengths by"] for row in found["rows"]] == [form, "expected reward"]
     assert all(1 <= row["mean_length"] <= 8 for row in found["rows"])
-    two = [row["giou_8"] for row in found["rows"][-2:]]
-    assert two[0] != two[1]  # mixing is another tokenizer
+
+
+def test_latents_are_mixed(debug_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(reference_forms, "FORMS", {})
+    monkeypatch.setattr(reference_forms, "expected_reward", lambda *_: [1] * 8)
+    monkeypatch.setattr(reference_forms, "MIXED_SIZE", "debug")
+    monkeypatch.setattr(reference_forms, "MIXED", {"mixed": True})
+    run_command(reference_forms, monkeypatch, tmp_path / "a", debug_model.path, *OPTIONS, "--mixing_steps", 1)
+    assert '"legacy_reshape": true' in (tmp_path / "a/runs/mixed_0_lengths/config.json").read_text()
+    assert "| mixed |" in (tmp_path / "a/a.md").read_text() and "giou 8" in (tmp_path / "a/a.md").read_text()
