@@ -28,7 +28,7 @@ from experiments.answers import Answers, Requests
 from experiments.ceiling import interval
 
 PENALTIES = (1e-2, 5e-3, 3e-3, 2e-3, 1e-3, 1e-4)
-BIASES = (0.5, 1.0, 2.0)  # of the logit of a mask's end, at request time
+BIASES = (0.5, 1.0, 2.0, 4.0)  # of the logit of a mask's end, at request time
 
 
 def config_of(model: loading.LoadedModel, options: argparse.Namespace, penalty: float, seed: int) -> Any:
@@ -36,7 +36,8 @@ def config_of(model: loading.LoadedModel, options: argparse.Namespace, penalty: 
     config = stage3.get_config("small")
     config.model = json.loads(json.dumps(dataclasses.asdict(model.cfg)))
     config.init_from, config.seed = options.checkpoint, seed
-    config.optim.lr, config.grpo.reward.length_weight = options.lr, penalty
+    config.optim.update({"lr": options.lr, "trainable": options.trainable})
+    config.grpo.reward.length_weight = penalty
     config.grpo.num_generations = options.generations
     log_every = max(1, options.steps // 20)
     config.train.update({"steps": options.steps, "batch_size": options.batch_size, "log_every": log_every,
@@ -123,6 +124,7 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--batch_size", type=int, default=8, help="prompts of an update")
     parser.add_argument("--generations", type=int, default=12, help="answers to each")
+    parser.add_argument("--trainable", default="^language_model/", help="regex of the parameters that learn")
     parser.add_argument("--scenes", type=int, default=256, help="of each kind of requests, for the evaluation")
     options = trials.parse(parser)
     options.penalties = trials.numbers("--penalties", options.penalties)

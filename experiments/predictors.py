@@ -61,7 +61,7 @@ def train_lengths(
     config.model.tokenizer = json.loads(json.dumps(tokenizer))
     config.init_from, config.seed = start, seed
     config.train.update({"steps": max(steps, 1), "batch_size": batch_size, "checkpoint_every": 0})
-    config.optim.warmup_steps = min(20, steps)
+    config.optim.warmup_steps = steps // 10
     config.eval.num_samples = 0
     config.tokenizer.loss.update({**(loss or {}), "length": penalty})
     if not steps:  # the predictor as it is drawn
