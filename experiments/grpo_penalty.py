@@ -83,7 +83,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             folder, name = runs / f"{penalty:g}_{seed}", f"GRPO, λ = {penalty:g}"
             train(config_of(model, options, penalty, seed), folder)
             after = functools.cache(lambda folder=folder: loading.load_model(folder, for_inference=True).params)
-            add(name if len(options.seeds) == 1 else f"{name}, seed {seed}", folder / "answers.json", after)
+            name_of = name if len(options.seeds) == 1 else f"{name}, seed {seed}"
+            add(name_of, folder / "answers.json", after)
+            if bias := options.bias_after:
+                path = folder / f"answers_{bias:g}.json"
+                add(f"{name_of}, end bias {bias:+g}", path, after, end_logit_bias=bias)
             if seed == options.seeds[0]:
                 records = [record for record in read_metrics(folder) if "entropy" in record]
                 trained[name] = [{key: r[key] for key in ("step", "entropy", "length", "iou", "kl")} for r in records]
@@ -125,6 +129,9 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=8, help="prompts of an update")
     parser.add_argument("--generations", type=int, default=12, help="answers to each")
     parser.add_argument("--trainable", default="^language_model/", help="regex of the parameters that learn")
+    parser.add_argument(
+        "--bias_after", type=float, default=0.0, metavar="X", help="also ask with an end bias (0: do not)"
+    )
     parser.add_argument("--scenes", type=int, default=256, help="of each kind of requests, for the evaluation")
     options = trials.parse(parser)
     options.penalties = trials.numbers("--penalties", options.penalties)
