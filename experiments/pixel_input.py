@@ -63,9 +63,8 @@ def measure(model: loading.LoadedModel, params: Mapping[str, Any], count: int, s
         return jax.lax.map(lambda k: mask_iou(decode(k), mask), jnp.array(kept))
 
     found: dict[float, list[np.ndarray]] = {share: [] for share in shares}
-    once: dict[str, Any] = {"seed": 0, "num_epochs": 1, "shuffle": False, "drop_remainder": False, "num_threads": 1}
     sizes = {"image_size": size.image_size, "mask_size": size.mask_size, "batch_size": min(64, count)}
-    for batch in pipeline.mask_batches(source, **sizes, **once):
+    for batch in pipeline.mask_batches(source, **sizes, **tokens.ONCE):
         for share, parts in found.items():
             parts.append(np.asarray(reconstruct(params["tokenizer"], batch.mask, enlarged(batch.image, share))))
     rows = []
