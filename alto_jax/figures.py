@@ -163,7 +163,9 @@ def panels_figure(
     figure.set_size_inches(max(3.4 * len(panels), 6.4), 3.6)
     names = list(dict.fromkeys(series.name for drawn in panels.values() for series in drawn))
     colors = {name: _SERIES_COLORS[i % len(_SERIES_COLORS)] for i, name in enumerate(names)}
+    # Note: where colours come again, lines and marks have another form.
     lines = {name: ("-", "--", ":")[i // len(_SERIES_COLORS) % 3] for i, name in enumerate(names)}
+    marks = {name: "Ds^"[i // len(_SERIES_COLORS) % 3] for i, name in enumerate(names)}
     handles: dict[str, Any] = {}
     for one, (title, drawn), ylabel in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), ylabels, strict=True
@@ -173,9 +175,8 @@ def panels_figure(
             order = np.argsort(x, kind="stable")
             style: dict[str, Any] = {"color": colors[series.name], "linewidth": 1.6}
             style["linestyle"] = "" if series.style == "marks" else lines[series.name]
-            style |= {"marks": {"marker": "D", "markersize": 6}, "both": {"marker": "o", "markersize": 4}, "line": {}}[
-                series.style
-            ]
+            forms = {"marks": {"marker": marks[series.name], "markersize": 6}, "both": {"marker": "o", "markersize": 4}}
+            style |= forms.get(series.style, {})
             width = len(x) // 20
             if series.style == "line" and len(x) > 60:
                 one.plot(x[order], y[order], color=colors[series.name], linewidth=0.6, alpha=0.35)
