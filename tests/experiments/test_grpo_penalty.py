@@ -1,12 +1,14 @@
 """The experiment on the length penalty of GRPO, a step of it."""
 
+import json
+
 from experiments import grpo_penalty
-from tests.experiments.commands import found_twice
+from tests.experiments.commands import run_command
 
 
-def test_command_gives_the_same_table(debug_model, monkeypatch, tmp_path):
+def test_command(debug_model, monkeypatch, tmp_path):
     options = ["--penalties", "0.1", "--steps", 1, "--batch_size", 1, "--generations", 2, "--scenes", 2]
-    found = found_twice(grpo_penalty, monkeypatch, tmp_path, debug_model.path, *options)
+    found = json.loads(run_command(grpo_penalty, monkeypatch, tmp_path / "a", debug_model.path, *options))
     names = [row["lengths by"] for row in found["rows"] if row["requests"] == "box"]
     assert names == ["checkpoint", "GRPO, λ = 0.1", *(f"end bias +{bias:g}" for bias in grpo_penalty.BIASES)]
     for row in found["rows"]:

@@ -1,16 +1,18 @@
 """The experiment on the reference's forms, a step of each."""
 
+import json
+
 from experiments import reference_forms
-from tests.experiments.commands import found_twice, run_command
+from tests.experiments.commands import run_command
 
 OPTIONS = ["--seeds", "0", "--steps", 1, "--masks", 8, "--train_masks", 160, "--epochs", 1]
 
 
-def test_command_gives_the_same_table(debug_model, monkeypatch, tmp_path):
+def test_command(debug_model, monkeypatch, tmp_path):
     form = "labels a token shorter (reference)"
     monkeypatch.setattr(reference_forms, "FORMS", {form: reference_forms.FORMS[form]})
     options = [*OPTIONS, "--mixing_steps", 0]
-    found = found_twice(reference_forms, monkeypatch, tmp_path, debug_model.path, *options)
+    found = json.loads(run_command(reference_forms, monkeypatch, tmp_path / "a", debug_model.path, *options))
     assert [row["lengths by"] for row in found["rows"]] == [form, "expected reward"]
     assert all(1 <= row["mean_length"] <= 8 for row in found["rows"])
 

@@ -9,7 +9,7 @@ import pytest
 
 from alto_jax.config import ConfigError
 from alto_jax.experiment import make_experiment
-from alto_jax.train import loop, progress
+from alto_jax.train import logs, loop, progress
 from tests.conftest import ROOT
 
 STEPS, GROUP = 6, 4
@@ -41,7 +41,7 @@ def run(quickstart, tmp_path_factory):
             if "Finished XLA compilation" in record.getMessage():
                 compiled.append(record.getMessage())
 
-    class Progress(loop.Progress):
+    class Progress(logs.Progress):
         def line(self, step, metrics):
             at_step[step] = len(compiled)
             super().line(step, metrics)
@@ -62,7 +62,7 @@ def run(quickstart, tmp_path_factory):
 
     counter, logger = Counter(), logging.getLogger("jax")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Progress", Progress)
+        patch.setattr(logs, "Progress", Progress)
         patch.setattr(loop, "make_step", guarded(loop.make_step))
         patch.setattr(loop, "make_rollout", guarded(loop.make_rollout))
         logger.addHandler(counter)
