@@ -20,12 +20,14 @@ def test_enlarged_pictures_lose_what_is_fine():
 
 
 def test_command(debug_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(pixel_input.fixed_adaptive, "KINDS", ("box",))
+    monkeypatch.setattr(pixel_input, "SHARES", (1.0, pixel_input.SHARE))
     options = ["--seeds", "0", "--steps", 1, "--batch_size", 2, "--masks", 8, "--scenes", 2]
     found = json.loads(run_command(pixel_input, monkeypatch, tmp_path / "a", debug_model.path, *options))
-    assert [row["pixels"] for row in found["as_it_is"]] == [64, 48, 28, 16]
+    assert [row["pixels"] for row in found["as_it_is"]] == [64, 28]
     names = [row["trained on, asked with"] for row in found["adapted"]]
     assert names == ["64, 64", "64, 28", "28, 64", "28, 28"]
-    assert len(found["answers"]) == 6
+    assert len(found["answers"]) == 2
     model = loading.load_model(debug_model.path)
     assert pixel_input.measure(model, model.params, 8, list(pixel_input.SHARES)) == found["as_it_is"]
     assert found["as_it_is"][0]["8"] == pytest.approx(found["adapted"][0]["8"], abs=0.2)

@@ -1,17 +1,19 @@
 """The experiment on a budget of two tokens, a step of it; and the short stage 1 that it shares with another."""
 
+import json
+
 import jax
 import numpy as np
 
 from alto_jax.checkpoint import loading
 from experiments import adapt, two_tokens
-from tests.experiments.commands import found_twice
+from tests.experiments.commands import run_command
 
 
-def test_command_gives_the_same_table(debug_model, monkeypatch, tmp_path):
+def test_command(debug_model, monkeypatch, tmp_path):
     monkeypatch.setattr(two_tokens, "ARMS", {"two tokens": 2})
     options = ["--seeds", "0", "--steps", 1, "--batch_size", 2, "--masks", 8]
-    found = found_twice(two_tokens, monkeypatch, tmp_path, debug_model.path, *options)
+    found = json.loads(run_command(two_tokens, monkeypatch, tmp_path / "a", debug_model.path, *options))
     assert [row["trained for"] for row in found["means"]] == ["nothing", *two_tokens.ARMS]
     assert all([*curve] == ["1", "2", "4", "8"] for curve in found["curves"].values())
     assert found["curves"]["two tokens"] != found["curves"]["nothing"]

@@ -73,8 +73,8 @@ def wait_for(process, is_there):
         time.sleep(0.02)
 
 
-def test_two_processes_stop_together_and_one_goes_on(alone, tmp_path):
-    """A signal to one of two processes stops both at one step; one process alone ends as if it had been so always."""
+def test_two_processes_stop_together(tmp_path):
+    """A signal to one of two processes stops both at one step, which is saved; that one may go on: the next test."""
     both = start(*CONFIG, f"--workdir={tmp_path}", processes=2)
     wait_for(both, lambda: (tmp_path / "metrics.jsonl").exists() and read_metrics(tmp_path))
     os.kill(workers(both)[-1], signal.SIGTERM)
@@ -83,9 +83,6 @@ def test_two_processes_stop_together_and_one_goes_on(alone, tmp_path):
     stopped_at = runs.find_run(tmp_path)[1]
     assert out.count(f"SIGTERM: saved step {stopped_at} of") == 2  # each process says the same
     assert 1 <= stopped_at <= 6
-    code, out, err = finish(start(*CONFIG, f"--workdir={tmp_path}"))
-    assert code == 0 and f"resumed from step {stopped_at}" in out, err[-3000:]
-    assert_same_run(tmp_path, alone)
 
 
 def test_the_launcher_goes_on_without_the_process_that_was_killed(alone, tmp_path, monkeypatch):
