@@ -8,6 +8,11 @@ import logging
 import pathlib
 import sys
 from types import TracebackType
+import warnings
+
+# Note: set once, since `warnings.catch_warnings` is not safe in threads. Orbax leaves reads that it has not begun behind
+# when the first has failed.
+warnings.filterwarnings("ignore", r"coroutine 'Store\..*' was never awaited", RuntimeWarning)
 
 # What a step's folder must hold → what that is.
 _PARTS = {

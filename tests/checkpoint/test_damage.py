@@ -198,3 +198,11 @@ def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"one step of a run; give .*: {tmp_path}/run --step 10"):
         runs.find_run(step)
     assert foreign.explain(folder("empty")) is None and foreign.explain(tmp_path / "nowhere") is None
+
+
+def test_reads_that_were_not_begun_are_not_told_of():
+    """In a process of its own: pytest has filters of its own."""
+    script = "from alto_jax.checkpoint import damage\nclass Store:\n    async def read(self): pass\nStore().read()\n"
+    script += "async def other(): pass\nother()\n"
+    said = run_python("-c", script).stderr
+    assert "other" in said and "Store" not in said, said
