@@ -10,8 +10,8 @@ import sys
 from types import TracebackType
 import warnings
 
-# Note: set once, since `warnings.catch_warnings` is not safe in threads. When a read has failed, Orbax leaves those behind
-# that it has not begun.
+# Note: set once, since `warnings.catch_warnings` is not safe in threads. When a read has failed, Orbax leaves others
+# behind that it has not begun.
 warnings.filterwarnings("ignore", r"coroutine 'Store\..*' was never awaited", RuntimeWarning)
 
 # What a step's folder must hold → what that is.
