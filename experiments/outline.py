@@ -8,9 +8,7 @@ mask counted as right. What rises in the first alone is a sharper outline of a s
 command gives the same table.
 """
 
-import argparse
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -23,7 +21,7 @@ from alto_jax.data.composition import mask_complexity
 from alto_jax.data.scenes import ScenesConfig
 from alto_jax.layers import apply_module
 from alto_jax.tokenizer.alto import ALTo
-from experiments import tokens
+from experiments import tokens, trials
 
 COUNTS, WIDTHS = (4, 8, 16, 32), (0, 1, 2)
 
@@ -90,14 +88,11 @@ def summarize(iou: np.ndarray, targets: np.ndarray, complexity: np.ndarray, coun
 
 def main() -> int:
     """The command; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.outline", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory, or alto-tiny")
-    parser.add_argument("--out", required=True, metavar="DIR")
+    parser = trials.parser("outline", __doc__, steps=None)
     parser.add_argument("--masks", type=int, default=512)
-    options = parser.parse_args()
-    cli.check_paths({"checkpoint": options.checkpoint, "out": options.out})
+    options = trials.parse(parser)
     model = loading.load_model(options.checkpoint)
-    rows, out = summarize(*measure(model, options.masks)), pathlib.Path(options.out)
+    rows, out = summarize(*measure(model, options.masks)), options.out
     out.mkdir(parents=True, exist_ok=True)
     (out / "outline.json").write_text(json.dumps({"checkpoint": model.identity, "rows": rows}, indent=2) + "\n")
     (out / "outline.md").write_text(tokens.table_of(rows) + "\n")
