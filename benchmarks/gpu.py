@@ -95,12 +95,25 @@ class Case:
 
         began = time.perf_counter()
         records = self._job.measure(self._compiled)
+        if self._options.profile:
+            self._write_profiles(self._options.profile)
         seconds = self.seconds | {"measure_s": round(time.perf_counter() - began, 1)}
         place = self._job.place() if self._job.place else gpu_common.place(self._compiled)
         peak = place.pop("peak_gb")
         place |= {"peak_gb": peak} if alone and peak is not None else {}
         variant = "peer" if self._name in PEERS else self._options.variant
         return [{"case": r["case"], "variant": variant, **r, **place, **seconds} for r in records]
+
+
+    def _write_profiles(self, file: str) -> None:
+        """Appends what the clocks of this case traced."""
+        from benchmarks import gpu_common, gpu_profile  # late: as above
+
+        origin = gpu_profile.origins(self._compiled)
+        with open(file, "a") as out:
+            for number, events in enumerate(gpu_common.PROFILES):
+                print(*gpu_profile.report(f"{self._name}, clock {number}", events, origin), "", sep="\n", file=out)
+        gpu_common.PROFILES.clear()
 
 
 def one_line(error: BaseException) -> str:
@@ -256,6 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget_s", type=float, default=math.inf, metavar="N", help="what is not done then fails")
     parser.add_argument("--parallel", type=int, metavar="N", help="processes that compile at once (9; debug: 0)")
     parser.add_argument("--rounds", type=int, default=5, help="of each clock; the median counts")
+    parser.add_argument("--profile", metavar="FILE.txt", default="", help="append each case's kernels and their times to it")
     parser.add_argument("--lower_only", action="store_true", help="only trace every case: needs no GPU and no memory")
     parser.add_argument("--table", nargs="+", metavar="FILE.jsonl", help="print the table of these records instead")
     parser.add_argument("--write", action="store_true", help="with --table: also as benchmarks/results/gpu.md")
@@ -291,7 +305,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(gpu_table.line({"variant": variant, **record}), flush=True)
 
         settings = {"size": options.size, "before": options.before, "quantize": options.quantize,
-                    "rounds": options.rounds, "seconds": 0.0 if is_debug else 0.05}  # fmt: skip
+                    "rounds": options.rounds, "seconds": 0.0 if is_debug else 0.05, "profile": options.profile}  # fmt: skip
+        if options.profile:  # Note: kernels launched together as a graph do not say where they come from.
+            flags = os.environ.get("XLA_FLAGS", "")
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
         if parallel == 0:
             run_here(names, settings, deadline, write, options.lower_only)
         else:

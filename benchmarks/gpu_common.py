@@ -23,20 +23,24 @@ from alto_jax.experiment import ExperimentConfig, make_experiment
 from alto_jax.main import load_config
 from alto_jax.mllm import generate as generation
 from alto_jax.mllm.language_model import for_inference
+from benchmarks import gpu_profile
 
 ROOT = Path(__file__).resolve().parents[1]
+PROFILES: list[Any] = []  # of this process's clocks, with `Options.profile`
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How to measure. size: "8b" (the paper's sizes of all stages) or "debug". before: stacked layers in the token loop
-    and XLA's attention. quantize: "", "int8" or "fp8". rounds: of each clock; seconds: how long one lasts at least."""
+    and XLA's attention. quantize: "", "int8" or "fp8". rounds: of each clock; seconds: how long one lasts at least.
+    profile: a file for the kernels of each clock's call."""
 
     size: str = "8b"
     before: bool = False
     quantize: str = ""
     rounds: int = 5
     seconds: float = 0.05
+    profile: str = ""
 
     @property
     def is_debug(self) -> bool:
@@ -224,6 +228,8 @@ def timed(call: Callable[[], Any], options: Options, wait: Callable[[Any], Any] 
             result = call()
         wait(result)
         found.append((time.perf_counter() - began) / number * 1e3)
+    if options.profile:
+        PROFILES.append(gpu_profile.traced(call, wait))
     return {"ms": statistics.median(found), "ms_min": min(found), "ms_max": max(found)}
 
 
