@@ -104,7 +104,6 @@ class Case:
         variant = "peer" if self._name in PEERS else self._options.variant
         return [{"case": r["case"], "variant": variant, **r, **place, **seconds} for r in records]
 
-
     def _write_profiles(self, file: str) -> None:
         """Appends what the clocks of this case traced."""
         from benchmarks import gpu_common, gpu_profile  # late: as above
@@ -269,7 +268,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget_s", type=float, default=math.inf, metavar="N", help="what is not done then fails")
     parser.add_argument("--parallel", type=int, metavar="N", help="processes that compile at once (9; debug: 0)")
     parser.add_argument("--rounds", type=int, default=5, help="of each clock; the median counts")
-    parser.add_argument("--profile", metavar="FILE.txt", default="", help="append each case's kernels and their times to it")
+    parser.add_argument(
+        "--profile", metavar="FILE.txt", default="", help="append each case's kernels and their times to it"
+    )
     parser.add_argument("--lower_only", action="store_true", help="only trace every case: needs no GPU and no memory")
     parser.add_argument("--table", nargs="+", metavar="FILE.jsonl", help="print the table of these records instead")
     parser.add_argument("--write", action="store_true", help="with --table: also as benchmarks/results/gpu.md")
@@ -305,7 +306,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(gpu_table.line({"variant": variant, **record}), flush=True)
 
         settings = {"size": options.size, "before": options.before, "quantize": options.quantize,
-                    "rounds": options.rounds, "seconds": 0.0 if is_debug else 0.05, "profile": options.profile}  # fmt: skip
+                    "rounds": options.rounds, "seconds": 0.0 if is_debug else 0.05,
+                    "profile": options.profile}  # fmt: skip
         if options.profile:  # Note: kernels launched together as a graph do not say where they come from.
             flags = os.environ.get("XLA_FLAGS", "")
             os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="

@@ -41,7 +41,9 @@ def origins(programs: dict[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for program in programs.values():
         for name, path in _INSTRUCTION.findall(program.as_text()):
-            found.setdefault(name, "/".join(part for part in path.split("/") if not re.match(r"jit\(|while|body|closed_", part)))
+            found.setdefault(
+                name, "/".join(part for part in path.split("/") if not re.match(r"jit\(|while|body|closed_", part))
+            )
     return found
 
 

@@ -98,6 +98,50 @@ def pallas(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return out[: len(x)]
 
 
+def split(x: jax.Array, kernel: jax.Array, *, sums: bool = False, block: int = 128, step: int = 64, warps: int = 4,
+          programs: int = 528) -> jax.Array:  # fmt: skip
+    """Tiles of `block` outputs and a part of the inputs, about as many as the card runs at once; parts are added last.
+
+    sums: products are multiplied and summed instead of the matrix unit's.
+    """
+    inner, outer = kernel.shape
+    rows, blocks = 1 if sums else max(16, 1 << (len(x) - 1).bit_length()), outer // block
+    parts = max(
+        d for d in range(1, inner // step + 1) if inner // step % d == 0 and d * blocks <= max(programs, blocks)
+    )
+    chunk = inner // parts
+    padded = jnp.pad(x, ((0, max(rows - len(x), 0)), (0, 0)))
+
+    def body(x_ref: Any, kernel_ref: Any, out_ref: Any) -> None:
+        first, row = pl.program_id(1) * chunk, pl.program_id(2)
+
+        def add(i: Any, total: jax.Array) -> jax.Array:
+            at = pl.ds(first + i * step, step)
+            tile = kernel_ref[at, :]
+            if not sums:
+                return total + jnp.dot(x_ref[:, at], tile.astype(x.dtype), preferred_element_type=jnp.float32)
+            return total + tile.astype(jnp.float32) * x_ref[row, at].astype(jnp.float32)[:, None]
+
+        begun = jnp.zeros((step if sums else rows, block), jnp.float32)
+        total = jax.lax.fori_loop(0, chunk // step, add, begun)
+        out_ref[...] = jnp.sum(total, axis=0, keepdims=True) if sums else total
+
+    count = len(x) if sums else 1
+    out = pl.pallas_call(
+        body,
+        grid=(blocks, parts, count),
+        in_specs=[
+            pl.BlockSpec(padded.shape, lambda i, j, k: (0, 0)),
+            pl.BlockSpec((inner, block), lambda i, j, k: (0, i)),
+        ],
+        out_specs=pl.BlockSpec((None, rows, block), lambda i, j, k: (j, k, i)),
+        out_shape=jax.ShapeDtypeStruct((parts, rows * count, outer), jnp.float32),
+        interpret=jax.default_backend() == "cpu",
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=4),
+    )(padded, kernel)
+    return jnp.sum(out, axis=0)[: len(x)]
+
+
 # Name → (type of the kernels, whether they are stored as [out, in], the product [rows, in] → float32[rows, out] before
 # scales; None: `quantized_dot`).
 FORMS: dict[str, tuple[str, bool, Callable | None]] = {
@@ -106,6 +150,12 @@ FORMS: dict[str, tuple[str, bool, Callable | None]] = {
     "convert": ("int8", False, convert),
     "reduce": ("int8", False, reduce),
     "pallas": ("int8", False, pallas),
+    "split": ("int8", False, split),
+    "split_wide": ("int8", False, functools.partial(split, block=256, step=32)),
+    "split_deep": ("int8", False, functools.partial(split, step=128)),
+    "split_many": ("int8", False, functools.partial(split, programs=1056)),
+    "split_sums": ("int8", False, functools.partial(split, sums=True)),
+    "split_sums_deep": ("int8", False, functools.partial(split, sums=True, step=32, block=256, programs=1056)),
     "w8a8": ("int8", False, w8a8),
     "mixed": ("int8", False, mixed),
     "rows": ("int8", False, broadcast_rows),

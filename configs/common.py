@@ -123,7 +123,8 @@ def large_model_types(model: dict) -> dict:
     for name in ("vision", "language_model"):
         if name in model:
             model[name] |= {"dtype": "bfloat16", "remat": "full"}
-    model["tokenizer"] |= {"dtype": "bfloat16", "remat": "full"}
+    # Note: its sequences are short, so that keeping the products costs little.
+    model["tokenizer"] |= {"dtype": "bfloat16", "remat": "dots"}
     model["tokenizer"]["sam"] = {"dtype": "bfloat16", "remat": "full"}
     model["matmul_precision"] = "default"
     return model

@@ -3,6 +3,7 @@
 It takes masks over all heads and, for gradients, even lengths: others are padded by one.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -30,8 +31,19 @@ def why_not(q: Any, k: Any, device: Any) -> str:
 
 def attention(q: Array, k: Array, v: Array, mask: Any, scale: float) -> Array:
     """As `seam.attention`; `mask` is its Mask."""
+    even = functools.partial(_attention, mask=mask, scale=scale, even=True)
+    if mask.segments is not None or mask.pairs is not None or not (q.shape[1] % 2 or k.shape[1] % 2):
+        return even(q, k, v)
+    # Note: only the backward pass refuses odd lengths, so that without gradients nothing is copied for the padding.
+    either = jax.custom_vjp(functools.partial(_attention, mask=mask, scale=scale, even=False))
+    either.defvjp(lambda *given: jax.vjp(even, *given), lambda pull, cotangent: pull(cotangent))
+    return either(q, k, v)
+
+
+def _attention(q: Array, k: Array, v: Array, *, mask: Any, scale: float, even: bool) -> Array:
+    """`even`: lengths are padded to even ones, as gradients want them."""
     (batch, num_queries, num_heads, width), num_keys = q.shape, k.shape[1]
-    wide, more_queries, more_keys = -width % 8, num_queries % 2, num_keys % 2
+    wide, more_queries, more_keys = -width % 8, num_queries % 2 * even, num_keys % 2 * even
     padded = lambda x, rows: jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, wide))) if rows or wide else x
     q, k, v = padded(q, more_queries), padded(k, more_keys), padded(v, more_keys)
     options: dict[str, Any] = {}

@@ -112,8 +112,7 @@ class InternViT(nn.Module):
         types: dict[str, Any] = {"dtype": jnp.dtype(cfg.dtype), "param_dtype": jnp.dtype(cfg.param_dtype)}
         if image.ndim != 4 or image.shape[1] % cfg.patch_size or image.shape[2] % cfg.patch_size:
             raise ValueError(f"image: expected [B, V, V, 3] with V a multiple of {cfg.patch_size}, got {image.shape}")
-        patch = (cfg.patch_size, cfg.patch_size)
-        x = nn.Conv(cfg.embed_dim, patch, patch, "VALID", name="patch_embed", **types)(image)
+        x = layers.PatchEmbed(cfg.embed_dim, cfg.patch_size, name="patch_embed", **types)(image)
         batch, height, width, dim = x.shape
 
         normal = nn.initializers.normal(0.02)

@@ -57,8 +57,7 @@ class MaskDecoder(nn.Module):
         mask_token = self.param("mask_token", scaled_normal, (width,), self.param_dtype).astype(self.dtype)
         x = jnp.broadcast_to(mask_token, (batch, grid * grid, width))
         if features is not None:
-            stride = (self.feature_stride, self.feature_stride)
-            mapper = nn.Conv(features.shape[-1], stride, stride, "VALID", name="spatial_mapper", **types)
+            mapper = layers.PatchEmbed(features.shape[-1], self.feature_stride, name="spatial_mapper", **types)
             # Note: near zero at the start, so that the tokens are learned before the image is leaned on.
             project = nn.Dense(width, kernel_init=nn.initializers.normal(1e-3), name="vae_project", **types)
             mapped = constrain(mapper(features.astype(self.dtype)), "batch", ...)

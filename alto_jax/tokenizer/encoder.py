@@ -108,9 +108,8 @@ class MaskEncoder(nn.Module):
         width, grid = self.vit.embed_dim, self.mask_size // self.patch_size
         batch, num_patches = mask.shape[0], grid * grid
         scaled_normal = nn.initializers.normal(width**-0.5)
-        patch = (self.patch_size, self.patch_size)
         x = (jnp.repeat(mask[..., None], 3, axis=-1) if mask.ndim == 3 else mask).astype(self.dtype)
-        x = nn.Conv(width, patch, patch, "VALID", dtype=self.dtype, param_dtype=self.param_dtype, name="patch_embed")(x)
+        x = layers.PatchEmbed(width, self.patch_size, self.dtype, self.param_dtype, name="patch_embed")(x)
         x = constrain(x.reshape(batch, num_patches, width), "batch", ...)
 
         cls = self.param("class_embedding", scaled_normal, (width,), self.param_dtype)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alto_jax import layers
-from alto_jax.attention import seam
+from alto_jax.attention import places, seam
 from alto_jax.config import require
 from alto_jax.parallel.sharding import constrain
 from alto_jax.tokenizer.resize import resize, torch_linear_matrix
@@ -117,80 +117,114 @@ def relative_positions(query_size: int, key_size: int, table: Array) -> Array:
 
 
 def partition_windows(x: Array, window: int) -> Array:
-    """[B, H, W, D] → [B * windows, window, window, D]; padded with zeros at the bottom and right."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % window), (0, -x.shape[2] % window), (0, 0)))
-    return einops.rearrange(x, "b (y h) (x w) d -> (b y x) h w d", h=window, w=window)
+    """[B, H, W, ...] → [B * windows, window, window, ...]; padded with zeros at the bottom and right."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % window), (0, -x.shape[2] % window), *((0, 0),) * (x.ndim - 3)))
+    return einops.rearrange(x, "b (y h) (x w) ... -> (b y x) h w ...", h=window, w=window)
 
 
 def merge_windows(x: Array, height: int, width: int) -> Array:
-    """Inverse of `partition_windows`, without the padding: → [B, height, width, D]."""
+    """Inverse of `partition_windows`, without the padding: → [B, height, width, ...]."""
     rows, columns = (-(-side // x.shape[1]) for side in (height, width))
-    x = einops.rearrange(x, "(b y x) h w d -> b (y h) (x w) d", y=rows, x=columns)
+    x = einops.rearrange(x, "(b y x) h w ... -> b (y h) (x w) ...", y=rows, x=columns)
     return x[:, :height, :width]
 
 
 class SamAttention(nn.Module):
     """Self-attention over a square of positions with decomposed relative positions: [B, H, W, D] → same.
 
-    `table_size`: K, the side for which the two tables [2K - 1, Hd] are made.
+    `window`: positions attend within windows of that side, which are filled up with zeros at the lower and the right
+    edge; 0: over everything.
     """
 
     cfg: SamEncoderConfig
-    table_size: int
+    window: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        cfg = self.cfg
+        cfg, window = self.cfg, self.window
         dtype, param_dtype = jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype)
-        batch, height, width, dim = x.shape
+        height, width, dim = x.shape[1:]
         num_heads, head_dim = cfg.num_heads, dim // cfg.num_heads
         dense = functools.partial(nn.DenseGeneral, dtype=dtype, param_dtype=param_dtype)
-        qkv = constrain(dense((3, num_heads, head_dim), name="qkv")(x), "batch", ..., "heads", None)
-        q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+        project = layers.BiasApart((3, num_heads, head_dim), name="qkv", dtype=dtype, param_dtype=param_dtype)
+        qkv, bias = project(x), project.bias()
+        qkv = constrain(qkv, "batch", ..., "heads", None)
+        rows = 2 * (window or cfg.grid) - 1
         tables = [
-            self.param(
-                f"rel_pos_{axis}", nn.initializers.zeros_init(), (2 * self.table_size - 1, head_dim), param_dtype
-            )
-            for axis in "hw"
+            self.param(f"rel_pos_{axis}", nn.initializers.zeros_init(), (rows, head_dim), param_dtype) for axis in "hw"
         ]
-        rel_h = relative_positions(height, height, tables[0].astype(dtype))
-        rel_w = relative_positions(width, width, tables[1].astype(dtype))
-
-        scaled = q * jnp.asarray(head_dim**-0.5, dtype)
-        rel_q = scaled if cfg.scaled_rel_pos_query else q
-        if seam.is_flash(cfg.attention, dtype, head_dim + height + width):
-            out = self._flash(scaled, k, v, rel_q, rel_h, rel_w)
-            return dense(dim, axis=(-2, -1), name="out")(out)
-        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        # Note: the bias is added as two broadcast terms; as one array it would be as large as the scores.
-        scores = einsum("byxnd,bijnd->bnyxij", scaled, k)
-        scores += einsum("byxnd,yid->bnyxi", rel_q, rel_h)[..., None]
-        scores += einsum("byxnd,xjd->bnyxj", rel_q, rel_w)[..., None, :]
-        scores = scores.reshape(batch, num_heads, height, width, height * width)
-        probs = jax.nn.softmax(scores, axis=-1).astype(dtype)
-        out = jnp.einsum("bnyxs,bsnd->byxnd", probs, v.reshape(batch, height * width, num_heads, head_dim))
+        rel_q = qkv[..., 0, :, :] + bias[0]
+        if cfg.scaled_rel_pos_query:
+            rel_q = rel_q * jnp.asarray(head_dim**-0.5, dtype)
+        by_row, by_column = (
+            jnp.einsum(
+                form, rel_q, _rows_of_windows(table.astype(dtype), side, window), preferred_element_type=jnp.float32
+            )
+            for form, table, side in zip(("byxnd,yid->byxni", "byxnd,xjd->byxnj"), tables, (height, width))
+        )
+        is_flash = seam.is_flash(cfg.attention, dtype, head_dim + by_row.shape[-1] + by_column.shape[-1])
+        plain = functools.partial(_within_windows, window, self._folded if is_flash else _whole_scores)
+        if is_flash and height == width and not places.why_not(dtype, height, window, head_dim):
+            given = qkv, bias, by_row.astype(dtype), by_column.astype(dtype)
+            out = places.attention(*given, window=window, scale=head_dim**-0.5, plain=plain)
+        else:
+            out = plain(qkv, bias, by_row, by_column)
         return dense(dim, axis=(-2, -1), name="out")(out)
 
-    def _flash(self, q: Array, k: Array, v: Array, rel_q: Array, rel_h: Array, rel_w: Array) -> Array:
-        """The same attention without a bias, so that any kernel serves: wider queries, [q, rel_q R_h, rel_q R_w], and
+    def _folded(self, qkv: Array, by_row: Array, by_column: Array) -> Array:
+        """The same attention without a bias, so that any kernel serves: wider queries, [q, by_row, by_column], and
         wider keys, [k, one of the rows, one of the columns], have the whole score as their product.
 
         Args:
-          q: scaled; q, k, v, rel_q: [B, H, W, N, Hd]; rel_h: [H, H, Hd]; rel_w: [W, W, Hd], query by key.
+          qkv: [B, H, W, 3, N, Hd]; by_row: [B, H, W, N, H]; by_column: [B, H, W, N, W].
         """
-        batch, height, width, num_heads, head_dim = q.shape
-        by_row = jnp.einsum("byxnd,yid->byxni", rel_q, rel_h)
-        by_column = jnp.einsum("byxnd,xjd->byxnj", rel_q, rel_w)
+        batch, height, width, _, num_heads, head_dim = qkv.shape
+        q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+        q = q * jnp.asarray(head_dim**-0.5, q.dtype)
         rows = jnp.broadcast_to(jnp.eye(height, dtype=k.dtype)[:, None, None], (height, width, 1, height))
         columns = jnp.broadcast_to(jnp.eye(width, dtype=k.dtype)[:, None], (height, width, 1, width))
-        places = jnp.broadcast_to(
+        place = jnp.broadcast_to(
             jnp.concatenate([rows, columns], -1), (batch, height, width, num_heads, height + width)
         )
         flat = lambda x: x.reshape(batch, height * width, num_heads, x.shape[-1])
-        q, k = flat(jnp.concatenate([q, by_row, by_column], -1)), flat(jnp.concatenate([k, places], -1))
+        wide = jnp.concatenate([q, by_row.astype(q.dtype), by_column.astype(q.dtype)], -1)
         v = flat(jnp.pad(v, ((0, 0),) * 4 + ((0, height + width),)))
-        out = seam.attention(q, k, v, scale=1.0, implementation=self.cfg.attention)
+        out = seam.attention(
+            flat(wide), flat(jnp.concatenate([k, place], -1)), v, scale=1.0, implementation=self.cfg.attention
+        )
         return out[..., :head_dim].reshape(batch, height, width, num_heads, head_dim)
+
+
+def _rows_of_windows(table: Array, side: int, window: int) -> Array:
+    """[side, K, Hd]: for each of `side` positions its relative positions to the K of its window (0: to all)."""
+    found = relative_positions(window or side, window or side, table)
+    return found[np.arange(side) % window] if window else found
+
+
+def _whole_scores(qkv: Array, by_row: Array, by_column: Array) -> Array:
+    """As `SamAttention._folded`, through the whole array of scores."""
+    batch, height, width, _, num_heads, head_dim = qkv.shape
+    q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+    scaled = q * jnp.asarray(head_dim**-0.5, q.dtype)
+    scores = jnp.einsum("byxnd,bijnd->bnyxij", scaled, k, preferred_element_type=jnp.float32)
+    # Note: the bias is added as two broadcast terms; as one array it would be as large as the scores.
+    scores += jnp.moveaxis(by_row, 3, 1)[..., None]
+    scores += jnp.moveaxis(by_column, 3, 1)[..., None, :]
+    probs = jax.nn.softmax(scores.reshape(batch, num_heads, height, width, height * width), axis=-1).astype(qkv.dtype)
+    return jnp.einsum("bnyxs,bsnd->byxnd", probs, v.reshape(batch, height * width, num_heads, head_dim))
+
+
+def _within_windows(
+    window: int, attend: Callable[..., Array], qkv: Array, bias: Array, by_row: Array, by_column: Array
+) -> Array:
+    """`attend` within windows (0: over the whole) of queries, keys and values without their biases [3, N, Hd], see
+    `attention.places`."""
+    if not window:
+        return attend(qkv + bias, by_row, by_column)
+    # Compat: what fills up windows takes part in the attention: zeros before they are projected, biases after.
+    windows = partition_windows(qkv, window) + bias
+    out = attend(windows, *(partition_windows(x, window) for x in (by_row, by_column)))
+    return merge_windows(out, *qkv.shape[1:3])
 
 
 class SamBlock(nn.Module):
@@ -206,14 +240,8 @@ class SamBlock(nn.Module):
     def __call__(self, x: Array) -> tuple[Array, None]:
         cfg = self.cfg
         types: dict[str, Any] = {"dtype": jnp.dtype(cfg.dtype), "param_dtype": jnp.dtype(cfg.param_dtype)}
-        attn = SamAttention(cfg, self.window or cfg.grid, name="attn")
         y = layers.layer_norm(1e-6, name="norm1", **types)(x)
-        if self.window:
-            # Compat: the zero padding follows the norm and its positions take part in the attention.
-            y = merge_windows(attn(partition_windows(y, self.window)), x.shape[1], x.shape[2])
-        else:
-            y = attn(y)
-        x = constrain(x + y, "batch", ...)
+        x = constrain(x + SamAttention(cfg, self.window, name="attn")(y), "batch", ...)
         y = layers.layer_norm(1e-6, name="norm2", **types)(x)
         return constrain(x + layers.Mlp(cfg.mlp_ratio * cfg.embed_dim, name="mlp", **types)(y), "batch", ...), None
 
@@ -244,8 +272,7 @@ class SamEncoder(nn.Module):
         types: dict[str, Any] = {"dtype": jnp.dtype(cfg.dtype), "param_dtype": jnp.dtype(cfg.param_dtype)}
         if image.ndim != 4 or image.shape[1] % cfg.patch_size or image.shape[2] % cfg.patch_size:
             raise ValueError(f"image: expected [B, S, S, 3] with S a multiple of {cfg.patch_size}, got {image.shape}")
-        patch = (cfg.patch_size, cfg.patch_size)
-        x = nn.Conv(cfg.embed_dim, patch, patch, "VALID", name="patch_embed", **types)(image)
+        x = layers.PatchEmbed(cfg.embed_dim, cfg.patch_size, name="patch_embed", **types)(image)
         position = self.param("position_embedding", nn.initializers.zeros_init(), (cfg.grid, cfg.grid, cfg.embed_dim),
                               types["param_dtype"])  # fmt: skip
         if x.shape[1:3] != position.shape[:2]:
