@@ -258,7 +258,7 @@ def _decoder(cfg: TokenizerConfig) -> list[_Part]:
 
 
 def _sam(cfg: TokenizerConfig) -> list[_Part]:
-    """SAM's image encoder, one image."""
+    """SAM's image encoder, one image; what fills up windows is only attended to."""
     if cfg.sam is None:
         return []
     sam, grid, prefix = cfg.sam, cfg.sam.grid, "^tokenizer/sam_encoder"
@@ -268,8 +268,8 @@ def _sam(cfg: TokenizerConfig) -> list[_Part]:
     def blocks(name: str, positions: int, side: int, number: int) -> list[_Part]:
         # Both products of attention, and the two of the query with the relative positions along an axis.
         attention = _square(sam.embed_dim, number, positions * side * side)
-        attention += 4.0 * sam.embed_dim * number * positions * side
-        attn = _Part(f"{prefix}/{name}/.*attn/", positions, attention, is_stack=True)
+        attention += 4.0 * sam.embed_dim * number * grid**2 * side
+        attn = _Part(f"{prefix}/{name}/.*attn/", grid**2, attention, is_stack=True)
         return [attn, _Part(f"{prefix}/{name}/.*mlp/", grid**2, is_stack=True)]
 
     window, whole = len(sam.window_attn_indexes), len(sam.global_attn_indexes)
