@@ -15,13 +15,16 @@ from alto_jax.train import flops
 # Kind of work → (paths of the model's parts, share of the peak with a flash kernel, share with XLA's attention).
 # From the forward passes of 12 images or prompts: "tokens12" without its tokens, "vit12", "sam12", "masks12".
 KINDS = {
-    "language": ("language_model", 0.64, 0.50),
-    "vision": ("vision|projector", 0.32, 0.163),
-    "sam": ("sam_encoder", 0.30, 0.140),
+    "language": ("language_model", 0.66, 0.50),
+    "vision": ("vision|projector", 0.41, 0.163),
+    "sam": ("sam_encoder", 0.40, 0.140),
     "masks": ("tokenizer/(?!sam_encoder)", 0.25, 0.21),
 }
 # Of the HBM's rate: a copy, and the loop of tokens, which reads all weights for each ("decode1").
 COPY, TOKENS = 0.89, 0.73
+# Seconds of a kernel that is too small to matter by its work, and how many of them the adapters of a layer bring to
+# each token (two for each of six products).
+LAUNCH, ADAPTERS = 2.5e-6, 12
 
 
 def expected_seconds(
@@ -51,6 +54,8 @@ def expected_seconds(
         total += _operations(config, name, paths, part.remat == "full") / (number * device.flops * share)
     if new_tokens:
         total += work.hbm / (TOKENS * device.bandwidth)
+        if config.lora is not None and config.lora.rank:
+            total += new_tokens * config.model.need_language_model().num_layers * ADAPTERS * LAUNCH
     else:
         total += 2 * state_bytes / (COPY * device.bandwidth)
     return total + work.links / (LINKS * device.links) + (work.network / (LINKS * network) if network else 0.0)

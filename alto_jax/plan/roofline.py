@@ -9,6 +9,7 @@ measurements. Memory of activations is a rough count; state is exact.
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from alto_jax.config import require
@@ -104,12 +105,36 @@ def _stack(
     # Note: scores in float32; what the softmax makes of them takes their place.
     scores = 0.0 if has_flash(cfg) else rows * heads * tokens * tokens * 4
     if not trained:
-        return 2 * one + scores
+        return 2 * one + 2 * scores
     kept = rows * tokens * width * size
     return layers * (kept if cfg.remat == "full" else one + scores) + 2 * one + 2 * scores
 
 
-def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> float:
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Bytes of a training step's activations on one device.
+
+    Attributes:
+      features: of the image encoder, which is done before the rest begins.
+      kept: of the transformers, for the backward pass and in one layer at work.
+      passing: of what begins the backward pass and is gone before its end: pixels and logits.
+    """
+
+    features: float = 0.0
+    kept: float = 0.0
+    passing: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All that is made."""
+        return self.features + self.kept + self.passing
+
+    def worst(self, gradients: float) -> float:
+        """The most that is there at once with the gradients, of which none is there while all of `passing` is."""
+        return max(self.features, self.kept + max(self.passing, gradients))
+
+
+def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> Activations:
     """Activations of a training step on one device that holds `rows` rows of the batch; a rough count."""
     model, tokens = config.model, config.data.max_length
     size = model.tokenizer
@@ -117,18 +142,18 @@ def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> floa
     has_tokenizer = config.stage not in ("stage0", "stage3")
     masks = rows * (config.data.max_masks if config.stage == "stage2" else 1)
     groups = config.grpo.num_generations if config.stage == "stage3" else 1
-    total = 0.0
+    features = kept = passing = 0.0
     if size.sam is not None and has_tokenizer:
         sam = size.sam
         # Note: for a flash kernel queries, keys and values are as wide as the relative positions make them.
         wide = 3 * sam.num_heads * 2 * sam.grid if has_flash(sam) else 0
         inner = (3 * sam.embed_dim + sam.mlp_ratio * sam.embed_dim + wide) / tensor
-        total += _stack(sam.depth, rows, sam.grid**2, sam.embed_dim, inner, sam.num_heads / tensor, sam, False)
+        features = _stack(sam.depth, rows, sam.grid**2, sam.embed_dim, inner, sam.num_heads / tensor, sam, False)
     if has_tokenizer:
         for vit in (size.encoder, size.decoder):
             length = 1 + patches + size.num_latent_tokens
             inner = (3 + vit.mlp_ratio) * vit.embed_dim / tensor
-            total += _stack(
+            kept += _stack(
                 vit.num_layers,
                 masks,
                 length,
@@ -140,17 +165,18 @@ def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> floa
             )
         pixel, side = size.pixel_decoder, size.grid
         for mult in reversed(pixel.channel_mult):
-            maps = 6 * pixel.num_res_blocks + 2
-            total += masks * side**2 * mult * pixel.hidden_channels * maps * jnp.dtype(pixel.dtype).itemsize
+            # Note: of a level's convolutions; norms and what follows them are fused, and computed again.
+            maps = 2 * pixel.num_res_blocks + 2
+            passing += masks * side**2 * mult * pixel.hidden_channels * maps * jnp.dtype(pixel.dtype).itemsize
             side *= 2
     if model.language_model is None or config.stage in ("stage1", "stage1_5"):
-        return total
+        return Activations(features, kept, passing)
     vision, language = model.need_vision(), model.language_model
     if config.stage in ("stage0", "stage2"):
         inner = (3 * vision.embed_dim + vision.mlp_dim) / tensor
         heads = vision.num_heads / tensor
         seen = rows * max(config.data.tile_slots, 1)  # images, or as many tiles as rows may have
-        total += _stack(vision.num_layers, seen, 1 + vision.grid**2, vision.embed_dim, inner, heads, vision, True)
+        kept += _stack(vision.num_layers, seen, 1 + vision.grid**2, vision.embed_dim, inner, heads, vision, True)
         scored = min(config.sft.at_once, tokens - 1) * language.vocab_size
         if config.sft.mask_loss_weight > 0:
             scored += config.data.max_masks * size.num_latent_tokens * size.codebook_size
@@ -162,8 +188,8 @@ def activation_bytes(config: ExperimentConfig, rows: float, tensor: int) -> floa
     width, heads = language.embed_dim, language.num_heads / tensor
     # Note: a group's answers attend to their prompt and themselves, not to each other.
     span = config.data.max_length + config.grpo.generate.max_new_tokens if config.stage == "stage3" else tokens
-    total += _stack(language.num_layers, rows, span, width, inner * tokens / span, heads, language, True)
-    return total + 3 * rows * scored / tensor * 4
+    kept += _stack(language.num_layers, rows, span, width, inner * tokens / span, heads, language, True)
+    return Activations(features, kept, passing + 3 * rows * scored / tensor * 4)
 
 
 def training_work(
@@ -195,9 +221,10 @@ def training_work(
     layers = (config.model.language_model or config.model.tokenizer.encoder).num_layers
     working = 2 * gathered / layers if sizes.fsdp > 1 else 0.0
     activations = activation_bytes(config, rows, sizes.tensor)
-    temporary = held(params) + working + activations
+    temporary = working + activations.worst(held(params))
     passes = _remat_passes(config)
-    hbm = passes * gathered * (2 if sizes.fsdp > 1 else 1) + 2 * (held(opt_state) + 2 * held(params)) + 2 * temporary
+    hbm = passes * gathered * (2 if sizes.fsdp > 1 else 1) + 2 * (held(opt_state) + 2 * held(params))
+    hbm += 2 * (held(params) + working + activations.total)
 
     moved = _Moved(sizes, num_slices)
     if sizes.fsdp > 1:
@@ -218,17 +245,19 @@ def answering_work(
     language = config.model.need_language_model()
     rows = config.train.batch_size / (sizes.data * sizes.fsdp)
     whole = MeshConfig(1, 1, sizes.tensor)
-    shrink = min(1.0, jnp.dtype(language.dtype).itemsize / 4)
-    weights = shrink * sharding.bytes_per_device(params["language_model"], whole)
-    everything = shrink * sharding.bytes_per_device(params, whole)
+    # Note: as they are computed with, whatever they are kept in.
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, language.dtype), params)
+    weights = sharding.bytes_per_device(params["language_model"], whole)
+    everything = sharding.bytes_per_device(params, whole)
     position = 2 * language.num_layers * language.num_kv_heads * language.head_width / sizes.tensor
     position *= jnp.dtype(language.dtype).itemsize
     cache = rows * position * (config.data.max_length + samples * new_tokens)
     logits = rows * samples * language.vocab_size / sizes.tensor * 4 * 3
-    # Note: the language model is gathered once, before the loop of tokens (`language_model.for_inference`).
-    working = weights + 2 * everything / language.num_layers if sizes.fsdp > 1 else 0.0
+    # Note: before the loop of tokens the language model is gathered, and its layers are copied to arrays of their own
+    # (`language_model.for_inference`).
+    working = weights + (2 * everything / language.num_layers if sizes.fsdp > 1 else 0.0)
     hbm = everything + new_tokens * (weights + cache + logits)
     moved = _Moved(sizes, num_slices)
     moved.gather("fsdp", everything)
-    temporary = cache + logits + working + activation_bytes(config, rows, sizes.tensor) / 8
+    temporary = cache + logits + working + activation_bytes(config, rows, sizes.tensor).total / 8
     return Work(temporary, hbm, moved.links, moved.network)

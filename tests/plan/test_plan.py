@@ -309,10 +309,10 @@ def test_gpus_beyond_one_machine_are_several():
 
 
 def test_a_gpu_has_the_memory_that_jax_takes(monkeypatch):
-    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.25")
     found = estimated("h100-80g:8", "--mesh=2,4,1")
-    assert found.programs[0].hbm["limit"] == 40 * 2**30 and found.fits is False
-    assert "40.000 GiB a device (50% of its memory, which JAX takes)" in plan.describe(found)
+    assert found.programs[0].hbm["limit"] == 20 * 2**30 and found.fits is False
+    assert "20.000 GiB a device (25% of its memory, which JAX takes)" in plan.describe(found)
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
     assert estimated("h100-80g:8", "--mesh=2,4,1").fits is True
 
