@@ -94,7 +94,13 @@ def _forward(
     from jax.experimental.pallas import triton  # late: as above
 
     batch, height, width, _, num_heads, head_dim = qkv.shape
-    sizes = {"height": height, "width": width, "num_heads": num_heads, "head_dim": head_dim, "scale": scale}
+    sizes: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        "scale": scale,
+    }
     if window:
         side = 16
         more = ((0, 0),) * 4 + ((0, side - by_row.shape[-1]),)
