@@ -33,7 +33,7 @@ def tour():
     config.stages = ("low_penalty", "high_penalty")
     for name, weight in zip(config.stages, (1e-3, 1e-2)):
         stage = stage3.get_config("small")
-        stage.train.update({"steps": 16, "batch_size": 4, "log_every": 4, "checkpoint_every": 16})
+        stage.train.update({"steps": 12, "batch_size": 4, "log_every": 4, "checkpoint_every": 12})
         stage.eval.num_samples = 0
         stage.grpo.reward.length_weight = weight
         config[name] = stage
