@@ -13,6 +13,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+
 from alto_jax.layers import SelfAttention, apply_module
 from alto_jax.mllm import generate as generation
 from alto_jax.mllm.generate import GenerateConfig
