@@ -11,8 +11,24 @@ they are inside the jitted step.
 from typing import Any
 
 from flax import struct
+import numpy as np
 
 Array = Any
+KEY_BYTES = 96  # of a record's key in a batch
+
+
+def key_row(key: str) -> np.ndarray:
+    """A record's key as uint8[KEY_BYTES]: UTF-8 with zeros behind it; of one that is longer "…" and its end."""
+    text = key.encode("utf-8", "surrogateescape")
+    if len(text) > KEY_BYTES:
+        mark = "…".encode()
+        text = mark + text[len(mark) - KEY_BYTES :]
+    return np.frombuffer(text.ljust(KEY_BYTES, b"\0"), np.uint8)
+
+
+def key_of(row: np.ndarray) -> str:
+    """The key of a `key_row`."""
+    return row.tobytes().rstrip(b"\0").decode("utf-8", "replace")
 
 
 @struct.dataclass
@@ -63,7 +79,10 @@ class ChatBatch:
 @struct.dataclass
 class PromptBatch:
     """Stage 3 and prediction: prompt_ids int32[B, P], LEFT padded; prompt_mask bool[B, P]; mask
-    float32[B, H, W] in 0..1 is the target; images and cached features as in ChatBatch (tiles: for answers in words)."""
+    float32[B, H, W] in 0..1 is the target; images and cached features as in ChatBatch (tiles: for answers in words).
+
+    In training: record int32[B] is each prompt's place in the data set, key uint8[B, KEY_BYTES] its name (`key_of`).
+    """
 
     image: Array
     pixel_image: Array | None
@@ -71,6 +90,8 @@ class PromptBatch:
     prompt_mask: Array
     mask: Array
     features: Array | None = None
+    record: Array | None = None
+    key: Array | None = None
 
 
 @struct.dataclass
@@ -102,7 +123,6 @@ def abstract_batch(config: Any) -> MaskBatch | ChatBatch | PromptBatch:
         nothing is cached.
     """
     import jax  # late: keeps the start fast
-    import numpy as np
 
     model, rows, length = config.model, config.train.batch_size, config.data.max_length
     size = model.tokenizer
@@ -134,5 +154,10 @@ def abstract_batch(config: Any) -> MaskBatch | ChatBatch | PromptBatch:
             mask_image=array("int32", masks) if packed > 1 else None,
         )
     return PromptBatch(
-        **images, prompt_ids=array("int32", length), prompt_mask=array("bool", length), mask=array("float32", *mask)
+        **images,
+        prompt_ids=array("int32", length),
+        prompt_mask=array("bool", length),
+        mask=array("float32", *mask),
+        record=array("int32"),
+        key=array("uint8", KEY_BYTES),
     )

@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import socket
@@ -32,14 +33,17 @@ from typing import IO
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, CHECKPOINT_EVERY, EVAL_EVERY = 60, 2, 4
+NUM_PROMPTS = 24
 PHASES = ("start", "compile", "step", "save", "evaluate")
 
 
 def get_config(size=None):
-    """The run's configuration (`size` is not used)."""
+    """The run's configuration; "stage3": one of stage 3, which needs a start (`write_start`)."""
     sys.path.insert(0, str(ROOT))
     from configs import common
 
+    if size == "stage3":
+        return _stage3_config()
     vit = {"embed_dim": 16, "num_layers": 1, "num_heads": 2}
     tokenizer = {
         "mask_size": 16, "patch_size": 8, "num_latent_tokens": 4, "codebook_size": 16, "token_size": 4,
@@ -57,6 +61,27 @@ def get_config(size=None):
     loss = {"edge_weighted_mse": 0.0, "edge": 0.0, "bce": 1.0, "dice": 0.5, "length": 0.0}
     config.tokenizer = {"keep_tokens": "random", "commitment_cost": 0.25, "loss": loss}
     return config
+
+
+def _stage3_config():
+    """Rollouts serve two updates, so that 24 updates take the prompts four times."""
+    import ml_collections
+
+    from tests.parallel import stages_on_processes
+
+    plain = stages_on_processes.plain_config("stage3", (1, 1, 1), "")
+    plain["train"] |= {"batch_size": 8, "checkpoint_every": CHECKPOINT_EVERY, "max_restarts": 0}
+    plain["data"]["scenes"]["num_scenes"] = NUM_PROMPTS
+    plain["grpo"]["updates_per_rollout"] = 2
+    return ml_collections.ConfigDict(plain)
+
+
+def write_start(folder: pathlib.Path) -> None:
+    """A checkpoint of random weights for the run of stage 3."""
+    from tests.debug_model import write_model
+    from tests.parallel import stages_on_processes
+
+    write_model(folder, stages_on_processes.config_of("stage2", (1, 1, 1), ""))
 
 
 @dataclasses.dataclass
@@ -85,18 +110,21 @@ class Processes:
         logs: pathlib.Path,
         flags: list[str],
         env: dict[str, str] | None = None,
+        stage: str = "stage1",
     ):
         shutil.rmtree(logs, ignore_errors=True)
         logs.mkdir(parents=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        command = [sys.executable, "-m", "alto_jax.main", f"--config={pathlib.Path(__file__)}", f"--workdir={workdir}"]
+        command = [sys.executable, "-m", "alto_jax.main", f"--workdir={workdir}"]
+        command += [f"--config={pathlib.Path(__file__)}{'' if stage == 'stage1' else f':{stage}'}"]
         command += [*flags, *(["--distributed=env"] if number > 1 else [])]
         self.logs = [logs / f"{i}.txt" for i in range(number)]
         self.all: list[subprocess.Popen] = []
         self._copying: list[threading.Thread] = []
         for i, log in enumerate(self.logs):
+            log.touch()  # which the thread that writes it may not have come to when it is read
             joined = {"ALTO_COORDINATOR": address, "ALTO_NUM_PROCESSES": str(number), "ALTO_PROCESS_ID": str(i)}
             process = subprocess.Popen(
                 command,
@@ -132,7 +160,7 @@ class Processes:
 
 def is_in(phase: str, output: str, workdir: pathlib.Path, first: str) -> bool:
     """Whether a run that has given `output`, and had the newest checkpoint `first` at its start, is in the phase."""
-    lines = [line for line in output.splitlines() if line.startswith("[stage1] ")]
+    lines = [line for line in output.splitlines() if re.match(r"\[stage\w+\] ", line)]
     steps = [line for line in lines if "loss" in line]
     has_begun = (workdir / "parameters.txt").exists() and (not first or any("resumed" in line for line in lines))
     if phase == "start":
@@ -188,11 +216,13 @@ def attempt(
 
 
 def fingerprint(workdir: pathlib.Path, steps: int) -> dict[str, str]:
-    """A hash of every array of the final checkpoint, of the position in the data, and of the metrics without times."""
+    """A hash of every array of the final checkpoint, of the position in the data, of the metrics without times, and of
+    the prompts that were taken."""
     import numpy as np
     import orbax.checkpoint as ocp
 
     from alto_jax.train.progress import read_metrics
+    from alto_jax.train.prompt_log import FILE
 
     folder = workdir / "checkpoints" / str(steps)
     with ocp.PyTreeCheckpointer() as checkpointer:
@@ -208,7 +238,23 @@ def fingerprint(workdir: pathlib.Path, steps: int) -> dict[str, str]:
     for file in sorted((folder / "data").glob("process_*.json")):
         found[f"data/{file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
     records = [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in read_metrics(workdir)]
+    if (workdir / FILE).exists():
+        found[FILE] = hashlib.sha256(json.dumps(read_metrics(workdir, FILE)).encode()).hexdigest()
     return found | {"metrics.jsonl": hashlib.sha256(json.dumps(records).encode()).hexdigest()}
+
+
+def prompts_of(workdir: pathlib.Path) -> tuple[int, str]:
+    """How many prompts a run of stage 3 has taken, by its own log; and what is wrong with them: "" if no record stands
+    twice among those of an epoch."""
+    from alto_jax.train.progress import read_metrics
+    from alto_jax.train.prompt_log import FILE
+
+    taken = [record for line in read_metrics(workdir, FILE) for record in line["records"]]
+    for start in range(0, len(taken), NUM_PROMPTS):
+        epoch = taken[start : start + NUM_PROMPTS]
+        if len({*epoch} & {*range(NUM_PROMPTS)}) < len(epoch):
+            return len(taken), f"epoch {start // NUM_PROMPTS}: {sorted(epoch)}"
+    return len(taken), ""
 
 
 def prove(

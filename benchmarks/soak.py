@@ -2,8 +2,9 @@
 
     python benchmarks/soak.py [--faults 100] [--seed 0] [--folder DIR] [--out benchmarks/results/soak.md]
 
-The run is the one of benchmarks/reliability.py. For each number of processes and mesh it is done once undisturbed; then
-runs of it meet `--each` faults, each at a random moment of a random phase (start, compile, step, save, evaluate):
+The runs are those of benchmarks/reliability.py, of stages 1 and 3. For each stage, number of processes and mesh one is
+done undisturbed; then others meet `--each` faults, each at a random moment of a random phase (start, compile, step,
+save, evaluate):
 
   kill         signal 9 to one process
   terminate    SIGTERM to one process
@@ -13,7 +14,8 @@ runs of it meet `--each` faults, each at a random moment of a random phase (star
   clock        Python's clock jumps by up to a day, forth or back, until the processes end
 
 Whenever the processes have ended, the same command is given again. Compared at the end: every array of the last
-checkpoint, bit for bit, the position in the data, metrics.jsonl, and the wall clock of the run's own account (goodput).
+checkpoint, bit for bit, the position in the data, metrics.jsonl, and the wall clock of the run's own account (goodput);
+of stage 3 prompts.jsonl too, which must hold every prompt of each epoch exactly once.
 What ends by itself must say why in one line; what does not end within `--timeout` seconds counts as hung. With --folder
 DIR the command goes on where it was stopped.
 """
@@ -41,8 +43,11 @@ from benchmarks.damage import damage  # noqa: E402
 
 FAULTS = ("kill", "terminate", "damage", "full disk", "lost mount", "clock")
 STEPS = 24
-# Processes and mesh (data, fsdp, tensor), and how often they come.
-PLACES = {(1, (1, 1, 1)): 4, (2, (1, 2, 1)): 3, (2, (1, 1, 2)): 3, (4, (1, 4, 1)): 1, (4, (1, 2, 2)): 1}
+# Stage, processes and mesh (data, fsdp, tensor), and how often they come.
+PLACES = {
+    ("stage1", 1, (1, 1, 1)): 4, ("stage1", 2, (1, 2, 1)): 3, ("stage1", 2, (1, 1, 2)): 3, ("stage1", 4, (1, 4, 1)): 1,
+    ("stage1", 4, (1, 2, 2)): 1, ("stage3", 1, (1, 1, 1)): 3, ("stage3", 2, (1, 2, 1)): 1,
+}  # fmt: skip
 SPREAD = {"start": 3.0, "compile": 1.5, "step": 0.4, "save": 0.05, "evaluate": 0.1}
 SAYS_WHY = ("error:", "another process of this run", "distributed service")
 # Put before Python's own modules, so that the processes see another clock; the file holds what is added, in seconds.
@@ -78,8 +83,8 @@ class Fault:
 class Run:
     """One run in a folder of its own, `mount/run`, where `mount` is a link that can be broken."""
 
-    def __init__(self, folder: pathlib.Path, number: int, mesh: tuple[int, int, int], timeout: float):
-        self.number, self.timeout = number, timeout
+    def __init__(self, folder: pathlib.Path, place: tuple[str, int, tuple[int, int, int]], timeout: float):
+        (self.stage, self.number, mesh), self.timeout = place, timeout
         self.mount, self.workdir = folder / "mount", folder / "mount" / "run"
         (folder / "disk").mkdir(parents=True)
         self.mount.symlink_to("disk")
@@ -90,6 +95,8 @@ class Run:
         self.env = {"SOAK_CLOCK": str(self.clock), "PYTHONPATH": path}
         self.flags = [f"--config.train.steps={STEPS}"]
         self.flags += [f"--config.mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), mesh)]
+        if self.stage == "stage3":
+            self.flags += [f"--config.init_from={folder.parent / 'start'}"]
         self.logs, self.starts = folder / "logs", 0
         self.began: float | None = None
 
@@ -106,7 +113,8 @@ class Run:
         self.clock.unlink(missing_ok=True)
         self.began = self.began or time.time()
         self.starts += 1
-        return reliability.Processes(self.workdir, self.number, self.logs / str(self.starts), self.flags, self.env)
+        logs = self.logs / str(self.starts)
+        return reliability.Processes(self.workdir, self.number, logs, self.flags, self.env, self.stage)
 
     def end_of(self, processes: reliability.Processes, fault: Fault, killed: set[int]) -> None:
         """Waits for the end of all processes, and notes how they ended; a hung one is ended."""
@@ -202,9 +210,10 @@ def retarget(link: pathlib.Path, target: str) -> None:
     new.rename(link)
 
 
-def disturb(folder: pathlib.Path, number: int, mesh: tuple, faults: int, seed: str, timeout: float) -> dict:
+def disturb(folder: pathlib.Path, place: tuple, faults: int, seed: str, timeout: float) -> dict:
     """A run with so many faults; a JSON object that says what happened."""
-    rng, run = random.Random(seed), Run(folder, number, mesh, timeout)
+    rng, run = random.Random(seed), Run(folder, place, timeout)
+    stage, number, mesh = place
     met: list[Fault] = []
     processes, refused, failures = None, "", 0
     while not run.is_done():
@@ -214,18 +223,19 @@ def disturb(folder: pathlib.Path, number: int, mesh: tuple, faults: int, seed: s
             fault = Fault(rng.choice(FAULTS), rng.choice(reliability.PHASES))
             if run.meet(processes, fault, rng):
                 met.append(fault)
-                print(f"  {number} {mesh} {fault}", flush=True)
+                print(f"  {stage} {number} {mesh} {fault}", flush=True)
                 continue
         last = Fault("none", "")
         run.end_of(processes, last, set())
         if last.hung or any(p.returncode not in (0, 75) for p in processes.all):
             failures += 1
             refused = "; ".join(last.after)
-            print(f"  {number} {mesh} ended by itself, hung: {last.hung}: {refused}", flush=True)
+            print(f"  {stage} {number} {mesh} ended by itself, hung: {last.hung}: {refused}", flush=True)
             if last.hung or failures > 2:
                 break
     ended = time.time()
-    result = {"processes": number, "mesh": mesh, "faults": [dataclasses.asdict(fault) for fault in met]}
+    result = {"stage": stage, "processes": number, "mesh": mesh}
+    result |= {"faults": [dataclasses.asdict(fault) for fault in met]}
     result |= {"starts": run.starts, "refused": refused if not run.is_done() else "", "seconds": ended - run.began}
     if run.is_done():
         result["goodput"] = json.loads((run.workdir / "result.json").read_text())["goodput"]
@@ -255,6 +265,7 @@ def account(results: list[dict]) -> list[str]:
         numbers += [f"{longest:.0f} s", sum(f["hung"] for _, f in some), differ]
         lines.append(f"| {kind} | {' | '.join(map(str, numbers))} |")
     head = (
+        "stage",
         "processes",
         "mesh",
         "runs",
@@ -265,8 +276,8 @@ def account(results: list[dict]) -> list[str]:
         "its account of the wall clock",
     )
     lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for number, mesh in PLACES:
-        some = [r for r in results if (r["processes"], tuple(r["mesh"])) == (number, mesh)]
+    for stage, number, mesh in PLACES:
+        some = [r for r in results if (r["stage"], r["processes"], tuple(r["mesh"])) == (stage, number, mesh)]
         good = [r for r in some if "goodput" in r]
         same = sum(not r["different"] and not r["refused"] for r in some)
         step = sum(r["goodput"]["seconds"]["step"] for r in good)
@@ -274,10 +285,15 @@ def account(results: list[dict]) -> list[str]:
         wall = sum(r["seconds"] for r in good)
         starts, count = sum(r["starts"] for r in some), sum(len(r["faults"]) for r in some)
         shares = f"{step / whole:.1%} | {whole / wall:.1%}" if good else " | "
-        lines.append(
-            f"| {number} | {','.join(map(str, mesh))} | {len(some)} | {count} | {starts} | {same} | {shares} |"
-        )
-    return lines
+        place = f"{stage} | {number} | {','.join(map(str, mesh))}"
+        lines.append(f"| {place} | {len(some)} | {count} | {starts} | {same} | {shares} |")
+    taken = [r["prompts"] for r in results if "prompts" in r]
+    once = sum(not wrong for _, wrong in taken)
+    number = sum(number for number, _ in taken)
+    told = (
+        f"Stage 3: {len(taken)} runs took {number} prompts; in {once} of them each of an epoch's prompts stands once in"
+    )
+    return [*lines, "", f"{told} prompts.jsonl."]
 
 
 def main() -> int:
@@ -307,32 +323,39 @@ def soak(folder: pathlib.Path, options: argparse.Namespace) -> int:
     results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     places, weights = zip(*PLACES.items())
     for index in itertools.count():
-        number, mesh = rng.choices(places, weights)[0]
+        place = rng.choices(places, weights)[0]
+        stage, number, mesh = place
         if index < len(results):
             continue
         met = sum(len(result["faults"]) for result in results)
         if met >= options.faults:
             break
-        alone = folder / f"alone_{number}_{'_'.join(map(str, mesh))}"
+        if stage == "stage3" and not (folder / "start").exists():
+            reliability.write_start(folder / "start")
+        alone = folder / f"alone_{stage}_{number}_{'_'.join(map(str, mesh))}"
         if not (alone / "fingerprint.json").exists():
             shutil.rmtree(alone, ignore_errors=True)
-            plain = disturb(alone, number, mesh, 0, "", options.timeout)
+            plain = disturb(alone, place, 0, "", options.timeout)
             if plain["refused"]:
-                raise RuntimeError(f"the undisturbed run of {number} processes on {mesh} failed: {plain['refused']}")
+                raise RuntimeError(
+                    f"the undisturbed run of {stage}, {number} processes on {mesh}, failed: {plain['refused']}"
+                )
             (alone / "fingerprint.json").write_text(json.dumps(reliability.fingerprint(alone / "mount" / "run", STEPS)))
         shutil.rmtree(folder / "run", ignore_errors=True)
         count = min(options.each, options.faults - met)
-        result = disturb(folder / "run", number, mesh, count, f"{options.seed} {index}", options.timeout)
+        result = disturb(folder / "run", place, count, f"{options.seed} {index}", options.timeout)
         expected = json.loads((alone / "fingerprint.json").read_text())
         found = {} if result["refused"] else reliability.fingerprint(folder / "run" / "mount" / "run", STEPS)
         result["different"] = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        if stage == "stage3" and not result["refused"]:
+            result["prompts"] = reliability.prompts_of(folder / "run" / "mount" / "run")
         if result["different"]:
             shutil.copytree(folder / "run", folder / f"bad_{index}", symlinks=True)
         results.append(result)
         with log.open("a") as file:
             file.write(json.dumps(result) + "\n")
         print(
-            f"run {index}: {number} {mesh}, {result['seconds']:.0f} s, differs in {len(result['different'])}",
+            f"run {index}: {stage} {number} {mesh}, {result['seconds']:.0f} s, differs in {len(result['different'])}",
             flush=True,
         )
     lines = account(results)
@@ -342,7 +365,13 @@ def soak(folder: pathlib.Path, options: argparse.Namespace) -> int:
         title = f"# Faults\n\n`{command}`, {datetime.date.today()}.\n\n"
         options.out.write_text(title + "\n".join(lines) + "\n")
     return int(
-        any(r["different"] or r["refused"] or any(f["hung"] or not f["clear"] for f in r["faults"]) for r in results)
+        any(
+            r["different"]
+            or r["refused"]
+            or r.get("prompts", [0, ""])[1]
+            or any(f["hung"] or not f["clear"] for f in r["faults"])
+            for r in results
+        )
     )
 
 

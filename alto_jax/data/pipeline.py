@@ -269,6 +269,7 @@ def prompt_batches(
     system: str | None = text.SYSTEM_MESSAGE,
     answer_prefix: str = "",
     templates: Literal["first", "all", "keep"] = "first",
+    are_named: bool = False,
     **options: Any,
 ) -> Any:
     """Batches of stage 3: prompts without their answers, and the target masks.
@@ -281,6 +282,7 @@ def prompt_batches(
       answer_prefix: start of the answer that is given to the model.
       templates: "first": the wording that the reference uses in effect; "all": record i has wording
         i + e mod 7 in epoch e; "keep": the human turn as it stands.
+      are_named: batches say which record each prompt is (`record`, `key`).
       **options: as in `mask_batches`.
 
     Returns:
@@ -297,7 +299,7 @@ def prompt_batches(
 
     def transform(number: int, record: Mapping[str, Any]) -> dict[str, np.ndarray]:
         epoch, index = divmod(number, length)
-        return prompt_example(
+        example = prompt_example(
             record,
             tok,
             vision_size=vision_size,
@@ -309,11 +311,16 @@ def prompt_batches(
             answer_prefix=answer_prefix,
             template={"first": 0, "all": index + epoch, "keep": None}[templates],
         )
+        return example | ({"record": np.int32(index), "key": record["key"]} if are_named else {})
 
-    from alto_jax.batch import PromptBatch  # late: readers and their processes run without JAX
+    from alto_jax.batch import PromptBatch, key_row  # late: readers and their processes run without JAX
 
     examples, options = _examples(source, transform, options)
-    make_batch = lambda rows: PromptBatch(**{"pixel_image": None} | _stack(rows))
+
+    def make_batch(rows: Sequence[dict[str, Any]]) -> PromptBatch:
+        rows = [row | {"key": key_row(row["key"])} for row in rows] if are_named else rows
+        return PromptBatch(**{"pixel_image": None} | _stack(rows))
+
     return batches(examples, make_batch, batch_size=batch_size, seed=seed, **options)
 
 

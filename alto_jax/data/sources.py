@@ -310,6 +310,7 @@ def prompt_iterator(
             text,
             **_sizes(config),
             max_prompt_length=config.data.max_length,
+            are_named=True,
             **_options(config, share),
         )
     )

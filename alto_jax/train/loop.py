@@ -1,8 +1,8 @@
 """The one loop of all stages: data → (rollout) → step → log → checkpoint → evaluate.
 
-The run's directory receives config.json, parameters.txt, metrics.jsonl, tensorboard/, goodput.jsonl, checkpoints/ and,
-at the end, result.json. Running the same command again resumes from the newest checkpoint with the same numbers as if
-it had never stopped.
+The run's directory receives config.json, parameters.txt, metrics.jsonl, tensorboard/, goodput.jsonl, checkpoints/, in
+stage 3 prompts.jsonl, and at the end result.json. Running the same command again resumes from the newest checkpoint with
+the same numbers as if it had never stopped.
 """
 
 import collections
@@ -32,6 +32,7 @@ from alto_jax.train import best, goodput
 from alto_jax.train.logs import Logs
 from alto_jax.train.preemption import StopSignals
 from alto_jax.train.progress import Meter, Profiler, read_metrics
+from alto_jax.train.prompt_log import PromptLog
 from alto_jax.train.rollouts import Rollouts
 from alto_jax.train.saving import Saver, check_bad
 from alto_jax.train.start import abstract_state, initial_state, restored_state, write_overview
@@ -218,7 +219,8 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
             return next(run.iterator)
 
     if stage.rollout is not None:
-        rollouts = Rollouts(config.grpo, stage, make_rollout(config, stage), next_batch, run.mesh)
+        log = PromptLog(path, start, run.mesh)
+        rollouts = Rollouts(config.grpo, stage, make_rollout(config, stage), next_batch, run.mesh, log)
         repeats = config.grpo.updates_per_rollout
 
     def evaluate(step: int) -> None:
@@ -279,6 +281,8 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
             if is_over and config.train.patience:
                 state = _best_state(run, state, watch, logs)
             if is_last or is_due:
+                if rollouts is not None:
+                    rollouts.prompts.flush()
                 with account.during(goodput.DEVICE):
                     jax.block_until_ready(metrics)
                 with account.during("save"):
@@ -292,6 +296,8 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
         account.beat(step)
     account.enter("save")
     profiler.close()
+    if rollouts is not None:
+        rollouts.prompts.close()
     return state, logs, watch
 
 

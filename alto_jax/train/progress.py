@@ -11,7 +11,7 @@ hbm_gib and hbm_peak_gib (memory in use, where the device says); of several proc
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -33,12 +33,7 @@ class MetricWriter:
     def __init__(self, directory: str | os.PathLike, start_step: int, config: Any):
         from tensorboardX import SummaryWriter  # late: slow to start, and only process 0 needs it
 
-        self._path = pathlib.Path(directory) / "metrics.jsonl"
-        if self._path.exists():
-            lines = self._path.read_text().splitlines()
-            kept = [line for line in lines if _step_of(line) <= start_step]
-            write_whole(self._path, "".join(line + "\n" for line in kept))
-        self._file = self._path.open("a")
+        self._file = going_on(pathlib.Path(directory) / "metrics.jsonl", start_step)
         self._board = SummaryWriter(str(pathlib.Path(directory) / "tensorboard"), purge_step=start_step + 1)
         self._trackers = trackers.start(config.train.writers, directory, config, start_step)
 
@@ -63,6 +58,14 @@ class MetricWriter:
             tracker.close()
 
 
+def going_on(file: pathlib.Path, start_step: int) -> TextIO:
+    """A log of lines with a "step" each, without those after `start_step`, opened to be gone on with."""
+    if file.exists():
+        kept = [line for line in file.read_text().splitlines() if _step_of(line) <= start_step]
+        write_whole(file, "".join(line + "\n" for line in kept))
+    return file.open("a")
+
+
 def _step_of(line: str) -> float:
     """Step of a metrics line; a line cut short by a crash counts as after everything."""
     try:
@@ -71,9 +74,9 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def read_metrics(directory: str | os.PathLike) -> list[dict]:
-    """The records of a run's metrics.jsonl; a line cut short by a crash is passed over."""
-    lines = (pathlib.Path(directory) / "metrics.jsonl").read_text().splitlines()
+def read_metrics(directory: str | os.PathLike, name: str = "metrics.jsonl") -> list[dict]:
+    """The records of a run's metrics.jsonl, or another of its logs; a line cut short by a crash is passed over."""
+    lines = (pathlib.Path(directory) / name).read_text().splitlines()
     return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
 

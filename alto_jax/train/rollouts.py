@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from alto_jax.batch import PromptBatch
 from alto_jax.experiment import GrpoStageConfig
 from alto_jax.parallel import sharding
 from alto_jax.stages.stage import Stage
+from alto_jax.train.prompt_log import PromptLog
 
 
 class Rollouts:
@@ -22,14 +24,19 @@ class Rollouts:
     A rollout serves `updates_per_rollout` updates, the minibatches in turn. With `max_rollouts` > 1, groups that teach
     nothing are replaced by those of further rollouts from fresh prompts, until none is left or the limit is
     reached (DAPO's dynamic sampling); only then a number of the rollout is read by the host.
+
+    Attributes:
+      prompts: the log of the prompts that are taken.
     """
 
-    def __init__(self, cfg: GrpoStageConfig, stage: Stage, rollout: Callable, next_batch: Callable[[], Any], mesh: Any):
+    def __init__(self, cfg: GrpoStageConfig, stage: Stage, rollout: Callable, next_batch: Callable[[], Any], mesh: Any,
+                 log: PromptLog):  # fmt: skip
         """Args: cfg; stage (see `stages.Stage`); rollout: jitted `rollout(state, batch, attempt)`; next_batch: gives a
-        prompt batch on the devices; mesh."""
+        prompt batch on the devices; mesh; log: of the prompts that are taken."""
         if stage.histograms is None or stage.num_missing is None or stage.refill is None:
             raise ValueError("stage: one with rollouts needs histograms, num_missing and refill")
         self._cfg, self._stage, self._rollout, self._next_batch = cfg, stage, rollout, next_batch
+        self.prompts = log
         self._whole = whole = sharding.replicated(mesh)
         self._histograms = jax.jit(stage.histograms, out_shardings=whole)
         self._num_missing = jax.jit(stage.num_missing, out_shardings=whole)
@@ -41,18 +48,24 @@ class Rollouts:
         """The batch of update `step` (from 1 on)."""
         cfg = self._cfg
         if self._current is None or (step - 1) % cfg.updates_per_rollout == 0:
-            self._current = self._collect(state)
+            self._current = self._collect(state, step)
         if cfg.minibatches == 1:
             return self._current
         return minibatch(self._current, self._put((step - 1) % cfg.minibatches), cfg.minibatches)
 
-    def _collect(self, state: Any) -> Any:
-        roll = lambda attempt: self._rollout(state, self._next_batch(), self._put(attempt))
+    def _collect(self, state: Any, step: int) -> Any:
+        drawn: list[PromptBatch] = []
+
+        def roll(attempt: int) -> Any:
+            drawn.append(self._next_batch())
+            return self._rollout(state, drawn[-1], self._put(attempt))
+
         batch = roll(0)
         for attempt in range(1, self._cfg.max_rollouts):
             if int(self._num_missing(batch)) == 0:
                 break
             batch = self._refill(batch, roll(attempt))
+        self.prompts.take(step, drawn, batch.prompt)
         return batch
 
     def _put(self, number: int) -> jax.Array:

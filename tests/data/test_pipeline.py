@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alto_jax.batch import ChatBatch, MaskBatch, PromptBatch
+from alto_jax.batch import ChatBatch, MaskBatch, PromptBatch, key_of
 from alto_jax.data import pipeline
 from alto_jax.data.examples import mask_example
 from alto_jax.data.scenes import ChatConfig, SceneChats, ScenesConfig
@@ -262,6 +262,20 @@ def test_prompts_are_left_padded_in_the_seven_wordings(tok):
     )
     kept = next(prompts([chat_record()], tok, templates="keep"))
     assert "Segment <ref>the apple</ref>.<|im_end|>" in tok.decode(kept.prompt_ids[0])
+
+
+def test_prompts_say_which_records_they_are(tok):
+    """A bad one is replaced by the one after it, which then stands there twice; kept examples name theirs too."""
+    records = [
+        chat_record(key=f"k{n}", conversations=[] if n == 1 else chat_record()["conversations"]) for n in range(3)
+    ]
+    for options in ({}, {"kept_bytes": 10**6}):
+        iterator = prompts(records, tok, batch_size=3, are_named=True, max_bad_records=1, **options)
+        for _ in range(2):
+            batch = next(iterator)
+            assert batch.record.dtype == np.int32 and batch.record.tolist() == [0, 2, 2]
+            assert [key_of(row) for row in batch.key] == ["k0", "k2", "k2"]
+    assert next(prompts([chat_record()], tok)).record is None
 
 
 def test_bad_prompts_are_named(tok):

@@ -6,9 +6,11 @@ Writes a folder of each case, with metrics.jsonl, into FOLDER (with "bucket" by 
 1.5, 2 and 3 begin. See test_several_processes.py.
 """
 
+import importlib
 import os
 import pathlib
 import sys
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -16,13 +18,12 @@ sys.path.insert(0, str(ROOT))
 STAGES = ("stage1", "stage1_5", "stage2", "stage3")
 
 
-def config_of(stage: str, mesh: tuple[int, ...], start: str, accumulate: int = 1):
+def plain_config(stage: str, mesh: tuple[int, ...], start: str, accumulate: int = 1) -> dict:
     """The stage's debug configuration, smaller, with a batch of 8 and as many heads as tensor devices."""
-    from alto_jax.experiment import make_experiment
-    from alto_jax.main import load_config
     from benchmarks import reliability
 
-    plain = load_config(f"{ROOT}/configs/{stage}.py:debug").to_dict()
+    # Note: not by `alto_jax.main`, which may be the command that reads this.
+    plain = importlib.import_module(f"configs.{stage}").get_config("debug").to_dict()
     plain["train"] |= {"steps": 3, "batch_size": 8, "log_every": 1, "checkpoint_every": 0, "accumulate": accumulate}
     plain["eval"]["num_samples"] = 0
     plain["mesh"] |= dict(zip(("data", "fsdp", "tensor"), mesh))
@@ -37,7 +38,14 @@ def config_of(stage: str, mesh: tuple[int, ...], start: str, accumulate: int = 1
         plain["grpo"]["reward"]["kind"] = "reference"
         plain["grpo"] |= {"num_generations": 8}
         plain["grpo"]["generate"] |= {"max_new_tokens": 24, "top_k": 0}
-    return make_experiment(plain)
+    return plain
+
+
+def config_of(*arguments: Any):
+    """`plain_config`, checked."""
+    from alto_jax.experiment import make_experiment
+
+    return make_experiment(plain_config(*arguments))
 
 
 def main(folder: pathlib.Path, cases: list[str]) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from alto_jax.config import ConfigError
+from alto_jax.data import sources, vocabulary
 from alto_jax.experiment import make_experiment
-from alto_jax.train import logs, loop, progress
+from alto_jax.train import logs, loop, progress, prompt_log
 from tests.conftest import ROOT
 
 STEPS, GROUP = 6, 4
@@ -114,6 +115,21 @@ def test_samples(run):
         assert abs(record["reward"] - total) < 1e-5 and len(record["codes"]) == record["length"]
     page = (path / "samples/000004.html").read_text()
     assert page.count("<article>") == 2 * GROUP and page.count("data:image/png") == 3 * 2 * GROUP
+
+
+def test_prompts_are_logged_in_the_order_of_the_data(run, quickstart):
+    """Of both rollouts of each pair of updates; what stands there is what the data give."""
+    path, _ = run
+    lines = progress.read_metrics(path, prompt_log.FILE)
+    assert [line["step"] for line in lines] == [1, 3, 5]
+    config = make_experiment(config_of(quickstart.path / "stage2"))
+    data = sources.prompt_iterator(config, vocabulary.text_tokenizer(config, path))
+    for line in lines:
+        drawn = [next(data) for _ in range(len(line["records"]) // config.train.batch_size)]
+        assert line["records"] == [int(record) for batch in drawn for record in batch.record]
+        assert line["keys"] == [f"scenes/train/0/{record}" for record in line["records"]]
+        assert {*line.get("kept", ())} <= {*line["records"]} and ("kept" in line) == (len(drawn) > 1)
+    data.close()
 
 
 def test_bad_values_are_named(quickstart):

@@ -12,7 +12,7 @@ import pytest
 
 from alto_jax.checkpoint import runs
 from alto_jax.quickstart.training import STARTS
-from alto_jax.train import goodput
+from alto_jax.train import goodput, prompt_log
 from alto_jax.train.progress import read_metrics
 from benchmarks import reliability
 from tests.conftest import run_python
@@ -73,6 +73,9 @@ def test_killed_run_resumes_to_the_same_bits(stage, quickstart, tmp_path):
     losses = [untimed(record) for record in read_metrics(uninterrupted) if "loss" in record]
     assert [untimed(record) for record in read_metrics(run)] == losses
     assert [record["step"] for record in losses] == [1, 2, 3, 4]
+    if stage == "stage3":
+        taken = read_metrics(run, prompt_log.FILE)
+        assert taken == read_metrics(uninterrupted, prompt_log.FILE) and len(taken) == 4
 
 
 def test_what_the_same_command_does_after_the_end(quickstart):
