@@ -3,10 +3,10 @@
     python benchmarks/damage.py [--count 100] [--processes 2] [--devices 1] [--seed 0]
 
 Per mesh (fsdp and tensor axes over all devices) two steps are saved. Then, `count` times, random files of a copy of the
-newer one are deleted, emptied, cut, changed in some bits or bytes, or swapped with each other, for all processes or
-for one that sees its own copy. All processes must restore the newer step's numbers, or the older one's, or refuse, and
-all the same. A restore that takes longer than a minute counts as hung. Prints a Markdown table; exits with 1 if a
-restore was wrong, differed or hung.
+newer one (each fourth time: of the frozen parameters that both share) are deleted, emptied, cut, changed in some bits
+or bytes, or swapped with each other, for all processes or for one that sees its own copy. All processes must restore
+the newer step's numbers, or the older one's, or refuse, and all the same. A restore that takes longer than a minute
+counts as hung. Prints a Markdown table; exits with 1 if a restore was wrong, differed or hung.
 """
 
 import argparse
@@ -75,9 +75,10 @@ def worker(folder: pathlib.Path, count: int, seed: int) -> None:
     from alto_jax.train.state import create_state, make_optimizer
 
     def make_state(mesh: Any, step: int) -> Any:
-        draw = lambda i, *shape: jax.random.normal(jax.random.fold_in(jax.random.key(step), i), shape)
+        draw = lambda i, *shape, of=step: jax.random.normal(jax.random.fold_in(jax.random.key(of), i), shape)
         params = {"head": {"kernel": draw(0, 8, 16)}, "layers": {"attn": {"q": {"kernel": draw(1, 3, 8, 4, 2)}}},
-                  "embed": {"embedding": draw(2, 16, 8).astype("bfloat16")}, "norm": {"scale": draw(3, 5)}}  # fmt: skip
+                  "embed": {"embedding": draw(2, 16, 8, of=0).astype("bfloat16")},
+                  "norm": {"scale": draw(3, 5)}}  # fmt: skip
         build = lambda: create_state(params, "^(head|layers|norm)", make_optimizer(OptimConfig(), 10), {})
         return jax.jit(build, out_shardings=sharding.tree_shardings(jax.eval_shape(build), mesh))()
 
@@ -108,7 +109,12 @@ def worker(folder: pathlib.Path, count: int, seed: int) -> None:
                 shutil.rmtree(copies[0] / "checkpoints" / "2")
                 what, victim = f"process {number} does not see it", number
             else:
-                what, victim = damage(copies[0] / "checkpoints" / "2", rng), rng.randrange(2 * jax.process_count())
+                [frozen] = (copies[0] / "frozen").iterdir()
+                spoilt = frozen if number % 4 == 3 else copies[0] / "checkpoints" / "2"
+                victim = rng.randrange(2 * jax.process_count())
+                what = "gone" if number == 3 else damage(spoilt, rng)
+                if number == 3:
+                    shutil.rmtree(spoilt)
             seen = [copies[victim < jax.process_count() and index != victim] for index in range(jax.process_count())]
             return [str(path) for path in seen], what
 
@@ -131,7 +137,7 @@ def worker(folder: pathlib.Path, count: int, seed: int) -> None:
                 for kind in ("damaged", "sound"):
                     shutil.rmtree(root / f"{number}_{kind}")
                 print(json.dumps({"mesh": name, "number": number, "damage": what, "outcome": outcome, "said": found,
-                                  "own_copy": len({*seen}) > 1}), flush=True)  # fmt: skip
+                                  "frozen": number % 4 == 3, "own_copy": len({*seen}) > 1}), flush=True)  # fmt: skip
     faulthandler.cancel_dump_traceback_later()
 
 

@@ -218,19 +218,20 @@ def attempt(
 def fingerprint(workdir: pathlib.Path, steps: int) -> dict[str, str]:
     """A hash of every array of the final checkpoint, of the position in the data, of the metrics without times, and of
     the prompts that were taken."""
+    import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
+    from alto_jax.checkpoint import arrays, runs
     from alto_jax.train.progress import read_metrics
     from alto_jax.train.prompt_log import FILE
 
-    folder = workdir / "checkpoints" / str(steps)
+    folder, tree = workdir / "checkpoints" / str(steps), {}
     with ocp.PyTreeCheckpointer() as checkpointer:
-        structure = checkpointer.metadata(folder / "state").item_metadata.tree
-        import jax
-
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
-        tree = checkpointer.restore(folder / "state", args=ocp.args.PyTreeRestore(restore_args=args))
+        for place in arrays.places(folder.resolve(), runs.read_meta(folder)).values():
+            structure = checkpointer.metadata(place).item_metadata.tree
+            args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+            tree |= checkpointer.restore(place, args=ocp.args.PyTreeRestore(restore_args=args))
     found = {
         jax.tree_util.keystr(path): hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from typing import Any, TypeVar
 
@@ -28,6 +29,20 @@ class Mismatch(ValueError):
     """The checkpoint is sound but not what was asked for; an older one would not be either."""
 
 
+class FrozenDamaged(Mismatch):
+    """The frozen parameters, of which there is one copy for all steps of a run, cannot be read; in all processes alike.
+
+    Attributes:
+      folder: where they are. why: in words.
+    """
+
+    def __init__(self, folder: str | os.PathLike, why: str):
+        super().__init__(
+            f"{folder}: the frozen parameters, which all checkpoints of the run share, cannot be read: {why}"
+        )
+        self.folder, self.why = str(folder), why
+
+
 # What ends the command, since an older step would end like it.
 _FATAL = (Mismatch, ConfigError, MemoryError, jax.errors.JaxRuntimeError)
 
@@ -40,11 +55,13 @@ class Found:
       arrays: a tree of arrays on the devices.
       sums: of those that can be compared with what was saved, by path, see `checksums`.
       plain: what else was read; JSON can hold it.
+      frozen: the folder of the arrays whose path begins with "frozen"; "": that of all others.
     """
 
     arrays: Any = dataclasses.field(default_factory=dict)
     sums: dict[str, int] = dataclasses.field(default_factory=dict)
     plain: Any = None
+    frozen: str = ""
 
     def digest(self) -> str:
         """What must be the same in all processes, before they may work together on the arrays."""
@@ -177,7 +194,11 @@ def _wrong_sums(found: Found) -> Exception | None:
     """ValueError if an array differs from what was saved; all processes compute this together."""
     sums = checksums(found.arrays) if found.sums else {}
     wrong = [path for path, value in found.sums.items() if sums[path] != value]
-    return ValueError(f"{len(wrong)} arrays are not what was saved, such as {wrong[0]}") if wrong else None
+    told = lambda paths: f"{len(paths)} arrays are not what was saved, such as {paths[0]}"
+    frozen = [path for path in wrong if found.frozen and path.startswith("frozen/")]
+    if frozen:
+        return FrozenDamaged(found.frozen, told(frozen))
+    return ValueError(told(wrong)) if wrong else None
 
 
 def _vote(folder: pathlib.Path, found: Found | None, error: Exception | None) -> str | None:
@@ -189,10 +210,15 @@ def _vote(folder: pathlib.Path, found: Found | None, error: Exception | None) ->
     is_fatal = isinstance(error, _FATAL)
     text = None if error is None else str(error)[:300] if is_fatal else damage.reason(folder, error)
     own = {"error": text, "is_fatal": is_fatal, "digest": found.digest() if found else ""}
-    votes = distributed.gather(own)
+    frozen = [error.folder, error.why] if isinstance(error, FrozenDamaged) else []
+    votes = distributed.gather({**own, "frozen": frozen})
+    name = lambda index: f"process {index}: " if len(votes) > 1 else ""
+    for index, vote in enumerate(votes):
+        if vote["frozen"]:
+            where, why = vote["frozen"]
+            raise FrozenDamaged(where, f"{name(index)}{why}")
     if error is not None and own["is_fatal"]:
         raise error
-    name = lambda index: f"process {index}: " if len(votes) > 1 else ""
     for index, vote in enumerate(votes):
         if vote["is_fatal"]:
             raise ConfigError(f"{name(index)}{vote['error']}")

@@ -22,7 +22,7 @@ _PARTS = {
     "data": "the position in the data (the folder data)",
 }
 
-
+_ARRAYS = {"_METADATA": "the list of the arrays (_METADATA)"}
 # Words of TensorStore's errors.
 _LIBRARY = ("DATA_LOSS", "NOT_FOUND", "INVALID_ARGUMENT", "FAILED_PRECONDITION", "ocdbt", "zarr", "kvstore")
 _told: set[pathlib.Path] = set()
@@ -35,28 +35,32 @@ def is_news(folder: pathlib.Path) -> bool:
     return is_new
 
 
-def reason(folder: pathlib.Path, error: BaseException) -> str:
-    """Why a step cannot be read: what is missing from its folder or damaged in it; else what the error says."""
+def reason(folder: pathlib.Path, error: BaseException, *, is_step: bool = True) -> str:
+    """Why a step cannot be read: what is missing from its folder or damaged in it; else what the error says.
+
+    is_step: False: it is a folder of arrays alone.
+    """
     if not folder.is_dir():
         return "its folder is missing"
-    missing = [words for part, words in _PARTS.items() if not (folder / part).exists()]
+    parts = _PARTS if is_step else _ARRAYS
+    missing = [words for part, words in parts.items() if not (folder / part).exists()]
     missing = [words for words in missing if words != _PARTS["data"] or not _holds_parameters_alone(folder)]
     if missing:
         return f"{missing[0]} is missing"
-    for part in ("meta/metadata", "state/_METADATA"):
+    for part in (part for part in parts if part.lower().endswith("metadata")):
         try:
             json.loads((folder / part).read_bytes())
         except (ValueError, OSError):
             size = (folder / part).stat().st_size
-            return f"{_PARTS[part]} is damaged ({size} bytes, not JSON)"
-    state = folder / "state"
+            return f"{parts[part]} is damaged ({size} bytes, not JSON)"
+    state = folder / "state" if is_step else folder
     manifests = [state / "manifest.ocdbt", *sorted(state.glob("ocdbt.process_*/manifest.ocdbt"))]
     if any(state.glob("ocdbt.process_*")) and not all(file.exists() for file in manifests):
-        return "the index of the arrays (state/manifest.ocdbt) is missing"
+        return f"the index of the arrays ({manifests[0].relative_to(folder)}) is missing"
     for data in (state / "d", *(file.parent / "d" for file in manifests[1:])) if manifests[0].exists() else ():
         if not data.is_dir() or not any(data.iterdir()):
             return f"the data of the arrays ({data.relative_to(folder)}) are missing"
-    text = " ".join(str(error).split()).replace(f"{folder}/", "") or type(error).__name__
+    text = " ".join(str(error).split()).replace(f"{folder}/", "").removeprefix(f"{folder}: ") or type(error).__name__
     if isinstance(error, (AttributeError, TypeError)):
         return "the data of the arrays are damaged: their index cannot be read"
     is_library = not isinstance(error, (ValueError, OSError)) or any(word in text for word in _LIBRARY)

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from alto_jax.checkpoint.runs import CHECKPOINTS, Found, array_structure, find_run, newest_readable, sealed
+from alto_jax.checkpoint import arrays
+from alto_jax.checkpoint.runs import CHECKPOINTS, Found, find_run, newest_readable, read_meta, sealed
 from alto_jax.config import local_path
 from alto_jax.params import refuse_quantized
 
@@ -166,10 +167,11 @@ def _open(folder: pathlib.Path) -> dict[str, LazyArray]:
     """`open_params` of one step's folder."""
     import tensorstore as ts  # late: keeps the start fast
 
-    folder = folder / "state"
-    saved = array_structure(folder)
-    is_ocdbt, opened = (folder / "manifest.ocdbt").exists(), {}
+    meta, opened = read_meta(folder), {}
+    saved, places = arrays.structure(folder, meta), arrays.places(folder, meta)
     for part in ("params", "frozen"):
+        folder = places.get(part, places[""])
+        is_ocdbt = (folder / "manifest.ocdbt").exists()
         for path in traverse_util.flatten_dict(saved.get(part) or {}, sep="/"):
             name = ".".join([part, *path.split("/")])
             files: dict[str, Any] = {"driver": "file", "path": str(folder / name)}

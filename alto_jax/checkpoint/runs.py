@@ -2,17 +2,17 @@
 
 A run's directory holds `config.json`, `tokenizer.json` (stages 2 and 3) and `checkpoints/<step>/` with
 the state (sharded arrays), the position in the data (Grain iterator) and `meta`: the model's configuration, and a
-checksum of every array. A converted checkpoint has the same layout with parameters alone, a run with adapters
-(`alto_jax.lora`) has no frozen parameters in it. Saves are asynchronous; a step's folder gets its final name only
-when it is complete. A step that cannot be read (damaged files, wrong checksums) is passed over for the one before,
-with a message.
+checksum of every array; `frozen/` has the frozen parameters, once for all steps (arrays.py). A converted checkpoint has
+the same layout with parameters alone, a run with adapters (`alto_jax.lora`) has no frozen parameters in it. Saves are
+asynchronous; a step's folder gets its final name only when it is complete. A step that cannot be read (damaged files,
+wrong checksums) is passed over for the one before, with a message.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -23,13 +23,13 @@ from typing import Any, TypeVar, cast
 from etils import epath
 from flax import traverse_util
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from alto_jax.checkpoint import foreign
+from alto_jax.checkpoint import arrays, foreign
 from alto_jax.checkpoint.agreement import (
     CHECKPOINTS,
     Found,
+    FrozenDamaged,
     Mismatch,
     checksums,
     complete_steps,
@@ -43,9 +43,10 @@ from alto_jax.parallel import distributed
 from alto_jax.params import merge_params, refuse_quantized
 from alto_jax.storage import fetched
 from alto_jax.storage.bucket import checked, is_url
+from alto_jax.storage.steps import FROZEN
 
 MADE_BY = "python -m alto_jax.main --config=configs/quickstart.py --workdir=DIR"  # For who has no checkpoint yet.
-BROKEN = "broken_checkpoints"  # What could not be read on resume is moved here.
+_OWN = ("checksums", "frozen", "metric", "position")  # what a step says for this room alone
 S = TypeVar("S")  # A dataclass of trees of arrays, such as TrainState.
 
 
@@ -81,17 +82,12 @@ class Checkpointer:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._retention = Retention(keep) if isinstance(keep, int) else keep
         self._metrics: dict[int, float | None] = {}
-        # Note: with the processes named, Orbax waits for them at barriers of the coordination service, which have
-        # timeouts; else it adds collectives of its own between those of the steps, and on a CPU these can meet in
-        # another order in another process, and hang.
-        processes = ocp.options.MultiprocessingOptions()
-        if jax.process_count() > 1:
-            processes = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+        self._frozen = ""  # the name of those that are known to be there
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Policy(lambda steps: self._retention.keep({s: self._metric(s) for s in steps})),
             create=False,
             enable_async_checkpointing=True,
-            multiprocessing_options=processes,
+            multiprocessing_options=arrays.processes(),
             async_options=ocp.options.AsyncOptions(timeout_secs=int(os.environ.get("ALTO_SAVE_TIMEOUT", "1200"))),
         )
         self._manager = ocp.CheckpointManager(epath.Path(self._folder), options=options)
@@ -125,50 +121,82 @@ class Checkpointer:
             if self._manager.latest_step() == step:
                 return
             self._metrics[step] = metric
+            described = meta | {"metric": metric, "checksums": checksums(parts)}
+            described |= {"position": json_digest(data_iterator.get_state())}
+            described |= self._put_frozen_apart(parts, described["checksums"])
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(parts),
                     data=grain_checkpoint.CheckpointSave(data_iterator),
-                    meta=ocp.args.JsonSave(
-                        sealed(
-                            meta
-                            | {"metric": metric, "checksums": checksums(parts)}
-                            | {"position": json_digest(data_iterator.get_state())}
-                        )
-                    ),
+                    meta=ocp.args.JsonSave(sealed(described)),
                 ),
             )
 
-    def restore(self, abstract: S, data_iterator: Any) -> S:
+    def _put_frozen_apart(self, parts: dict, sums: dict[str, int]) -> dict:
+        """Takes the frozen parameters out of a state, to where all steps share them; returns what a step says of it."""
+        frozen = parts.pop("frozen", None)
+        if frozen is None:
+            return {}
+        name = arrays.frozen_name(sums, frozen)
+        if name != self._frozen:
+            arrays.keep_frozen(self.directory, name, frozen, self._frozen_names)
+            self._frozen = name
+        return {"frozen": name}
+
+    def _frozen_names(self) -> set[str]:
+        """Those that complete steps belong to."""
+        names = set()
+        for step in complete_steps(self.directory):
+            with contextlib.suppress(OSError, ValueError):
+                names.add(read_meta(self._folder / str(step)).get("frozen", ""))
+        return names
+
+    def restore(self, abstract: S, data_iterator: Any, *, frozen: Any = None) -> S:
         """Restores the newest readable step onto the shapes, dtypes and shardings of `abstract`; moves the iterator.
 
         Steps after it, which cannot be read, are moved to `broken_checkpoints`.
 
+        Args:
+          abstract: ShapeDtypeStructs. data_iterator: of Grain.
+          frozen: frozen parameters that were made again, since the saved ones cannot be read; they take their place.
+
         Raises:
+          FrozenDamaged: the frozen parameters cannot be read, or those given are others.
           ValueError: no step can be read.
         """
+        wanted = _without_empty(abstract)
+        if frozen is not None:
+            del wanted["frozen"]
 
         def read(folder: pathlib.Path) -> Found:
-            restored = _restore_arrays(folder / "state", _without_empty(abstract))
-            position = _data_state(folder / "data")
-            if read_meta(folder).get("position", json_digest(position)) != json_digest(position):
+            meta, position = read_meta(folder), _data_state(folder / "data")
+            if meta.get("position", json_digest(position)) != json_digest(position):
                 raise ValueError(f"{folder / 'data'}: the position in the data is not what was saved")
-            return Found(restored, _saved_sums(folder, restored), position)
+            return dataclasses.replace(arrays.read(folder, meta, wanted), plain=[position, meta.get("frozen", "")])
 
         found, step = newest_readable(self.directory, read)
-        data_iterator.set_state(found.plain)
+        position, name = found.plain
+        if frozen is not None:
+            self._replace_frozen(name, frozen)
+            found.arrays["frozen"] = frozen
+        data_iterator.set_state(position)
         distributed.from_first(functools.partial(self._set_aside, step))
         self._manager.reload()
         return dataclasses.replace(cast(Any, abstract), **found.arrays)
 
+    def _replace_frozen(self, name: str, frozen: Any) -> None:
+        """Puts frozen parameters where those of a name are damaged."""
+        folder = self.directory / FROZEN / name
+        if name != arrays.frozen_name(checksums({"frozen": frozen}), frozen):
+            raise FrozenDamaged(folder, "those that the run began with are others now")
+        distributed.from_first(lambda: arrays.set_aside(folder, self.directory) if folder.exists() else None)
+        arrays.keep_frozen(self.directory, name, frozen, self._frozen_names)
+
     def _set_aside(self, step: int) -> None:
         """Moves every folder of a step after `step` out of the way."""
-        target = self.directory / BROKEN
         for folder in [p for p in self._folder.iterdir() if p.name.isdigit() and int(p.name) > step]:
-            target.mkdir(exist_ok=True)
-            names = (f"{folder.name}{'.' * bool(i)}{i or ''}" for i in itertools.count())
-            folder.rename(next(target / name for name in names if not (target / name).exists()))
+            arrays.set_aside(folder, self.directory)
         self._remove_leftovers()
 
     def _metric(self, step: int) -> float | None:
@@ -243,45 +271,6 @@ def _without_empty(state: Any) -> dict:
     return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
 
-def _saved_sums(folder: pathlib.Path, restored: dict) -> dict[str, int]:
-    """The checksums that the arrays of a step were saved with (arrays read in another type cannot be compared)."""
-    saved = read_meta(folder).get("checksums") or {}
-    dtypes = {path: np.dtype(leaf.dtype) for path, leaf in flat(array_structure(folder / "state")).items()}
-    return {p: saved[p] for p, leaf in flat(restored).items() if p in saved and dtypes.get(p) == leaf.dtype}
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """For reading without barriers, since a process that cannot read must not leave the others waiting."""
-    if jax.process_count() == 1:
-        return ocp.options.MultiprocessingOptions()
-    index = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process_{index}"
-    )
-
-
-def _array_checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone())
-
-
-def array_structure(folder: pathlib.Path) -> dict:
-    """Shapes and dtypes of the arrays in a folder."""
-    with _array_checkpointer() as checkpointer:
-        found = checkpointer.metadata(epath.Path(folder)).item_metadata
-    if found is None:
-        raise ValueError(f"{folder}: the list of its arrays is missing or damaged")
-    return found.tree
-
-
-def _restore_arrays(folder: pathlib.Path, wanted: Any) -> Any:
-    """Reads a part of the arrays of a folder, onto the shapes, dtypes and shardings wanted."""
-    # Note: the handler is named so that the restore may ask for a part of the tree.
-    with _array_checkpointer() as checkpointer:
-        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-        args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
-        return checkpointer.restore(epath.Path(folder), args=args)
-
-
 def _data_state(folder: pathlib.Path) -> Any:
     """Position of this process's iterator; that of any other if the number of processes has changed.
 
@@ -354,7 +343,7 @@ def load_meta(directory: str | os.PathLike, step: int | None = None) -> dict:
 
 def described(found: Found) -> dict:
     """What a step says of itself, without what it says for this room alone."""
-    return {name: value for name, value in found.plain.items() if name not in ("checksums", "metric", "position")}
+    return {name: value for name, value in found.plain.items() if name not in _OWN}
 
 
 def identity(directory: str | os.PathLike, step: int | None = None) -> str:
@@ -401,7 +390,8 @@ def joined(found: Found) -> dict:
 
 def read_params(name: str, abstract: dict, only: str | None, folder: pathlib.Path) -> Found:
     """`load_params` of one step, by part ("params", "frozen"); name is the run's, for messages."""
-    saved = array_structure(folder / "state")
+    meta = read_meta(folder)
+    saved = arrays.structure(folder, meta)
     wanted = traverse_util.flatten_dict(abstract, sep="/")
     if only is not None:
         wanted = {p: v for p, v in wanted.items() if p.split("/")[0] == only}
@@ -419,11 +409,7 @@ def read_params(name: str, abstract: dict, only: str | None, folder: pathlib.Pat
                 chosen[path] = leaf
         if chosen:
             item[part] = traverse_util.unflatten_dict(chosen, sep="/")
-    meta = read_meta(folder)
-    if not item:
-        return Found(plain=meta)
-    restored = _restore_arrays(folder / "state", item)
-    return Found(restored, _saved_sums(folder, restored), meta)
+    return dataclasses.replace(arrays.read(folder, meta, item), plain=meta)
 
 
 def require_complete(params: dict, abstract: dict, directory: str) -> None:

@@ -74,6 +74,7 @@ def run(url: str, field: str, step: int | None = None, packed: Collection[str] =
     wanted = sorted(complete, reverse=True) if step is None else [step]
     # Note: logs of runs grow, and nothing that reads a checkpoint wants them.
     small = [name for name in sizes if "/" not in name and name.endswith(".json")]
+    small += [name for name in sizes if name.startswith(f"{steps.FROZEN}/")]
     damaged: list[OSError] = []
     for number in wanted:
 

@@ -8,7 +8,7 @@ Where copies lie: ALTO_RUNS, else `runs` in the cache folder. Several processes 
 be a file system that all see (`shared.require` says so).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
 import hashlib
 import json
@@ -40,6 +40,11 @@ def copy_of(url: str) -> pathlib.Path:
     base = os.environ.get("ALTO_RUNS")
     name = f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
     return (pathlib.Path(base) if base else cache_folder() / "runs") / name
+
+
+def _is_shared(name: str) -> bool:
+    """Whether a file is of what steps share."""
+    return name.startswith(f"{steps.FROZEN}/")
 
 
 class Mirror:
@@ -126,8 +131,8 @@ class Mirror:
     def push(self) -> None:
         """Brings what has changed to the bucket, in an order that leaves it whole after each object.
 
-        What is gone here goes first (as the result of a run that is given more updates), then small files, then steps
-        with the newest first, then the result; at last steps that are no longer kept.
+        What is gone here goes first (as the result of a run that is given more updates), then what steps share, small
+        files, steps with the newest first, and the result; at last steps that are no longer kept.
 
         Raises:
           OSError: it cannot be written. ConfigError: another start of the run writes there.
@@ -137,8 +142,7 @@ class Mirror:
             # Note: before the logs, which are then of no earlier time.
             here = steps.local_steps(self.folder)
             stamps = self._stamps()
-            self.bucket.delete(name for name in [*self._names] if name not in stamps)
-            self._names = {name: stamp for name, stamp in self._names.items() if name in stamps}
+            self._forget(name for name in [*self._names] if name not in stamps and not _is_shared(name))
             last = {name: stamp for name, stamp in stamps.items() if name == _LAST}
             is_begun = bool(self._names)
             self._push_small({name: stamp for name, stamp in stamps.items() if name not in last})
@@ -153,6 +157,14 @@ class Mirror:
                     self._remote.discard(number)
                     self._same.pop(number, None)
                 self._has_news = False
+            gone = [name for name in self._names if name not in stamps]
+            self._forget(sorted(gone, key=lambda name: not name.endswith(steps.DONE)))
+
+    def _forget(self, names: Iterable[str]) -> None:
+        """Deletes files that are no steps'."""
+        for name in names:
+            self.bucket.delete([name])
+            del self._names[name]
 
     def _stamps(self) -> dict[str, tuple[int, int]]:
         """(time, size) of every file that is to be in the bucket, but for checkpoints."""
@@ -160,6 +172,7 @@ class Mirror:
         for top, folders, names in os.walk(self.folder):
             if top == str(self.folder):
                 folders[:] = [name for name in folders if name not in _APART]
+            folders[:] = [name for name in folders if steps.PARTIAL not in name]
             for name in names:
                 path = pathlib.Path(top, name)
                 if not name.startswith(".") and not path.is_symlink():
@@ -169,12 +182,21 @@ class Mirror:
         return found
 
     def _push_small(self, stamps: dict[str, tuple[int, int]]) -> None:
-        for name, stamp in stamps.items():
-            if self._names.get(name) != stamp:
-                # Note: by content, since a log may grow meanwhile.
-                with contextlib.suppress(FileNotFoundError):
-                    self.bucket.write(name, (self.folder / name).read_bytes())
-                    self._names[name] = stamp
+        """Brings files to the bucket, first what steps share; the mark that it is complete comes after it."""
+        new = [name for name, stamp in stamps.items() if self._names.get(name) != stamp]
+        shared = [name for name in new if _is_shared(name)]
+        push = lambda name: self._push_file(name, stamps[name])
+        steps.at_once(push, (name for name in shared if not name.endswith(steps.DONE)))
+        for name in [name for name in shared if name.endswith(steps.DONE)] + [n for n in new if not _is_shared(n)]:
+            push(name)
+
+    def _push_file(self, name: str, stamp: tuple[int, int]) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if _is_shared(name):
+                self.bucket.upload(self.folder / name, name)
+            else:  # Note: by content, since a log may grow meanwhile.
+                self.bucket.write(name, (self.folder / name).read_bytes())
+            self._names[name] = stamp
 
     def _stamp(self, number: int) -> tuple[int, int] | None:
         """Changes when a step is saved anew; None: it is not there."""

@@ -19,6 +19,7 @@ from typing import Any
 from alto_jax.storage.bucket import Bucket
 
 CHECKPOINTS = "checkpoints"  # of a run; as Orbax and `alto_jax.checkpoint` have it
+FROZEN = "frozen"  # of a run: folders of what all its steps share, as `alto_jax.checkpoint` has it
 DONE = "_CHECKPOINT_METADATA"  # Orbax's mark of a step that is complete
 LIST = "alto_files.json"  # {"files": {name: [bytes, hash]}}, beside the files of a step
 PARTIAL = "orbax-checkpoint-tmp"  # in the name of a folder that is not complete, as Orbax has it

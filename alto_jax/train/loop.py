@@ -1,8 +1,8 @@
 """The one loop of all stages: data → (rollout) → step → log → checkpoint → evaluate.
 
-The run's directory receives config.json, parameters.txt, metrics.jsonl, tensorboard/, goodput.jsonl, checkpoints/, in
-stage 3 prompts.jsonl, and at the end result.json. Running the same command again resumes from the newest checkpoint with
-the same numbers as if it had never stopped.
+The run's directory receives config.json, parameters.txt, metrics.jsonl, tensorboard/, goodput.jsonl, checkpoints/,
+frozen/, in stage 3 prompts.jsonl, and at the end result.json. Running the same command again resumes from the newest
+checkpoint with the same numbers as if it had never stopped.
 """
 
 import collections

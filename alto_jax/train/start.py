@@ -11,7 +11,9 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
+from alto_jax import cli
 from alto_jax.checkpoint import loading, runs
+from alto_jax.config import ConfigError
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.lora import adapters
 from alto_jax.parallel import sharding
@@ -164,11 +166,25 @@ def restored_state(
 ) -> TrainState:
     """The state of the newest readable checkpoint; the iterator moves to its place in the data.
 
+    Frozen parameters that cannot be read any more are made again as the run began with them.
+
     Raises:
-      ValueError: no checkpoint can be read, or the base of a run of adapters is not the one that it began with.
+      ValueError: no checkpoint can be read, or the frozen parameters, or the base of a run of adapters, are damaged and
+        not those that it began with.
     """
     if not config.lora.rank:
-        return checkpointer.restore(abstract, iterator)
+        try:
+            return checkpointer.restore(abstract, iterator)
+        except runs.FrozenDamaged as error:
+            damaged = error
+        if jax.process_index() == 0:
+            cli.tell(f"warning: {damaged}; making them again, as at the run's start")
+        try:
+            frozen = initial_state(config, stage, optimizer, abstract, mesh).frozen
+            return checkpointer.restore(abstract, iterator, frozen=frozen)
+        except (OSError, ValueError) as error:
+            why = error.why if isinstance(error, runs.FrozenDamaged) else error
+            raise ConfigError(f"{damaged}, nor made again from config.init_from: {why}") from error
     meta = runs.load_meta(checkpointer.directory)
     now = loading.adapter_meta(config)
     if now["base_identity"] != meta.get("base_identity"):

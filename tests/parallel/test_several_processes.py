@@ -75,6 +75,12 @@ def test_damaged_saves_are_restored_or_refused(tmp_path):
     for axis in ("fsdp", "tensor"):
         first, second, *others = [line["outcome"] for line in lines if line["mesh"] == axis]
         assert first == second == "step 1" and {"step 1"} <= {*others}, lines
+    frozen = [line for line in lines if line["frozen"]]
+    assert len(frozen) == 4 and {line["outcome"] for line in frozen} <= {"step 2", "refused"}, frozen
+    refused = [line["said"] for line in frozen if line["outcome"] == "refused"]
+    assert len(refused) >= 2 and all(
+        "the frozen parameters, which all checkpoints of the run share" in line for line in refused
+    )
     said = (tmp_path / "0.txt").read_text()
     for process in (0, 1):
         line = rf"warning: .*step 2 cannot be read \(process {process}: its folder is missing\); going back to step 1"

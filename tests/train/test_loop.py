@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from alto_jax.checkpoint import arrays as checkpoint_arrays
 from alto_jax.checkpoint import runs
 from alto_jax.quickstart.training import STARTS
 from alto_jax.train import goodput, prompt_log
@@ -20,8 +21,10 @@ from tests.conftest import run_python
 
 def arrays(run: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint's state by their path."""
+    folder, tree = run / "checkpoints" / str(step), {}
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(run / "checkpoints" / str(step) / "state")
+        for place in checkpoint_arrays.places(folder, runs.read_meta(folder)).values():
+            tree |= checkpointer.restore(place)
     return {jax.tree_util.keystr(path): np.asarray(v) for path, v in jax.tree_util.tree_leaves_with_path(tree)}
 
 
