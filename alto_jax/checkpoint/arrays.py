@@ -16,6 +16,7 @@ from typing import Any
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -37,8 +38,8 @@ def processes() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """For reading without barriers, since a process that cannot read must not leave the others waiting."""
+def alone() -> ocp.options.MultiprocessingOptions:
+    """For what each process does by itself: reading, since one that cannot read must not leave the others waiting."""
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
     index = jax.process_index()
@@ -48,7 +49,7 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 
 
 def _array_checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone())
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=alone())
 
 
 def array_structure(folder: pathlib.Path) -> dict:
@@ -75,12 +76,26 @@ def frozen_name(sums: dict[str, int], frozen: Any) -> str:
     return json_digest(outline)
 
 
-def keep_frozen(directory: pathlib.Path, name: str, frozen: Any, named: Callable[[], Collection[str]]) -> None:
+def on_first(tree: Any) -> Any:
+    """Arrays, whole, in the memory of process 0's machine, None in their place elsewhere; gathered one by one."""
+    is_first = jax.process_index() == 0
+
+    def whole(array: jax.Array) -> np.ndarray | None:
+        found = multihost_utils.process_allgather(array, tiled=True)
+        return np.asarray(found) if is_first else None
+
+    return jax.tree.map(whole, tree)
+
+
+def keep_frozen(
+    directory: pathlib.Path, name: str, frozen: Any, named: Callable[[], Collection[str]], *, is_apart: bool = False
+) -> None:
     """Writes frozen parameters, if they are not there yet; all processes call this together.
 
     Args:
       directory: the run's. name: `frozen_name`.
       named: gives the names that complete steps belong to; what has another one is removed.
+      is_apart: process 0 writes alone.
     """
     folder = directory / FROZEN / name
 
@@ -94,9 +109,15 @@ def keep_frozen(directory: pathlib.Path, name: str, frozen: Any, named: Callable
                 shutil.rmtree(other, ignore_errors=True)
         return False
 
-    if not distributed.from_first(is_there):
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=processes()) as checkpointer:
-            checkpointer.save(epath.Path(folder), args=ocp.args.PyTreeSave({"frozen": frozen}))
+    if distributed.from_first(is_there):
+        return
+    if is_apart:
+        frozen = on_first(frozen)
+        if jax.process_index() > 0:
+            return
+    options = alone() if is_apart else processes()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=options) as checkpointer:
+        checkpointer.save(epath.Path(folder), args=ocp.args.PyTreeSave({"frozen": frozen}))
 
 
 def set_aside(folder: pathlib.Path, directory: pathlib.Path) -> None:

@@ -8,13 +8,11 @@ asynchronous; a step's folder gets its final name only when it is complete. A st
 wrong checksums) is passed over for the one before, with a message.
 """
 
-from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -38,6 +36,7 @@ from alto_jax.checkpoint.agreement import (
     known_steps,
     newest_readable,
 )
+from alto_jax.checkpoint.retention import Policy, Retention
 from alto_jax.config import local_path
 from alto_jax.parallel import distributed
 from alto_jax.params import merge_params, refuse_quantized
@@ -50,25 +49,6 @@ _OWN = ("checksums", "frozen", "metric", "position")  # what a step says for thi
 S = TypeVar("S")  # A dataclass of trees of arrays, such as TrainState.
 
 
-@dataclasses.dataclass(frozen=True)
-class Retention:
-    """Which steps stay: the `newest` ones, and beside them the `best` by the metric that they were saved with.
-
-    mode: "min" or "max" is best. Steps without the metric (or with NaN) are none of the best.
-    """
-
-    newest: int = 2
-    best: int = 0
-    mode: str = "min"
-
-    def keep(self, metrics: Mapping[int, float | None]) -> set[int]:
-        """The steps to keep of {step: metric}."""
-        known = {s: value for s, value in metrics.items() if value is not None and not math.isnan(value)}
-        sign = 1 if self.mode == "min" else -1
-        ranked = sorted(known, key=lambda s: (sign * known[s], -s))
-        return {*sorted(metrics)[-self.newest :], *ranked[: self.best]}
-
-
 class Checkpointer:
     """Saves and restores the state of one run, a dataclass whose fields are trees of arrays (`TrainState`).
 
@@ -76,18 +56,26 @@ class Checkpointer:
       directory: the run's directory.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int | Retention = 2):
+    def __init__(self, directory: str | os.PathLike, keep: int | Retention = 2, *, is_apart: bool = False):
+        """Makes the folder.
+
+        Args:
+          directory: of the run. keep: which steps stay.
+          is_apart: each process has a directory of its own. Then process 0 gathers all arrays and writes alone, and the
+            directories must be equal when a run is gone on with (`storage.mirror.of_each`).
+        """
         self.directory = local_path(directory, "--workdir").absolute()
         self._folder = self.directory / CHECKPOINTS
         self._folder.mkdir(parents=True, exist_ok=True)
         self._retention = Retention(keep) if isinstance(keep, int) else keep
         self._metrics: dict[int, float | None] = {}
+        self._is_apart, self._writes = is_apart, not is_apart or jax.process_index() == 0
         self._frozen = ""  # the name of those that are known to be there
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Policy(lambda steps: self._retention.keep({s: self._metric(s) for s in steps})),
+            preservation_policy=Policy(lambda steps: self._retention.keep({s: self._metric(s) for s in steps})),
             create=False,
             enable_async_checkpointing=True,
-            multiprocessing_options=arrays.processes(),
+            multiprocessing_options=arrays.alone() if is_apart else arrays.processes(),
             async_options=ocp.options.AsyncOptions(timeout_secs=int(os.environ.get("ALTO_SAVE_TIMEOUT", "1200"))),
         )
         self._manager = ocp.CheckpointManager(epath.Path(self._folder), options=options)
@@ -116,19 +104,24 @@ class Checkpointer:
         parts = _without_empty(state)
         refuse_quantized(flat(parts), str(self.directory))
         with self._told_failures():
-            self._manager.wait_until_finished()
-            self._remove_leftovers()
-            if self._manager.latest_step() == step:
+            self._wait()
+            if self._latest_saved() == step:
                 return
             self._metrics[step] = metric
             described = meta | {"metric": metric, "checksums": checksums(parts)}
             described |= {"position": json_digest(data_iterator.get_state())}
             described |= self._put_frozen_apart(parts, described["checksums"])
+            position: Any = grain_checkpoint.CheckpointSave(data_iterator)
+            if self._is_apart:
+                parts = arrays.on_first(parts)
+                position = ocp.args.JsonSave({"positions": distributed.gather(data_iterator.get_state())})
+                if not self._writes:
+                    return
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(parts),
-                    data=grain_checkpoint.CheckpointSave(data_iterator),
+                    data=position,
                     meta=ocp.args.JsonSave(sealed(described)),
                 ),
             )
@@ -140,7 +133,7 @@ class Checkpointer:
             return {}
         name = arrays.frozen_name(sums, frozen)
         if name != self._frozen:
-            arrays.keep_frozen(self.directory, name, frozen, self._frozen_names)
+            arrays.keep_frozen(self.directory, name, frozen, self._frozen_names, is_apart=self._is_apart)
             self._frozen = name
         return {"frozen": name}
 
@@ -191,7 +184,7 @@ class Checkpointer:
         if name != arrays.frozen_name(checksums({"frozen": frozen}), frozen):
             raise FrozenDamaged(folder, "those that the run began with are others now")
         distributed.from_first(lambda: arrays.set_aside(folder, self.directory) if folder.exists() else None)
-        arrays.keep_frozen(self.directory, name, frozen, self._frozen_names)
+        arrays.keep_frozen(self.directory, name, frozen, self._frozen_names, is_apart=self._is_apart)
 
     def _set_aside(self, step: int) -> None:
         """Moves every folder of a step after `step` out of the way."""
@@ -211,8 +204,16 @@ class Checkpointer:
     def wait(self) -> None:
         """Waits until saves under way are complete; raises OSError as `save` does."""
         with self._told_failures():
+            self._wait()
+
+    def _wait(self) -> None:
+        if self._writes:
             self._manager.wait_until_finished()
             self._remove_leftovers()
+
+    def _latest_saved(self) -> int | None:
+        latest = self._manager.latest_step
+        return distributed.from_first(latest) if self._is_apart else latest()
 
     def _remove_leftovers(self) -> None:
         """Removes half-written folders; no save may be under way."""
@@ -253,18 +254,6 @@ class _Failures:
         raise OSError(f"{self._folder}: a checkpoint could not be written: {text}") from error
 
 
-class _Policy:
-    """Orbax's form of `Retention`."""
-
-    def __init__(self, keep: Callable[[list[int]], set[int]]):
-        self._keep = keep
-
-    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        """Which of the checkpoints (with a `step` each) stay."""
-        kept = self._keep([info.step for info in checkpoints])
-        return [info.step in kept for info in checkpoints]
-
-
 def _without_empty(state: Any) -> dict:
     """The state as a dict without parts that hold no array (Orbax cannot write those)."""
     parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
@@ -277,10 +266,16 @@ def _data_state(folder: pathlib.Path) -> Any:
     Raises:
       ValueError: the positions of the processes differ, so that they mean nothing to another number of processes.
     """
+    apart = folder / "metadata"
+    if apart.exists():  # written by one process for all
+        states = json.loads(apart.read_text())["positions"]
+        if len(states) == jax.process_count():
+            return states[jax.process_index()]
     own = folder / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
     if own.exists():
         return json.loads(own.read_text())
-    states = [json.loads(file.read_text()) for file in sorted(folder.glob("process_*-of-*.json"))]
+    if not apart.exists():
+        states = [json.loads(file.read_text()) for file in sorted(folder.glob("process_*-of-*.json"))]
     if not states:
         raise FileNotFoundError(f"{folder}: no position in the data")
     if any(state != states[0] for state in states):

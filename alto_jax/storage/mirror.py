@@ -4,8 +4,8 @@ All rooms read and write the working copy, with the tools of this machine's file
 makes the copy equal to it, but for what this very copy has done since and nobody else has written there. What is in the
 bucket at any moment can be gone on from: see `steps`, and the order in `Mirror.push`.
 
-Where copies lie: ALTO_RUNS, else `runs` in the cache folder. Several processes share one: on several machines it must
-be a file system that all see (`shared.require` says so).
+Where copies lie: ALTO_RUNS, else `runs` in the cache folder. Several processes share one, if all of them see it; else
+each that does not has one of its own, equal to the bucket at the start (`of_each`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ from typing import Any
 from alto_jax import cli
 from alto_jax.config import ConfigError, cache_folder, write_whole
 from alto_jax.parallel import distributed
-from alto_jax.storage import steps
+from alto_jax.storage import shared, steps
 from alto_jax.storage.bucket import Bucket, bucket, checked, is_url
 
 # Of the copy: the identity of each step that it began to write to the bucket, which steps are there, and whether files.
@@ -40,6 +40,11 @@ def copy_of(url: str) -> pathlib.Path:
     base = os.environ.get("ALTO_RUNS")
     name = f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
     return (pathlib.Path(base) if base else cache_folder() / "runs") / name
+
+
+def _small(names: Iterable[str]) -> list[str]:
+    """Of the objects of a run those that are no steps'."""
+    return [name for name in names if name.partition("/")[0] not in _APART and name != _WRITER]
 
 
 def _is_shared(name: str) -> bool:
@@ -74,7 +79,7 @@ class Mirror:
         sizes = self.bucket.sizes()
         remote = steps.remote_steps(self.bucket, sizes)
         self._remote = set(remote)
-        small = [name for name in sizes if name.partition("/")[0] not in _APART and name != _WRITER]
+        small = _small(sizes)
         self._names = dict.fromkeys(small)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self._is_further(remote, is_begun=bool(small)):
@@ -82,6 +87,16 @@ class Mirror:
         self._written |= {number: step.identity for number, step in remote.items()}
         self._same = {n: self._stamp(n) for n in steps.local_steps(self.folder) if n in remote}
         self._remember()
+
+    def follow(self) -> None:
+        """Makes the copy equal to the bucket, which another process has taken.
+
+        Raises:
+          OSError: as `pull`.
+        """
+        sizes = self.bucket.sizes()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._rebuild(steps.remote_steps(self.bucket, sizes), _small(sizes))
 
     def _is_further(self, remote: dict[int, steps.Step], *, is_begun: bool) -> bool:
         """Whether the copy has all that is in the bucket: each step there is one that it has written.
@@ -317,3 +332,36 @@ def working_copy(place: str | os.PathLike, field: str) -> Iterator[tuple[pathlib
         mirror.close(is_error=True)
         raise
     mirror.close()
+
+
+def of_each(place: str | os.PathLike, folder: pathlib.Path, mirror: Mirror | None) -> tuple[pathlib.Path, bool]:
+    """Where each process of a run works, once the first one has begun in `folder`; all processes ask together.
+
+    Args:
+      place, folder, mirror: the run's directory or URL, and what `working_copy` has made of it.
+
+    Returns:
+      (the folder of this process, whether there are several). With several, all are equal to the bucket, and process 0
+      alone may write what is to be kept.
+
+    Raises:
+      ConfigError: not all processes see a directory that is in no bucket, or one cannot bring the bucket to itself.
+    """
+    if not is_url(place):
+        shared.require(folder, "--workdir")
+        return folder, False
+    blind, told = shared.unseen(folder)
+    if not blind:
+        return folder, False
+    import jax  # late: keeps the start fast
+
+    url, index = str(checked(place, "--workdir")), jax.process_index()
+    distributed.from_first(lambda: mirror.push() if mirror is not None else None)
+    if mirror is not None:
+        cli.tell(f"{url}: {told}: each works in a copy of its own, and process 0 alone writes checkpoints")
+    with distributed.opening():
+        if index in blind:
+            copy = copy_of(url)
+            folder = copy.with_name(f"{copy.name}-process_{index}")
+            Mirror(bucket(url, "--workdir"), folder).follow()
+    return folder, True

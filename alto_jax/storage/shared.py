@@ -21,17 +21,23 @@ def require(folder: str | os.PathLike, field: str) -> None:
     Raises:
       ConfigError: in every process, naming those that do not see it.
     """
+    _, told = unseen(folder)
+    if told:
+        raise ConfigError(f"{field}: {told}; all processes of a run need one directory")
+
+
+def unseen(folder: str | os.PathLike) -> tuple[set[int], str]:
+    """Which processes do not see what the first one writes into `folder`, and this in words ("": all do); all processes
+    ask together."""
     if distributed.count() == 1:
-        return
+        return set(), ""
     probe = pathlib.Path(folder) / f".probe-{distributed.from_first(lambda: _write(folder))}"
     seen = distributed.gather([socket.gethostname(), _appears(probe)])
     distributed.from_first(lambda: probe.unlink(missing_ok=True))
-    blind = [f"process {index} (on {host})" for index, (host, sees) in enumerate(seen) if not sees]
-    if blind:
-        raise ConfigError(
-            f"{field}: {', '.join(blind)} {'does' if len(blind) == 1 else 'do'} not see what process 0 (on"
-            f" {seen[0][0]}) writes in {folder}; all processes of a run need one directory"
-        )
+    blind = {index: f"process {index} (on {host})" for index, (host, sees) in enumerate(seen) if not sees}
+    do = "does" if len(blind) == 1 else "do"
+    told = f"{', '.join(blind.values())} {do} not see what process 0 (on {seen[0][0]}) writes in {folder}"
+    return {*blind}, told if blind else ""
 
 
 def _write(folder: str | os.PathLike) -> str:

@@ -27,7 +27,7 @@ from alto_jax.parallel import distributed, sharding
 from alto_jax.params import merge_params
 from alto_jax.stages.stage import Stage
 from alto_jax.stages.table import make_stage
-from alto_jax.storage import mirror, shared
+from alto_jax.storage import mirror
 from alto_jax.train import best, goodput
 from alto_jax.train.logs import Logs
 from alto_jax.train.preemption import StopSignals
@@ -64,23 +64,28 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike, *, age: float = 
     """
     with mirror.working_copy(workdir, "--workdir") as (path, copy):
         finished, newest = distributed.from_first(lambda: _claim(path, config))
-        shared.require(path, "--workdir")
+        path, is_apart = mirror.of_each(workdir, path, copy)
+        if is_apart and config.train.patience:
+            raise ConfigError(f"config.train.patience: expected 0 where not all processes see the copy of {workdir} in"
+                              f" ALTO_RUNS, got {config.train.patience}")  # fmt: skip
         if finished is not None:
             print(f"[{config.stage}] {workdir} is already complete")
             return finished
         is_first = jax.process_index() == 0
         account = goodput.Account(path if is_first else None, config, newest, age=age)
         with account.closing(), distributed.explained():
-            return _train(config, path, account, copy)
+            return _train(config, path, account, copy, is_apart)
 
 
-def _train(config: ExperimentConfig, path: pathlib.Path, account: goodput.Account, copy: mirror.Mirror | None) -> dict:
-    """`train` in a directory that is the run's; copy: keeps a bucket like it."""
+def _train(
+    config: ExperimentConfig, path: pathlib.Path, account: goodput.Account, copy: mirror.Mirror | None, is_apart: bool
+) -> dict:
+    """`train` in a directory that is the run's; copy: keeps a bucket like it; is_apart: each process has its own."""
     measured = _name_evaluation(config)
     mesh = run_mesh(config)
     sharding.batch_share(mesh).rows(config.train.batch_size, "config.train.batch_size")
     keep = runs.Retention(config.train.keep_checkpoints, config.train.keep_best, config.train.best_mode)
-    checkpointer = runs.Checkpointer(path, keep)
+    checkpointer = runs.Checkpointer(path, keep, is_apart=is_apart)
     is_resumed = checkpointer.latest_step() is not None
     optimizer = make_optimizer(config.optim, config.train.steps)
     with distributed.opening():
@@ -349,7 +354,7 @@ def _final_evaluation(config: ExperimentConfig, stage: Stage, state: TrainState,
 
 def _result(config: ExperimentConfig, path: pathlib.Path, steps: int, evaluation: dict, seconds: float) -> dict:
     """The run in short; first and last are means over the first and last quarter of the logged steps."""
-    records = [r for r in read_metrics(path) if "loss" in r]
+    records = [r for r in distributed.from_first(lambda: read_metrics(path)) if "loss" in r]
     quarter = max(len(records) // 4, 1)
 
     def mean(part: list[dict]) -> dict[str, float]:

@@ -67,6 +67,12 @@ def patient(monkeypatch, tmp_path, values, **train):
     return loop.train(config, tmp_path / "run"), seen
 
 
+def test_patience_needs_checkpoints_that_all_processes_see(monkeypatch, tmp_path):
+    monkeypatch.setattr(loop.mirror, "of_each", lambda place, folder, mirror: (folder, True))
+    with pytest.raises(ConfigError, match="train.patience: expected 0 where not all processes see the copy of .*got 2"):
+        patient(monkeypatch, tmp_path, [])
+
+
 def test_the_run_ends_with_the_parameters_of_the_best(monkeypatch, tmp_path, capsys):
     result, seen = patient(monkeypatch, tmp_path, [0.1, 0.2, 0.5, 0.4, 0.3])
     assert result["steps"] == 8 and result["best_step"] == 4
