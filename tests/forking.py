@@ -123,6 +123,7 @@ SERVER = Server()  # of this process
 
 def _next_command() -> dict | None:
     """Serves: returns in each command's process with what it was asked for, and at the end of all with None."""
+    given = dict(os.environ)
     for name in LIBRARIES:
         __import__(name)
     gc.freeze()
@@ -148,8 +149,17 @@ def _next_command() -> dict | None:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for number in (answers, ended, wake):
                     os.close(number)
-                return json.loads(line)
+                asked = json.loads(line)
+                _change_environment(given, asked["environment"])
+                return asked
             os.write(answers, b"%d\n" % pid)
+
+
+def _change_environment(given: Mapping[str, str], asked: Mapping[str, str]) -> None:
+    """From what was given to the server to what is asked for; what the libraries have set stays."""
+    for name in given.keys() - asked.keys():
+        os.environ.pop(name, None)
+    os.environ.update({name: value for name, value in asked.items() if given.get(name) != value})
 
 
 def _reap() -> tuple[int, int] | None:
@@ -163,8 +173,6 @@ def _reap() -> tuple[int, int] | None:
 
 def _become(asked: dict) -> None:
     """This process is `python ARGUMENTS` from here on."""
-    os.environ.clear()
-    os.environ.update(asked["environment"])
     for number, path in enumerate((os.devnull, asked["out"], asked["err"])):
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         os.dup2(file, number)
