@@ -17,7 +17,7 @@ import pytest
 
 from alto_jax import cli
 from tests.debug_model import debug_model  # noqa: F401 - a fixture
-from tests.forking import ROOT, SERVER
+from tests.forking import LIBRARIES, ROOT, SERVER
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -64,6 +64,12 @@ def pytest_configure(config):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.alto_jax_cache
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_collection_finish():
+    """Takes the environment of commands when it has what the libraries add to it."""
+    for name in LIBRARIES:
+        __import__(name)
     SERVER.environment = dict(os.environ)
 
 
