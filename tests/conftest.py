@@ -5,6 +5,7 @@ import gc
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,16 +17,17 @@ import pytest
 
 from alto_jax import cli
 from tests.debug_model import debug_model  # noqa: F401 - a fixture
+from tests.forking import LIBRARIES, ROOT, SERVER
 
-ROOT = pathlib.Path(__file__).parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# LLVM's optimisations are left out, loops are written without MLIR, and a program is not split among threads: two
-# workers already fill two cores.
+# LLVM's optimisations are left out, loops are written without MLIR, a program is not split among threads, since two
+# workers already fill two cores, and a sum is one loop, not a tree of them.
 QUICK_TO_COMPILE = (
     "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_disable_hlo_passes=tree_reduction_rewriter",
 )
 
 # What takes longest comes first, in this order, so that two workers end together.
@@ -60,20 +62,39 @@ def pytest_configure(config):
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         config.alto_jax_cache = tempfile.mkdtemp(prefix="alto_jax_programs_")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.alto_jax_cache
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
+def pytest_collection_finish():
+    """Takes the environment of commands when it has what the libraries add to it."""
+    for name in LIBRARIES:
+        __import__(name)
+    SERVER.environment = dict(os.environ)
+
+
 def pytest_unconfigure(config):
+    SERVER.close()
     shutil.rmtree(config.alto_jax_index, ignore_errors=True)
     if hasattr(config, "alto_jax_cache"):
         shutil.rmtree(config.alto_jax_cache, ignore_errors=True)
 
 
-def run_python(*arguments: str) -> subprocess.CompletedProcess:
-    """Runs this interpreter in the root of the project, as a user would; output as text."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+def run_python(*arguments: str, fresh: bool = False) -> subprocess.CompletedProcess:
+    """Runs Python in the root of the project, as a user would, in a process of its own; output as text.
+
+    Args:
+      fresh: what is proved is how the interpreter starts, or what the libraries take; see forking.py.
+    """
+    command = [*map(str, arguments)]
+    if fresh or not SERVER.can_run(os.environ):
+        return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    started = SERVER.start(command, os.environ)
+    try:
+        out, err = started.communicate(600)
+    finally:
+        started.send_signal(signal.SIGKILL)
+    return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 
 @pytest.fixture

@@ -204,5 +204,5 @@ def test_reads_that_were_not_begun_are_not_told_of():
     """In a process of its own: pytest has filters of its own."""
     script = "from alto_jax.checkpoint import damage\nclass Store:\n    async def read(self): pass\nStore().read()\n"
     script += "async def other(): pass\nother()\n"
-    said = run_python("-c", script).stderr
+    said = run_python("-c", script, fresh=True).stderr
     assert "other" in said and "Store" not in said, said

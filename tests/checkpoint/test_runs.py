@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alto_jax.checkpoint import runs
+from alto_jax.checkpoint import agreement, runs
 from alto_jax.experiment import OptimConfig
 from alto_jax.train.state import create_state, make_optimizer
 from tests.conftest import run_python
@@ -148,3 +148,16 @@ def test_a_full_device_is_no_full_disk(tmp_path):
         with pytest.raises(kind), checkpointer._told_failures():
             raise error
     checkpointer.close()
+
+
+def test_checksums_are_the_same_where_they_are_made():
+    """In the machine's memory without a program, and by the devices' program."""
+    values = np.random.default_rng(0).normal(size=(3, 5)) * 1e9
+    tree = {kind: jnp.asarray(values).astype(kind) for kind in ("float32", "bfloat16", "int32", "uint8", "bool")}
+    tree |= {"one": jnp.float32(-2.5), "turned": jnp.asarray(values, jnp.float32).T, "none": jnp.zeros((0, 2))}
+    found = agreement.checksums(tree)
+    assert list(found.values()) == [int(s) for s in agreement._sums(list(agreement.flat(tree).values()))]
+    assert found["none"] == 0 and found["one"] == int(np.float32(-2.5).view(np.uint32))
+    tree["float32"] = tree["float32"].at[1, 2].multiply(1 + 2**-23)
+    changed = agreement.checksums(tree)
+    assert [name for name in tree if changed[name] != found[name]] == ["float32"]

@@ -5,16 +5,14 @@ import pathlib
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
 
 from alto_jax.evaluate import runner
-from tests.conftest import ROOT
 from tests.data import replicas
 from tests.evaluate.test_runner import options
+from tests.forking import SERVER, Command
 
 NAMES = "grefcoco_val,refcoco_val"
 CHANGES = {"batch_size": 8, "protocol": "per_sentence", "max_bad_fraction": 0.2}
@@ -39,18 +37,17 @@ def written(out: pathlib.Path) -> dict[str, bytes]:
     return {str(p.relative_to(out)): p.read_bytes() for p in files}
 
 
-def start(model, data, out, *, devices: int = 1, **environment: str) -> subprocess.Popen:
+def start(model, data, out, *, devices: int = 1, **environment: str) -> Command:
     """The command of `options`, in a process of its own."""
-    command = [sys.executable, "-m", "alto_jax.evaluate", "--checkpoint", model.path, "--data", data, "--out", out]
+    command = ["-m", "alto_jax.evaluate", "--checkpoint", model.path, "--data", data, "--out", out]
     command += ["--benchmark", NAMES, "--grammar", "--forced-prefix", "--title", "debug"]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in CHANGES.items()]
     if environment:
         command.append("--distributed=env")
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    env = os.environ | environment
     if devices > 1:
         env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([str(word) for word in command], cwd=ROOT, env=env, **pipes)
+    return SERVER.start([str(word) for word in command], env)
 
 
 def lines(out: pathlib.Path) -> int:
@@ -70,7 +67,7 @@ def test_killed_evaluation_ends_with_the_same_bytes(reference, debug_model, tmp_
         time.sleep(rng.random() * 0.03)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=300)
         reached.append(lines(tmp_path))
     printed, _ = start(debug_model, data, tmp_path).communicate(timeout=300)
     assert kills >= 4 and len(set(reached)) >= 4 and "resumed after" in printed, (kills, reached, printed[-1000:])

@@ -65,11 +65,12 @@ def test_reconstruction_loss_golden(prefix, cfg, rgb):
 
 def test_mask_equals_its_gray_rgb_image():
     _, recon, target = _himt_inputs(rgb=False)
+    recon, target = np.asarray(recon), np.asarray(target)
     gray = target[1:, ..., 0]
-    assert bool(jnp.all(target[1:] == gray[..., None]))
+    assert np.all(target[1:] == gray[..., None])
     total = jax.jit(lambda p, t: reconstruction.reconstruction_loss(None, t, BCE_DICE, probabilities=p)[0])
     as_mask = total(recon[1:, ..., 0], gray)
-    repeated = jnp.repeat(recon[1:], 3, axis=-1)
+    repeated = np.repeat(recon[1:], 3, axis=-1)
     as_rgb = total(repeated, target[1:])
     np.testing.assert_allclose(as_mask, as_rgb, rtol=2e-6)
 
@@ -114,10 +115,11 @@ def test_terms_from_logits_are_stable_and_equal_the_plain_form():
     p = 1 / (1 + np.exp(-logits))
     plain_bce = -np.mean(target * np.log(p) + (1 - target) * np.log(1 - p))
     plain_dice = np.mean([1 - 2 * np.sum(a * b) / (a.sum() + b.sum()) for a, b in zip(p, target)])
-    np.testing.assert_allclose(reconstruction.bce(jnp.asarray(logits), jnp.asarray(target)), plain_bce, rtol=1e-5)
-    np.testing.assert_allclose(reconstruction.dice(jnp.asarray(logits), jnp.asarray(target)), plain_dice, rtol=1e-5)
-    extreme = jnp.array([[[1e4, -1e4]]])
-    value, grad = jax.value_and_grad(lambda x: reconstruction.bce(x, jnp.array([[[0.0, 1.0]]])))(extreme)
+    bce, dice = jax.jit(lambda x, t: (reconstruction.bce(x, t), reconstruction.dice(x, t)))(logits, target)
+    np.testing.assert_allclose(bce, plain_bce, rtol=1e-5)
+    np.testing.assert_allclose(dice, plain_dice, rtol=1e-5)
+    extreme = np.array([[[1e4, -1e4]]])
+    value, grad = jax.jit(jax.value_and_grad(lambda x: reconstruction.bce(x, jnp.array([[[0.0, 1.0]]]))))(extreme)
     assert float(value) == 1e4
     np.testing.assert_array_equal(grad, [[[0.5, -0.5]]])
 
@@ -130,12 +132,8 @@ def test_config_refuses_negative_weight():
     with pytest.raises(ValueError, match=r"losses\.edge.*-1"):
         reconstruction.ReconstructionLossConfig(edge=-1.0)
     with pytest.raises(ValueError, match="logits"):
-        reconstruction.reconstruction_loss(
-            None,
-            jnp.zeros((1, 4, 4)),
-            reconstruction.ReconstructionLossConfig(bce=1.0),
-            probabilities=jnp.zeros((1, 4, 4)),
-        )
+        cfg, zeros = reconstruction.ReconstructionLossConfig(bce=1.0), np.zeros((1, 4, 4))
+        jax.eval_shape(lambda x: reconstruction.reconstruction_loss(None, x, cfg, probabilities=x), zeros)
 
 
 # --- token cross-entropy ---------------------------------------------------------------------------
@@ -150,6 +148,7 @@ def _ce_case(seed=0, batch=3, time=17, width=5, vocab=11):
     return jnp.asarray(hidden), jnp.asarray(labels), jnp.asarray(head)
 
 
+@jax.jit
 def _naive_ce(hidden, labels, head, weight=None):
     log_probs = jax.nn.log_softmax(hidden[:, :-1] @ head)
     target = labels[:, 1:]
@@ -163,7 +162,7 @@ def _naive_ce(hidden, labels, head, weight=None):
 def test_selected_cross_entropy_equals_naive_with_gradient(weighted, max_supervised):
     hidden, labels, head = _ce_case()
     weight = jnp.asarray(np.random.default_rng(1).uniform(size=labels.shape), jnp.float32) if weighted else None
-    assert int(jnp.max(jnp.sum(labels[:, 1:] != -100, axis=1))) <= 12
+    assert np.max(np.sum(np.asarray(labels)[:, 1:] != -100, axis=1)) <= 12
 
     def selected(hidden, head):
         return token_losses.token_cross_entropy(
@@ -171,12 +170,12 @@ def test_selected_cross_entropy_equals_naive_with_gradient(weighted, max_supervi
         )
 
     (value, metrics), grads = jax.jit(jax.value_and_grad(selected, argnums=(0, 1), has_aux=True))(hidden, head)
-    naive, naive_grads = jax.value_and_grad(lambda h, w: _naive_ce(h, labels, w, weight), argnums=(0, 1))(hidden, head)
+    naive, naive_grads = jax.value_and_grad(_naive_ce, argnums=(0, 2))(hidden, labels, head, weight)
     np.testing.assert_allclose(value, naive, rtol=2e-6)
     for ours, theirs in zip(grads, naive_grads):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
     assert int(metrics["supervised_overflow"]) == 0
-    assert int(metrics["num_supervised"]) == int(jnp.sum(labels[:, 1:] != -100))
+    assert int(metrics["num_supervised"]) == np.sum(np.asarray(labels)[:, 1:] != -100)
 
 
 def test_logits_exist_at_selected_positions_only_and_overflow_is_counted():
@@ -187,7 +186,8 @@ def test_logits_exist_at_selected_positions_only_and_overflow_is_counted():
         shapes.append(x.shape)
         return x @ head
 
-    _, metrics = token_losses.token_cross_entropy(hidden, labels, logits_fn, max_supervised=4)
+    loss = jax.jit(lambda h: token_losses.token_cross_entropy(h, labels, logits_fn, max_supervised=4))
+    _, metrics = loss(hidden)
     assert shapes == [(3, 4, 5)]
     counts = np.sum(np.asarray(labels)[:, 1:] != -100, axis=1)
     assert int(metrics["supervised_overflow"]) == int(np.maximum(counts - 4, 0).sum()) > 0
@@ -198,7 +198,7 @@ def test_logits_exist_at_selected_positions_only_and_overflow_is_counted():
 def test_long_answers_take_turns_and_lose_no_token(at_once, weighted):
     """Loss, accuracy and gradients are those of all supervised tokens, also of answers longer than a turn."""
     hidden, labels, head = _ce_case()
-    assert int(jnp.max(jnp.sum(labels[:, 1:] != -100, axis=1))) > 5
+    assert np.max(np.sum(np.asarray(labels)[:, 1:] != -100, axis=1)) > 5
     weight = jnp.asarray(np.random.default_rng(1).uniform(size=labels.shape), jnp.float32) if weighted else None
     shapes = set()
 
@@ -225,8 +225,8 @@ def test_turns_are_one_program_for_all_batches():
     hidden, labels, head = _ce_case()
     run = jax.jit(lambda labels: token_losses.token_cross_entropy(hidden, labels, lambda x: x @ head, at_once=4)[0])
     for kept in (0, 2, 4, 5, 9, labels.shape[1]):
-        some = jnp.where(jnp.arange(labels.shape[1]) <= kept, labels, -100)
-        expected = _naive_ce(hidden, some, head) if np.any(np.asarray(some)[:, 1:] != -100) else 0.0
+        some = np.where(np.arange(labels.shape[1]) <= kept, labels, -100)
+        expected = _naive_ce(hidden, some, head) if np.any(some[:, 1:] != -100) else 0.0
         np.testing.assert_allclose(run(some), expected, rtol=2e-6)
     assert run._cache_size() == 1
 
@@ -243,19 +243,19 @@ def test_token_log_probs_and_entropy():
     logits = np.random.default_rng(0).normal(size=(4, 9)) * 5
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     ids = np.array([0, 3, 8, 1])
-    ours = token_losses.token_log_probs(jnp.asarray(logits), jnp.asarray(ids))
+    ours = jax.jit(token_losses.token_log_probs)(logits, ids)
     np.testing.assert_allclose(ours, np.log(p[np.arange(4), ids]), rtol=1e-5)
-    np.testing.assert_allclose(token_losses.token_entropy(jnp.asarray(logits)), -(p * np.log(p)).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(token_losses.token_entropy)(logits), -(p * np.log(p)).sum(-1), rtol=1e-5)
 
 
 def test_mask_token_probabilities_golden():
     arrays = golden("mask_loss_probs")
     valid, lengths = arrays["valid"], arrays["lengths"]
-    logits = jnp.asarray(arrays["code_logits"])
-    full = token_losses.mask_token_probabilities(logits, jnp.full(3, 32))
+    logits, probabilities = arrays["code_logits"], jax.jit(token_losses.mask_token_probabilities)
+    full = np.asarray(probabilities(logits, np.full(3, 32, np.int32)))
     some = full[valid][..., ::16]
     np.testing.assert_allclose(some, arrays["probs"][valid], rtol=0, atol=tolerance("mask_loss", "probs"))
-    kept = token_losses.mask_token_probabilities(logits, jnp.asarray(lengths))
+    kept = np.asarray(probabilities(logits, lengths.astype(np.int32)))
     for row, length in enumerate(lengths):
         np.testing.assert_array_equal(kept[row, :length], full[row, :length])
         assert not np.any(kept[row, length:])
@@ -277,21 +277,18 @@ def test_mask_loss_equals_float64_formula(reduction):
     dice = np.mean(1 - (2 * np.sum(p * t, axes) + 1e-6) / (np.sum(p, axes) + np.sum(t, axes) + 1e-6))
     for clamp in (0.0, 1e-6):
         cfg = token_losses.MaskLossConfig(dice_reduction=reduction, probability_clamp=clamp)
-        value, _ = token_losses.mask_loss(jnp.asarray(logits), jnp.asarray(target), jnp.asarray(valid), cfg)
+        value, _ = jax.jit(token_losses.mask_loss, static_argnums=3)(logits, target, valid, cfg)
         np.testing.assert_allclose(value, bce + 0.25 * dice, rtol=2e-6)
 
 
 def test_mask_loss_clamp_is_the_float32_one():
     cfg = token_losses.MaskLossConfig(dice=0.0, probability_clamp=1e-6)
-    wrong = jnp.full((1, 2, 2), 40.0), jnp.zeros((1, 2, 2)), jnp.array([True])
-    value, _ = token_losses.mask_loss(*wrong, cfg)
+    wrong = np.full((1, 2, 2), 40.0, np.float32), np.zeros((1, 2, 2), np.float32), np.array([True])
+    of = lambda cfg: jax.jit(jax.value_and_grad(lambda x: token_losses.mask_loss(x, *wrong[1:], cfg)[0]))(wrong[0])
+    value, grad = of(cfg)
     np.testing.assert_allclose(value, -np.log1p(-np.float64(np.float32(1 - 1e-6))), rtol=1e-5)
-    grad = jax.grad(lambda x: token_losses.mask_loss(x, *wrong[1:], cfg)[0])(wrong[0])
     assert not np.any(grad)
-    exact = jax.grad(lambda x: token_losses.mask_loss(x, *wrong[1:], token_losses.MaskLossConfig(dice=0.0))[0])(
-        wrong[0]
-    )
-    np.testing.assert_allclose(exact, 0.25)
+    np.testing.assert_allclose(of(token_losses.MaskLossConfig(dice=0.0))[1], 0.25)
 
 
 @pytest.mark.parametrize("reduction", ["sample", "batch"])
@@ -299,10 +296,8 @@ def test_mask_loss_of_no_valid_sample_is_zero(reduction):
     logits, target, _ = _mask_case()
     logits[0] = np.nan
     cfg = token_losses.MaskLossConfig(dice_reduction=reduction)
-    none = jnp.zeros(4, bool)
-    value, grad = jax.value_and_grad(lambda x: token_losses.mask_loss(x, jnp.asarray(target), none, cfg)[0])(
-        jnp.asarray(logits)
-    )
+    loss = jax.jit(lambda x: token_losses.mask_loss(x, target, np.zeros(4, bool), cfg)[0])
+    value, grad = jax.value_and_grad(loss)(logits)
     assert float(value) == 0 and not np.any(grad)
 
 
@@ -322,7 +317,7 @@ def test_grpo_reference_objective_golden():
     (loss, metrics), grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(logps)
     # The mean of the twelve float32 advantages, zero in exact arithmetic, is only defined to about 1e-8.
     np.testing.assert_allclose(loss, arrays["loss"], rtol=0, atol=tolerance("grpo", "loss") + 1e-8)
-    kl_only = grpo_losses.grpo_loss(logps, None, ref, jnp.zeros_like(advantages), mask, cfg)[0]
+    kl_only = jax.jit(lambda p: grpo_losses.grpo_loss(p, None, ref, 0 * advantages, mask, cfg)[0])(logps)
     np.testing.assert_allclose(kl_only, arrays["loss"], rtol=0, atol=tolerance("grpo", "loss"))
     difference = arrays["ref_logps"] - arrays["logps"]
     kl = np.exp(difference) - difference - 1
@@ -337,14 +332,15 @@ def test_grpo_reference_objective_golden():
 
 
 def test_grpo_reference_cap_kills_the_gradient_of_its_group_only():
-    logps = jnp.full((2, 2, 3), -1.0)
-    ref = jnp.stack([jnp.full((2, 3), 9.0), jnp.full((2, 3), -0.5)])
-    mask = jnp.ones((2, 2, 3), bool)
+    logps = np.full((2, 2, 3), -1.0, np.float32)
+    ref = np.stack([np.full((2, 3), 9.0, np.float32), np.full((2, 3), -0.5, np.float32)])
+    mask = np.ones((2, 2, 3), bool)
     cfg = grpo_losses.GrpoLossConfig(objective="reference", beta=1e-3)
     loss_fn = lambda p: grpo_losses.grpo_loss(p, None, ref, jnp.array([[1.0, -1.0]] * 2), mask, cfg)[0]
     value, grad = jax.jit(jax.value_and_grad(loss_fn))(logps)
     small = 1e-3 * (np.exp(0.5) - 1.5)
     np.testing.assert_allclose(value, (1.0 + small) / 2, rtol=1e-5)
+    grad = np.asarray(grad)
     assert not np.any(grad[0]) and np.all(grad[1] != 0)
 
 
@@ -404,22 +400,25 @@ def test_grpo_equals_float64_formula_with_gradient(objective):
 
 
 def test_grpo_metrics_and_errors():
-    logps, old, ref, advantages, mask = (jnp.asarray(x) for x in _grpo_case())
+    logps, old, ref, advantages, mask = (
+        np.asarray(x, np.bool_ if x.dtype == bool else np.float32) for x in _grpo_case()
+    )
     cfg = grpo_losses.GrpoLossConfig()
-    entropy = jnp.where(mask, 2.0, jnp.nan)
-    _, metrics = grpo_losses.grpo_loss(logps, old, ref, advantages, mask, cfg, entropy=entropy)
+    entropy = np.where(mask, np.float32(2), np.float32(np.nan))
+    loss = jax.jit(grpo_losses.grpo_loss, static_argnums=5)
+    _, metrics = loss(logps, old, ref, advantages, mask, cfg, entropy=entropy)
     ratio = np.exp(np.asarray(logps - old))
     positive = np.asarray(advantages)[..., None] > 0
     clipped = np.where(positive, ratio > 1.2, ratio < 0.8)
     np.testing.assert_allclose(metrics["clip_fraction"], clipped[np.asarray(mask)].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["ratio"], ratio[np.asarray(mask)].mean(), rtol=1e-5)
     assert float(metrics["entropy"]) == 2.0
-    on_policy, metrics = grpo_losses.grpo_loss(logps, None, ref, advantages, mask, cfg)
+    on_policy, metrics = loss(logps, None, ref, advantages, mask, cfg)
     assert float(metrics["clip_fraction"]) == 0 and float(metrics["ratio"]) == 1
     with pytest.raises(ValueError, match="ref_per_token_logps"):
         grpo_losses.grpo_loss(logps, old, None, advantages, mask, cfg)
     free = grpo_losses.GrpoLossConfig(beta=0.0)
-    assert np.isfinite(grpo_losses.grpo_loss(logps, old, None, advantages, mask, free)[0])
+    assert np.isfinite(loss(logps, old, None, advantages, mask, free)[0])
     with pytest.raises(ValueError, match="ppo"):
         grpo_losses.GrpoLossConfig(objective="ppo")
 
@@ -427,9 +426,9 @@ def test_grpo_metrics_and_errors():
 @pytest.mark.parametrize("objective", ["paper", "reference", "dr_grpo", "dapo", "gspo"])
 def test_grpo_reaches_the_optimum_of_a_bandit(objective):
     """One-token completions over 4 arms with exact sampling of every arm: the best arm wins."""
-    rewards = jnp.array([[0.1, 0.9, 0.3, 0.5]])
-    advantages = rewards - jnp.mean(rewards)
-    mask = jnp.ones((1, 4, 1), bool)
+    rewards = np.array([[0.1, 0.9, 0.3, 0.5]], np.float32)
+    advantages = rewards - np.mean(rewards)
+    mask = np.ones((1, 4, 1), bool)
     cfg = grpo_losses.GrpoLossConfig(objective=objective, beta=0.0)
 
     @jax.jit
@@ -439,7 +438,7 @@ def test_grpo_reaches_the_optimum_of_a_bandit(objective):
         )[0]
         return logits - 2.0 * jax.grad(loss_fn)(logits)
 
-    logits = jnp.zeros(4)
+    logits = np.zeros(4, np.float32)
     for _ in range(60):
         logits = update(logits)
     assert float(jax.nn.softmax(logits)[1]) > 0.95

@@ -305,9 +305,10 @@ def test_bad_config_names_the_field(field, value):
 def test_some_logits_are_those_of_all(tied):
     cfg = dataclasses.replace(SMALL, tie_embeddings=tied)
     model = LanguageModel(cfg)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method="forward")["params"]
-    hidden = jax.random.normal(jax.random.key(1), (2, 3, cfg.embed_dim))
-    whole = model.apply({"params": params}, hidden, method="logits")
-    some = model.apply({"params": params}, hidden, 7, 5, method="some_logits")
-    np.testing.assert_allclose(some, whole[..., 7:12], rtol=0, atol=1e-6)
+    init = jax.jit(functools.partial(model.init, method="forward"))
+    params = init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    hidden = np.random.default_rng(1).normal(size=(2, 3, cfg.embed_dim)).astype(np.float32)
+    whole = jax.jit(lambda p: model.apply({"params": p}, hidden, method="logits"))(params)
+    some = jax.jit(lambda p: model.apply({"params": p}, hidden, 7, 5, method="some_logits"))(params)
+    np.testing.assert_allclose(some, np.asarray(whole)[..., 7:12], rtol=0, atol=1e-6)
     assert np.abs(some).max() > 1e-3

@@ -131,15 +131,18 @@ def test_parse_masks_equals_plain_parser():
 
 
 def test_an_answer_with_two_masks_holds_two():
-    row = jnp.array([3, START, 12, 13, END, 4, START, 14, END, 7])
-    found = mask_tokens.parse_masks(row, None, IDS, L, 3)
+    parse = jax.jit(lambda row, most: mask_tokens.parse_masks(row, None, IDS, L, most), static_argnums=1)
+    row = np.array([3, START, 12, 13, END, 4, START, 14, END, 7], np.int32)
+    found = parse(row, 3)
     assert (int(found.num_masks), int(found.num_starts)) == (2, 2)
     assert found.valid.tolist() == [True, True, False] and found.length.tolist() == [2, 1, 0]
     assert found.codes.tolist() == [[0, 1, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0]]
-    assert not bool(mask_tokens.parse_completion(row, None, IDS, L).valid), "a reward asks for one"
-    broken = mask_tokens.parse_masks(jnp.array([START, START, 12, END, START, 13]), None, IDS, L, 2)
-    assert int(broken.num_masks) == 1 and int(broken.num_starts) == 3 and broken.codes[0].tolist() == [0, 0, 0, 0]
-    assert mask_tokens.parse_masks(jnp.array([[START]]), None, IDS, L).num_masks.tolist() == [0]
+    one = jax.jit(lambda row: mask_tokens.parse_completion(row, None, IDS, L))
+    assert not bool(one(row).valid), "a reward asks for one"
+    broken = parse(np.array([START, START, 12, END, START, 13], np.int32), 2)
+    assert int(broken.num_masks) == 1 and int(broken.num_starts) == 3
+    assert np.asarray(broken.codes)[0].tolist() == [0, 0, 0, 0]
+    assert parse(np.array([[START]], np.int32), 1).num_masks.tolist() == [0]
 
 
 # --- replace_mask_tokens ---------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from alto_jax.checkpoint import runs
 from alto_jax.cli import EXIT_RESUMABLE
 from alto_jax.parallel import distributed
 from alto_jax.train.progress import read_metrics
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_python
 from tests.train.test_loop import arrays
 
 CONFIG = ["--config=benchmarks/reliability.py", "--config.train.steps=6", "--config.eval.num_samples=0"]
@@ -31,11 +31,10 @@ def finish(process, timeout=300):
     return process.returncode, out, err
 
 
-def start(*arguments, processes=1):
+def start(*arguments, processes):
     env = os.environ | {"PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "alto_jax.main"] if processes == 1 else ["launch/local.sh", str(processes)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *map(str, arguments)], cwd=ROOT, env=env, **pipes)
+    return subprocess.Popen(["launch/local.sh", str(processes), *map(str, arguments)], cwd=ROOT, env=env, **pipes)
 
 
 def workers(process) -> list[int]:
@@ -49,8 +48,8 @@ def workers(process) -> list[int]:
 def alone(tmp_path_factory):
     """The run in one process that nothing happened to."""
     path = tmp_path_factory.mktemp("alone")
-    code, _, err = finish(start(*CONFIG, f"--workdir={path}"))
-    assert code == 0, err[-3000:]
+    done = run_python("-m", "alto_jax.main", *CONFIG, f"--workdir={path}")
+    assert done.returncode == 0, done.stderr[-3000:]
     return path
 
 

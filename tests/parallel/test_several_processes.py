@@ -2,9 +2,8 @@
 
 import os
 import re
+import signal
 import socket
-import subprocess
-import sys
 import types
 
 import jax
@@ -15,8 +14,8 @@ from alto_jax.parallel import distributed, sharding
 from alto_jax.parallel.shares import BatchShare
 from alto_jax.train.progress import read_metrics
 from benchmarks import damage
-from tests.conftest import ROOT
 from tests.debug_model import write_model
+from tests.forking import SERVER
 from tests.parallel import stages_on_processes
 
 SECONDS = 900  # until a process that hangs is ended
@@ -25,30 +24,26 @@ CASES = ("stage1:1,4,1:1:bucket", "stage1_5:1,2,2", "stage2:1,1,4", "stage3:1,1,
 
 
 def run(folder, cases, processes=1, devices=1):
-    """Starts stages_on_processes.py; the processes' output goes to files."""
+    """Starts stages_on_processes.py in so many processes of a run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         joined = {"ALTO_COORDINATOR": f"127.0.0.1:{free.getsockname()[1]}", "ALTO_NUM_PROCESSES": str(processes)}
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags} | (joined if processes > 1 else {})
-    command = [sys.executable, stages_on_processes.__file__, folder, *cases]
-    started = []
-    for index in range(processes):
-        with (folder / f"log_{processes}_{index}.txt").open("w") as log:
-            own = env | {"ALTO_PROCESS_ID": str(index)} if processes > 1 else env
-            started.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT))
-    return started
+    command = [stages_on_processes.__file__, str(folder), *cases]
+    return [
+        SERVER.start(command, env | ({"ALTO_PROCESS_ID": str(index)} if processes > 1 else {}))
+        for index in range(processes)
+    ]
 
 
-def finish(folder, started):
+def finish(started):
     try:
-        codes = [process.wait(timeout=SECONDS) for process in started]
+        said = [process.communicate(SECONDS) for process in started]
     finally:
         for process in started:
-            process.kill()
-            process.wait()
-    logs = [log.read_text()[-3000:] for log in sorted(folder.glob(f"log_{len(started)}_*.txt"))]
-    assert not any(codes), logs
+            process.send_signal(signal.SIGKILL)
+    assert not any(process.returncode for process in started), [(out + err)[-3000:] for out, err in said]
 
 
 def test_every_stage_learns_what_one_process_learns(tmp_path):
@@ -56,8 +51,8 @@ def test_every_stage_learns_what_one_process_learns(tmp_path):
     write_model(tmp_path / "start", stages_on_processes.config_of("stage2", (1, 1, 1), ""))
     alone = run(tmp_path, [f"{stage}:1,1,1" for stage in stages_on_processes.STAGES])
     together = run(tmp_path, CASES, processes=2, devices=2)
-    finish(tmp_path, together)
-    finish(tmp_path, alone)
+    finish(together)
+    finish(alone)
     for case in CASES:
         stage = case.partition(":")[0]
         expected, found = read_metrics(tmp_path / f"{stage}:1,1,1"), read_metrics(tmp_path / case)
