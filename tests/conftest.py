@@ -21,13 +21,12 @@ from tests.forking import LIBRARIES, ROOT, SERVER
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# LLVM's optimisations are left out, loops are written without MLIR, a program is not split among threads, since two
-# workers already fill two cores, and a sum is one loop, not a tree of them.
+# LLVM's optimisations are left out, loops are written without MLIR, and a program is not split among threads,
+# since two workers already fill two cores.
 QUICK_TO_COMPILE = (
     "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
-    "--xla_disable_hlo_passes=tree_reduction_rewriter",
 )
 
 # What takes longest comes first, in this order, so that two workers end together.

@@ -105,14 +105,15 @@ def checksums(tree: Any) -> dict[str, int]:
     """Sum of the bits of every array, read as integers, modulo 2^32; the same on every mesh.
 
     Args:
-      tree: arrays of any type, on the devices; all processes must call this together.
+      tree: arrays of any type, on the devices or in this machine's memory; all processes must call this together.
 
     Returns:
       {"a/b/c": sum}.
     """
     leaves = flat(tree)
-    is_here = lambda leaf: leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.devices())
-    if all(is_here(leaf) for leaf in leaves.values()):
+    is_numpy = lambda leaf: isinstance(leaf, np.ndarray | np.generic)
+    is_in_memory = lambda leaf: leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.devices())
+    if all(is_numpy(leaf) or is_in_memory(leaf) for leaf in leaves.values()):
         sums = [_sum_here(leaf) for leaf in leaves.values()]
     else:
         sums = jax.device_get(_sums(list(leaves.values())))

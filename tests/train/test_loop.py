@@ -24,7 +24,9 @@ def arrays(run: pathlib.Path, step: int) -> dict[str, np.ndarray]:
     folder, tree = run / "checkpoints" / str(step), {}
     with ocp.PyTreeCheckpointer() as checkpointer:
         for place in checkpoint_arrays.places(folder, runs.read_meta(folder)).values():
-            tree |= checkpointer.restore(place)
+            # Note: as NumPy's, since what another number of processes saved has no devices here.
+            whole = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), checkpoint_arrays.array_structure(place))
+            tree |= checkpointer.restore(place, restore_args=whole)
     return {jax.tree_util.keystr(path): np.asarray(v) for path, v in jax.tree_util.tree_leaves_with_path(tree)}
 
 
