@@ -25,7 +25,17 @@ LIBRARIES = (
 )  # fmt: skip
 
 # What the libraries read as late as a command does; with another difference a command gets a new interpreter.
-_LATE = ("XLA_FLAGS", "PYTEST_CURRENT_TEST", "ALTO_", "AWS_", "GRADIO_", "HF_", "TPU_", "ALLOW_MULTIPLE_LIBTPU_LOAD")
+_LATE = (
+    "XLA_",
+    "CRC32C_",
+    "PYTEST_CURRENT_TEST",
+    "ALTO_",
+    "AWS_",
+    "GRADIO_",
+    "HF_",
+    "TPU_",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD",
+)
 
 
 class Server:
