@@ -29,7 +29,7 @@ def get_config(size=None):
 
 def tour():
     """Two short runs of stage 3 from alto-tiny, which differ in the length penalty alone."""
-    config = ml_collections.ConfigDict({"checkpoint": "alto-tiny", "num_scenes": 48, "kinds": ("box", "boxes")})
+    config = ml_collections.ConfigDict({"checkpoint": "alto-tiny", "num_scenes": 40, "kinds": ("box", "boxes")})
     config.stages = ("low_penalty", "high_penalty")
     for name, weight in zip(config.stages, (1e-3, 1e-2)):
         stage = stage3.get_config("small")

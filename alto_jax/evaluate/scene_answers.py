@@ -12,7 +12,7 @@ request, chosen on training scenes), and what the mask tokenizer makes of the tr
 tokenizer's resolution.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
@@ -292,15 +292,16 @@ def evaluate_scenes(
     num_scenes: int = 256,
     *,
     beside: loading.LoadedModel | None = None,
+    constants: Mapping[str, tuple[np.ndarray, int]] | None = None,
     **options: Any,
 ) -> dict[str, dict[str, float]]:
     """`summarize` of each kind of requests, and `compare` with the answers of another model, `beside`; options as of
-    `SceneEvaluation`."""
+    `SceneEvaluation`. `constants`: the best constant answers, if they have been found before."""
     evaluation, other = (None if m is None else SceneEvaluation(m, **options) for m in (model, beside))
     assert evaluation is not None
     rows = {}
     for kind in kinds:
-        constant = evaluation.best_constant(kind, num_scenes)
+        constant = constants[kind] if constants else evaluation.best_constant(kind, num_scenes)
         samples = evaluation.run(kind, num_scenes, constant)
         found = {} if other is None else compare(samples, other.run(kind, num_scenes, constant))
         rows[kind] = summarize(samples) | found
