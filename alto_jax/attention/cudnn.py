@@ -13,14 +13,20 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
+def capability(device: Any) -> tuple[int, ...] | None:
+    """The compute capability of an NVIDIA GPU, (9, 0); None: another device."""
+    said = str(getattr(device, "compute_capability", ""))
+    # Note: AMD's devices are JAX's "gpu" too, and say "gfx90a".
+    return tuple(map(int, said.split("."))) if re.fullmatch(r"\d+\.\d+", said) else None
+
+
 def why_not(q: Any, k: Any, device: Any) -> str:
     """What of cuDNN's conditions does not hold for q [B, T, N, Hd] and k [B, S, K, Hd]; "" if all do."""
-    said = str(getattr(device, "compute_capability", ""))
-    if not re.fullmatch(r"\d+\.\d+", said):  # Note: AMD's devices are JAX's "gpu" too, and say "gfx90a".
+    said, found = getattr(device, "compute_capability", ""), capability(device)
+    if found is None:
         return f"cuDNN's kernel wants an NVIDIA GPU, this device calls its capability {said!r}"
-    capability = tuple(map(int, said.split(".")))
-    widest = 256 if capability >= (9, 0) else 128
-    if capability < (8, 0):
+    widest = 256 if found >= (9, 0) else 128
+    if found < (8, 0):
         return f"cuDNN's kernel wants compute capability 8.0, this device has {said}"
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
         return f"cuDNN's kernel wants bfloat16 or float16, got {q.dtype} and {k.dtype}"

@@ -9,12 +9,12 @@ the caller gives as the plain form of the same attention.
 
 from collections.abc import Callable
 import functools
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from alto_jax.attention import cudnn
 from alto_jax.parallel.sharding import activation_spec, traced_device
 
 Array = jax.Array
@@ -31,11 +31,11 @@ def why_not(dtype: Any, side: int, window: int, head_dim: int) -> str:
       head_dim: Hd.
     """
     device = traced_device()
-    said = str(getattr(device, "compute_capability", ""))
-    if device.platform not in ("gpu", "cuda") or not re.fullmatch(r"\d+\.\d+", said):
+    capability = cudnn.capability(device)
+    if capability is None:
         return f"these kernels want an NVIDIA GPU, not the platform {device.platform!r}"
-    if tuple(map(int, said.split("."))) < (8, 0):
-        return f"these kernels want compute capability 8.0, this device has {said}"
+    if capability < (8, 0):
+        return f"these kernels want compute capability 8.0, this device has {device.compute_capability}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"these kernels want bfloat16 or float16, got {dtype}"
     if head_dim not in (32, 64, 128):
