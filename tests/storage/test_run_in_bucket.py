@@ -27,6 +27,12 @@ from tests.train.test_reliability import assert_same_end
 HAS_S3 = importlib.util.find_spec("s3fs") and importlib.util.find_spec("moto")
 
 
+def forget(scheme: str):
+    """File systems that were made for another service: fsspec keeps one for all whose arguments are equal."""
+    fsspec.get_filesystem_class(scheme).clear_instance_cache()
+    bucket._file_system.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def s3():
     """A service that speaks as S3 does, on this machine; one bucket."""
@@ -42,8 +48,8 @@ def s3():
         host, port = server.get_host_and_port()
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        bucket._file_system.cache_clear()
-        bucket._file_system("s3").mkdir("alto")
+        forget("s3")
+        bucket._file_system("s3").makedirs("alto", exist_ok=True)  # kept as long as this process
         yield "s3://alto"
         server.stop()
 
@@ -63,7 +69,7 @@ def gs():
         patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
         started = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="alto")
         started.start()
-        bucket._file_system.cache_clear()
+        forget("gs")
         yield "gs://alto"
         started.stop()
 
