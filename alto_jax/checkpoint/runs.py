@@ -76,7 +76,10 @@ class Checkpointer:
             create=False,
             enable_async_checkpointing=True,
             multiprocessing_options=arrays.alone() if is_apart else arrays.processes(),
-            async_options=ocp.options.AsyncOptions(timeout_secs=int(os.environ.get("ALTO_SAVE_TIMEOUT", "1200"))),
+            # Note: folders are made before arrays are written: a writer waits 300 s for one that cannot be made.
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=int(os.environ.get("ALTO_SAVE_TIMEOUT", "1200")), create_directories_asynchronously=False
+            ),
         )
         self._manager = ocp.CheckpointManager(epath.Path(self._folder), options=options)
 
@@ -107,6 +110,7 @@ class Checkpointer:
             self._wait()
             if self._latest_saved() == step:
                 return
+            self._require_folder()
             self._metrics[step] = metric
             described = meta | {"metric": metric, "checksums": checksums(parts)}
             described |= {"position": json_digest(data_iterator.get_state())}
@@ -205,6 +209,11 @@ class Checkpointer:
         """Waits until saves under way are complete; raises OSError as `save` does."""
         with self._told_failures():
             self._wait()
+
+    def _require_folder(self) -> None:
+        """Raises OSError where a mount is gone; else Orbax would make the folders anew, on what lies below it."""
+        if not self._folder.is_dir():
+            raise FileNotFoundError(f"the folder is gone (a lost mount?): {self._folder}")
 
     def _wait(self) -> None:
         if self._writes:

@@ -1,5 +1,7 @@
 """Save, restore, init-from: bits and data position come back, what does not fit is named."""
 
+import time
+
 import grain
 import jax
 import jax.numpy as jnp
@@ -161,3 +163,28 @@ def test_checksums_are_the_same_where_they_are_made():
     tree["float32"] = tree["float32"].at[1, 2].multiply(1 + 2**-23)
     changed = agreement.checksums(tree)
     assert [name for name in tree if changed[name] != found[name]] == ["float32"]
+
+
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_a_lost_mount_is_told_at_once(tmp_path, monkeypatch, is_seen):
+    """Of the save that it meets, also in the middle; older ones are there, later ones succeed. Orbax waits 300 s."""
+    (tmp_path / "disk").mkdir()
+    mount = tmp_path / "mount"
+    mount.symlink_to("disk")
+    state, data, save = make_state(1.0), make_iterator(), runs.Checkpointer(mount / "run")
+    save.save(1, state, data, {})
+    save.wait()
+    mount.unlink()
+    if not is_seen:  # where it stands at the moment that Orbax writes, but not before
+        mount.symlink_to("nowhere")
+        monkeypatch.setattr(runs.Checkpointer, "_require_folder", lambda self: None)
+    began = time.monotonic()
+    with pytest.raises(OSError, match="a checkpoint could not be written"):
+        save.save(2, state, data, {})
+        save.wait()
+    assert time.monotonic() - began < 60 and not (mount / "run").exists()
+    mount.unlink(missing_ok=True)
+    mount.symlink_to("disk")
+    save.save(3, state, data, {})
+    save.close()
+    assert runs.complete_steps(mount / "run") == [1, 3]
