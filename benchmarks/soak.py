@@ -16,6 +16,7 @@ save, evaluate):
 Whenever the processes have ended, the same command is given again. Compared at the end: every array of the last
 checkpoint, bit for bit, the position in the data, metrics.jsonl, and the wall clock of the run's own account (goodput);
 of stage 3 prompts.jsonl too, which must hold every prompt of each epoch exactly once.
+A run whose only checkpoint was damaged refuses, and says how it can begin anew; that is then done, and counted.
 What ends by itself must say why in one line; what does not end within `--timeout` seconds counts as hung. With --folder
 DIR the command goes on where it was stopped.
 """
@@ -69,7 +70,8 @@ class Fault:
     """One fault: kind and phase, and what followed.
 
     after: "went on" (nothing ended), or exit code and last line of every process that ended. seconds: from the fault
-    until all had ended, or until the next checkpoint. clear: each that ended by itself said why. hung: they did not.
+    until all had ended, or until the next checkpoint. clear: each that ended by itself said why (but by a signal that
+    came before Python could take it). hung: they did not. anew: the run had to be begun anew, as it said.
     """
 
     kind: str
@@ -78,6 +80,7 @@ class Fault:
     seconds: float = 0.0
     clear: bool = True
     hung: bool = False
+    anew: bool = False
 
 
 class Run:
@@ -128,7 +131,8 @@ class Run:
             last, code = (lines or [""])[-1], process.returncode
             if index not in killed:
                 said = any(mark in line for line in lines[-40:] for mark in SAYS_WHY)
-                fault.clear &= code in (0, 75) or (said and code != 1)  # 1: a traceback of the main thread
+                is_signal = fault.kind == "terminate" and fault.phase == "start" and code == -signal.SIGTERM
+                fault.clear &= code in (0, 75) or is_signal or (said and code != 1)  # 1: a traceback of the main thread
                 fault.after.append(f"{code}: {last[:240]}")
 
     def meet(self, processes: reliability.Processes, fault: Fault, rng: random.Random) -> bool:
@@ -228,6 +232,10 @@ def disturb(folder: pathlib.Path, place: tuple, faults: int, seed: str, timeout:
         last = Fault("none", "")
         run.end_of(processes, last, set())
         if last.hung or any(p.returncode not in (0, 75) for p in processes.all):
+            if met and not last.hung and all("the run begins anew" in line for line in last.after):
+                met[-1].anew = True
+                (run.workdir / "checkpoints").rename(run.workdir / f"unreadable_{run.starts}")
+                continue
             failures += 1
             refused = "; ".join(last.after)
             print(f"  {stage} {number} {mesh} ended by itself, hung: {last.hung}: {refused}", flush=True)
@@ -253,6 +261,7 @@ def account(results: list[dict]) -> list[str]:
         "ended with a line",
         "longest",
         "hung",
+        "begun anew",
         "runs that differ",
     )
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -262,7 +271,7 @@ def account(results: list[dict]) -> list[str]:
         numbers = [len(some), went, len(some) - went, sum(f["clear"] for _, f in some)]
         longest = max((f["seconds"] for _, f in some), default=0.0)
         differ = sum(bool(r["different"] or r["refused"]) for r, _ in some)
-        numbers += [f"{longest:.0f} s", sum(f["hung"] for _, f in some), differ]
+        numbers += [f"{longest:.0f} s", sum(f["hung"] for _, f in some), sum(f["anew"] for _, f in some), differ]
         lines.append(f"| {kind} | {' | '.join(map(str, numbers))} |")
     head = (
         "stage",

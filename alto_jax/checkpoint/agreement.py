@@ -30,6 +30,10 @@ class Mismatch(ValueError):
     """The checkpoint is sound but not what was asked for; an older one would not be either."""
 
 
+class Unreadable(ValueError):
+    """Of no step there is can a checkpoint be read; in all processes alike."""
+
+
 class FrozenDamaged(Mismatch):
     """The frozen parameters, of which there is one copy for all steps of a run, cannot be read; in all processes alike.
 
@@ -161,7 +165,7 @@ def newest_in_parts(
 
     Raises:
       ConfigError: there is no such step; names those that there are.
-      ValueError: none can be read.
+      Unreadable: none can be read.
     """
     steps, first = known_steps(directory)[::-1], None
     if step is not None:
@@ -191,7 +195,7 @@ def newest_in_parts(
                 f"warning: {directory}: the checkpoint of step {step} cannot be read ({why});"
                 f" going back to step {older[0]}"
             )
-    raise ValueError(f"{directory}: no checkpoint can be read ({first or 'there is none'})")
+    raise Unreadable(f"{directory}: no checkpoint can be read ({first or 'there is none'})")
 
 
 def _attempt(read: Callable[[pathlib.Path], Found], folder: pathlib.Path) -> tuple[Found | None, Exception | None]:

@@ -29,6 +29,7 @@ from alto_jax.checkpoint.agreement import (
     Found,
     FrozenDamaged,
     Mismatch,
+    Unreadable,
     checksums,
     complete_steps,
     flat,
@@ -160,7 +161,7 @@ class Checkpointer:
 
         Raises:
           FrozenDamaged: the frozen parameters cannot be read, or those given are others.
-          ValueError: no step can be read.
+          Unreadable: no step can be read; says how the run can begin anew.
         """
         wanted = _without_empty(abstract)
         if frozen is not None:
@@ -172,7 +173,10 @@ class Checkpointer:
                 raise ValueError(f"{folder / 'data'}: the position in the data is not what was saved")
             return dataclasses.replace(arrays.read(folder, meta, wanted), plain=[position, meta.get("frozen", "")])
 
-        found, step = newest_readable(self.directory, read)
+        try:
+            found, step = newest_readable(self.directory, read)
+        except Unreadable as error:
+            raise Unreadable(f"{error}; with {self._folder} moved away the run begins anew") from error
         position, name = found.plain
         if frozen is not None:
             self._replace_frozen(name, frozen)

@@ -124,6 +124,29 @@ def test_damaged_newest_checkpoint_for_readers(undisturbed, tmp_path, capfd):
     assert not (run / "broken_checkpoints").exists()
 
 
+def test_the_only_checkpoint_damaged(undisturbed, tmp_path, use, monkeypatch):
+    """The run says so and does nothing; without the checkpoint, as it says, it begins anew, to the same bits."""
+    run = tmp_path / "run"
+
+    def stop(means):
+        if len(runs.complete_steps(run)) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    use(fake_stage.replace(fake_stage.stage(), check=stop))
+    with pytest.raises(Stopped):
+        loop.train(fake_stage.config(), run)
+    use(fake_stage.stage())
+    for step in runs.complete_steps(run):
+        damage(run / "checkpoints" / str(step), "array data cut")
+    with pytest.raises(
+        ValueError, match=r"no checkpoint can be read .*; with \S*/run/checkpoints moved away the run begi"
+    ):
+        loop.train(fake_stage.config(), run)
+    (run / "checkpoints").rename(run / "unreadable")
+    loop.train(fake_stage.config(), run)
+    assert_same_end(run, undisturbed)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_resumes(number, undisturbed, tmp_path, use):
     run, logged, before = tmp_path / "run", [], signal.getsignal(number)
