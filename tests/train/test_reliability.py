@@ -139,7 +139,7 @@ def test_the_only_checkpoint_damaged(undisturbed, tmp_path, use, monkeypatch):
     for step in runs.complete_steps(run):
         damage(run / "checkpoints" / str(step), "array data cut")
     with pytest.raises(
-        ValueError, match=r"no checkpoint can be read .*; with \S*/run/checkpoints moved away the run begi"
+        ValueError, match=r"no checkpoint can be read .*; with \S*/run/checkpoints moved away the run begins"
     ):
         loop.train(fake_stage.config(), run)
     (run / "checkpoints").rename(run / "unreadable")
