@@ -241,11 +241,16 @@ def disturb(folder: pathlib.Path, place: tuple, faults: int, seed: str, timeout:
             print(f"  {stage} {number} {mesh} ended by itself, hung: {last.hung}: {refused}", flush=True)
             if last.hung or failures > 2:
                 break
-    ended = time.time()
     result = {"stage": stage, "processes": number, "mesh": mesh}
     result |= {"faults": [dataclasses.asdict(fault) for fault in met]}
-    result |= {"starts": run.starts, "refused": refused if not run.is_done() else "", "seconds": ended - run.began}
+    result |= {
+        "starts": run.starts,
+        "refused": refused if not run.is_done() else "",
+        "seconds": time.time() - run.began,
+    }
     if run.is_done():
+        # Note: the account ends with the result, which a process writes before it ends.
+        result["seconds"] = (run.workdir / "result.json").stat().st_mtime - run.began
         result["goodput"] = json.loads((run.workdir / "result.json").read_text())["goodput"]
     return result
 

@@ -13,6 +13,8 @@ since the first start (`summary`), which add up to the wall clock:
   lost      work after the checkpoint that a later start went on from, which was therefore done again
   down      from the last line of a start that did not reach its end to the next start: in a queue, or killed before
             the next line (one comes with every save, and at least every NOTE_SECONDS or update)
+
+From one start to the next goes the machine's own clock, which nobody sets, or the wall's where the machine is another.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -48,13 +50,23 @@ def process_age() -> float:
         return 0.0
 
 
+def since_boot() -> tuple[str, float]:
+    """A name of this machine since it was last switched on, and the seconds since then; ("", 0.0): not known."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return boot, time.clock_gettime(time.CLOCK_BOOTTIME)
+    except (OSError, AttributeError):
+        return "", 0.0
+
+
 @dataclasses.dataclass
 class Start:
     """What one start of a run has left in its account.
 
     began: Unix time. newest: step of the newest checkpoint that it found (0: none). config: a hash of its
     configuration. went_on: step that it went on from (None: it did not come so far). marks: (updates done, seconds of
-    each part so far). end: how it ended by itself ("done", "stopped", "error"), "" if it did not.
+    each part so far). end: how it ended by itself ("done", "stopped", "error"), "" if it did not. boot, uptime: when it
+    began, as `since_boot` has it.
     """
 
     began: float
@@ -63,11 +75,19 @@ class Start:
     went_on: int | None = None
     marks: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
     end: str = ""
+    boot: str = ""
+    uptime: float = 0.0
 
     @property
     def spent(self) -> dict[str, float]:
         """Seconds of each part at the last mark."""
         return self.marks[-1][1] if self.marks else {}
+
+    def until(self, later: "Start") -> float:
+        """Seconds from this start to a later one."""
+        if self.boot and self.boot == later.boot:
+            return later.uptime - self.uptime
+        return later.began - self.began
 
 
 def read_starts(directory: pathlib.Path) -> list[Start]:
@@ -78,7 +98,8 @@ def read_starts(directory: pathlib.Path) -> list[Start]:
         try:
             record = json.loads(line)
             if "start" in record:
-                starts.append(Start(record["start"], record["newest"], record["config"]))
+                clock = {name: record[name] for name in ("boot", "uptime") if name in record}
+                starts.append(Start(record["start"], record["newest"], record["config"], **clock))
             elif starts:
                 starts[-1].went_on = record.get("went_on", starts[-1].went_on)
                 starts[-1].end = record.get("end", starts[-1].end)
@@ -89,8 +110,8 @@ def read_starts(directory: pathlib.Path) -> list[Start]:
     return starts
 
 
-def total(starts: Iterable[Start], until: float | None = None) -> dict[str, float]:
-    """Seconds of each of PARTS over several starts, in order; until: Unix time at which the next start began."""
+def total(starts: Iterable[Start]) -> dict[str, float]:
+    """Seconds of each of PARTS over several starts, in order."""
     starts = list(starts)
     found = dict.fromkeys(PARTS, 0.0)
     for index, start in enumerate(starts):
@@ -102,9 +123,8 @@ def total(starts: Iterable[Start], until: float | None = None) -> dict[str, floa
             stays = kept.get(part, 0.0) if later and part in _WORK else seconds
             found[part] += stays
             found["lost"] += seconds - stays
-        following = starts[index + 1].began if index + 1 < len(starts) else until
-        if following is not None and start.end != "done":
-            found["down"] += max(following - start.began - sum(start.spent.values()), 0.0)
+        if index + 1 < len(starts) and start.end != "done":
+            found["down"] += max(start.until(starts[index + 1]) - sum(start.spent.values()), 0.0)
     return found
 
 
@@ -152,6 +172,7 @@ class Account:
         age: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        uptime: Callable[[], tuple[str, float]] = since_boot,
     ):
         """Begins with the part "start".
 
@@ -160,19 +181,21 @@ class Account:
           config: of the run; must be given with a directory.
           newest: step of the newest checkpoint that the start has found (0: none).
           age: seconds since the process started.
-          clock: never goes back. wall: Unix time.
+          clock: never goes back. wall: Unix time. uptime: see `since_boot`.
         """
         self.seconds = dict.fromkeys((*PARTS[:-2], DEVICE), 0.0) | {"start": age}
         self._clock, self._part, self._since = clock, "start", clock()
         self._noted, self._step, self._file = self._since, 0, None
         self._before: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._starts: list[Start] = []
-        self._began = wall() - age
+        boot, seconds = uptime()
+        self._now = Start(wall() - age, newest, "", boot=boot, uptime=seconds - age)
         if directory is not None:
             assert config is not None
             self._starts = read_starts(directory)
             self._file = (directory / FILE).open("ab", buffering=0)
-            self._say({"start": self._began, "newest": newest, "config": _digest(config)})
+            known = {"boot": boot, "uptime": round(self._now.uptime, 3)} if boot else {}
+            self._say({"start": self._now.began, "newest": newest, "config": _digest(config)} | known)
 
     def _say(self, record: dict[str, Any]) -> None:
         if self._file is not None:
@@ -214,8 +237,7 @@ class Account:
     def go_on_from(self, step: int) -> None:
         """The state is there, of so many updates: what earlier starts did after it is lost."""
         self._say({"went_on": step})
-        now = Start(self._began, 0, "", went_on=step)
-        self._before = total([*self._starts, now])
+        self._before = total([*self._starts, dataclasses.replace(self._now, went_on=step)])
         self.note(step)
 
     def note(self, step: int) -> None:

@@ -35,9 +35,10 @@ class Clock:
     time = monotonic
 
 
-def account(path, clock, newest=0, config=None, age=0.0):
+def account(path, clock, newest=0, config=None, age=0.0, machine=""):
     config = config or fake_stage.config()
-    return goodput.Account(path, config, newest, age=age, clock=clock.monotonic, wall=clock.time)
+    options = {"clock": clock.monotonic, "wall": clock.time, "uptime": lambda: (machine, clock.monotonic())}
+    return goodput.Account(path, config, newest, age=age, **options)
 
 
 def spend(account, clock, **parts):
@@ -94,12 +95,28 @@ def test_parts_add_up_over_a_kill(tmp_path):
     assert fourth.summary()["wall_seconds"] == clock.now - 998 - 500
 
 
+@pytest.mark.parametrize(("machines", "down"), [(("a", "a"), 5), (("a", "b"), 86405), (("", ""), 86405)])
+def test_a_wall_clock_that_is_set(tmp_path, machines, down):
+    """Between starts on one machine its own clock goes; only from one machine to another the wall's, which may jump."""
+    clock = Clock()
+    first = account(tmp_path, clock, machine=machines[0])
+    first.go_on_from(0)
+    uptime = clock.now + 5
+    clock.now += 5 + 86400
+    second = goodput.Account(tmp_path, fake_stage.config(), clock=clock.monotonic, wall=clock.time,
+                             uptime=lambda: (machines[1], uptime))  # fmt: skip
+    second.go_on_from(0)
+    assert second.summary()["seconds"]["down"] == pytest.approx(down)
+
+
 def test_account_of_a_run_that_was_killed(tmp_path, monkeypatch, capfd):
     """One clock for all: whatever the loop does is in one part, and nothing is counted twice or left out."""
     clock, steps = Clock(tick=0.001), []
     monkeypatch.setattr(goodput, "NOTE_SECONDS", 2.0)
     monkeypatch.setattr(
-        goodput.Account.__init__, "__kwdefaults__", {"age": 0.0, "clock": clock.monotonic, "wall": clock.time}
+        goodput.Account.__init__,
+        "__kwdefaults__",
+        {"age": 0.0, "clock": clock.monotonic, "wall": clock.time, "uptime": lambda: ("a", clock.monotonic())},
     )
     save = runs.Checkpointer.save
 
