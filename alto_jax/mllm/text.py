@@ -14,6 +14,7 @@ from pathlib import Path
 import re
 from typing import Any
 
+from alto_jax.config import write_whole
 from alto_jax.mllm import literals
 from alto_jax.mllm.image_text import IMAGE as IMAGE
 from alto_jax.mllm.image_text import IMG as IMG
@@ -254,11 +255,11 @@ class TextTokenizer:
         return cls(tokenizer, "built-in tokenizer")
 
     def save(self, directory: str | Path) -> Path:
-        """Writes `directory/tokenizer.json` and returns its path."""
+        """Writes `directory/tokenizer.json`, whole or not at all (OSError), and returns its path."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         file = directory / "tokenizer.json"
-        self._tokenizer.save(str(file), pretty=False)
+        write_whole(file, self._tokenizer.to_str(pretty=False))
         return file
 
     def encode(self, text: str) -> list[int]:

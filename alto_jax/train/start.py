@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from alto_jax import cli
 from alto_jax.checkpoint import loading, runs
-from alto_jax.config import ConfigError
+from alto_jax.config import ConfigError, write_whole
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.lora import adapters
 from alto_jax.parallel import sharding
@@ -208,4 +208,4 @@ def write_overview(file: pathlib.Path, state: TrainState) -> None:
         for name, tree in parts
         if tree
     )
-    file.write_text(text + "\n")
+    write_whole(file, text + "\n")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 import pickle
+import resource
 import subprocess
 import sys
 
@@ -143,6 +144,20 @@ def test_builtin_tokenizer_round_trip(builtin, tmp_path):
         assert other.ids == ids and other.encode(sample) == builtin.encode(sample)
     again = text.TextTokenizer.train_builtin(["the red apple on the left", "all frogs"] * 20, 400, 64)
     assert again.encode(sample) == builtin.encode(sample)
+
+
+def test_a_full_disk_leaves_the_file_of_before(builtin, tmp_path):
+    """A run writes it at every start; half a file would end all later ones."""
+    before = builtin.save(tmp_path).read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            builtin.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert (tmp_path / "tokenizer.json").read_bytes() == before
 
 
 def test_missing_tokens_are_named_or_appended(internlm2, internlm2_file, tmp_path):
