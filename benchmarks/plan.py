@@ -45,7 +45,7 @@ SHORT = """
 Compiled rows take 1.1 to 2.3 times the memory of their estimates, all but that of two slices being from before
 attention had the TPU's kernel, with which the estimates count: better compile than rely on an estimated one.
 
-In short (as in docs/cluster.md): GiB a device and milliseconds a step; ~ is an estimate, without it the compiler has spoken.
+In short (docs/cluster.md): GiB a device and milliseconds a step; ~ is an estimate, without it the compiler has spoken.
 
 """
 
