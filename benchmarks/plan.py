@@ -31,7 +31,7 @@ TOPOLOGIES = (
 GIB = 2**30
 HEAD = """# What fits where, and how fast it could be
 
-2026-11-26, planned on 2 CPU cores without any of these machines: `python benchmarks/plan.py` (`--compile` asks the TPU
+2026-11-27, planned on 2 CPU cores without any of these machines: `python benchmarks/plan.py` (`--compile` asks the TPU
 compiler). `GiB, compiler` is the most that a program of the step needs on a device as the TPU compiler lays it out.
 Rows without it, and all of H100-80G, are **estimates from shapes** (state exact, activations counted roughly).
 `v5p:2x2x4*2` is two slices with the data centre's network between them (6.25 GB/s a chip), `h100-80g:8*2` two machines
@@ -42,7 +42,7 @@ A batch is of images, in stage 3 of prompts with 12 answers each; a stage-3 step
 
 """
 SHORT = """
-Compiled rows take 1.1 to 2.3 times the memory of their estimates, all but that of two slices being from before
+Compiled rows take 1.2 to 3.2 times the memory of their estimates, all but that of two slices being from before
 attention had the TPU's kernel, with which the estimates count: better compile than rely on an estimated one.
 
 In short (docs/cluster.md): GiB a device and milliseconds a step; ~ is an estimate, without it the compiler has spoken.
