@@ -2,9 +2,10 @@
 Pallas (Triton, NVIDIA GPUs), over windows and over the whole square.
 
 The score of query (y, x) and key (y', x') is scale * q · k + by_row[y'] + by_column[x'], the last two rows of the
-query's own. Neither the scores nor windows, with their padding, are ever written to memory. Biases cost nothing: that
-of the keys adds the same to all scores of a query, that of the values is added to their mean. Gradients go through what
-the caller gives as the plain form of the same attention.
+query's own. Within windows these are looked up in the query's products with all relative positions. Neither the scores
+nor windows, with their padding, are ever written to memory. Biases cost nothing: that of the keys adds the same to all
+scores of a query, that of the values is added to their mean. Gradients go through what the caller gives as the plain
+form of the same attention.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from alto_jax.attention import cudnn
 from alto_jax.parallel.sharding import activation_spec, traced_device
@@ -49,12 +51,11 @@ def why_not(dtype: Any, side: int, window: int, head_dim: int) -> str:
 def attention(
     qkv: Array,
     bias: Array,
-    by_row: Array,
-    by_column: Array,
+    relative: tuple[Array, ...],
     *,
     window: int,
     scale: float,
-    plain: Callable[[Array, Array, Array, Array], Array],
+    plain: Callable[..., Array],
     interpret: bool = False,
 ) -> Array:
     """Attention within windows, or over the whole square.
@@ -63,11 +64,11 @@ def attention(
       qkv: [B, H, W, 3, N, Hd], queries, keys and values without their biases.
       bias: [3, N, Hd]; also the keys and values of what fills up windows at the lower and the right edge, which takes
         part.
-      by_row, by_column: [B, H, W, N, K], what a query's score has more for each row and column of its window (of the
-        square), K of them.
+      relative: (by_row, by_column) [B, H, W, N, K], what a query's score has more for each row and column of the
+        square, K of them; with windows (products,) [B, H, W, N, C], of which `looked_up` takes them.
       window: positions along a side of a window; 0: no windows, H == W == K.
       scale: of the products of queries and keys.
-      plain: the same attention of the same four arrays, for gradients.
+      plain: the same attention as a function of qkv, bias and the arrays of `relative`, for gradients.
       interpret: run the kernel's program without a GPU, slowly.
 
     Returns:
@@ -78,18 +79,45 @@ def attention(
     if not mesh.empty and mesh.size > 1:
         # Note: the compiler cannot split a kernel; each device computes its rows and heads.
         spec = functools.partial(activation_spec, mesh=mesh)
-        rows = spec(by_row.shape, ("batch", None, None, "heads", None))
+        rows = spec(relative[0].shape, ("batch", None, None, "heads", None))
         whole = spec(qkv.shape, ("batch", None, None, None, "heads", None))
-        specs = (whole, spec(bias.shape, (None, "heads", None)), rows, rows)
+        specs = (whole, spec(bias.shape, (None, "heads", None)), *(rows for _ in relative))
         one = jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
     fused = jax.custom_vjp(one)
     fused.defvjp(lambda *given: (one(*given), given), lambda given, cotangent: jax.vjp(plain, *given)[1](cotangent))
-    return fused(qkv, bias, by_row, by_column)
+    return fused(qkv, bias, *relative)
 
 
-def _forward(
-    qkv: Array, bias: Array, by_row: Array, by_column: Array, *, window: int, scale: float, interpret: bool
-) -> Array:
+def looked_up(products: Array, window: int) -> tuple[Array, Array]:
+    """(by_row, by_column) [B, H, W, N, K]: what a query's score has more for the K = `window` rows and columns of its
+    window.
+
+    Args:
+      products: [B, H, W, N, C] of a query and the relative positions -(K-1) .. K-1 of rows, and then of columns.
+      window: K.
+    """
+    keys = np.arange(window)
+
+    def along(axis: int, first: int) -> Array:
+        """What position 0.. along `axis` takes for each key, out of the products from `first`."""
+        queries = np.arange(products.shape[axis])[:, None] % window
+        index = (first + queries - keys + window - 1).reshape([-1 if i == axis else 1 for i in range(4)] + [window])
+        return jnp.take_along_axis(products, jnp.broadcast_to(index, (*products.shape[:4], window)), axis=-1)
+
+    return along(1, 0), along(2, 2 * window - 1)
+
+
+def _blocks(count: int) -> list[tuple[int, int]]:
+    """(first, number) of blocks that hold `count` keys: a kernel's matrix products take powers of two from 16 on."""
+    blocks, first = [], 0
+    while first < count:
+        size = max(1 << ((count - first).bit_length() - 1), 16)
+        blocks.append((first, size))
+        first += size
+    return blocks
+
+
+def _forward(qkv: Array, bias: Array, *relative: Array, window: int, scale: float, interpret: bool) -> Array:
     from jax.experimental import pallas as pl  # late: Pallas takes as long to import as the rest of the model
     from jax.experimental.pallas import triton  # late: as above
 
@@ -102,13 +130,10 @@ def _forward(
         "scale": scale,
     }
     if window:
-        side = 16
-        more = ((0, 0),) * 4 + ((0, side - by_row.shape[-1]),)
-        by_row, by_column = jnp.pad(by_row, more), jnp.pad(by_column, more)
         down, right = -(-height // window), -(-width // window)
-        kernel = functools.partial(_windows, pl=pl, load=triton.load, store=triton.store, window=window, side=side,
+        kernel = functools.partial(_windows, pl=pl, load=triton.load, store=triton.store, window=window,
                                    down=down, right=right, **sizes)  # fmt: skip
-        tiles = -(-window * side // _QUERIES)
+        tiles = -(-(window**2) // _QUERIES)
         grid, stages = (tiles, num_heads, batch * down * right), 2
     else:
         kernel = functools.partial(_whole, pl=pl, load=triton.load, store=triton.store, **sizes)
@@ -124,17 +149,16 @@ def _forward(
     )(
         flat(qkv, 3 * num_heads * head_dim),
         bias.reshape(-1),
-        flat(by_row, num_heads * by_row.shape[-1]),
-        flat(by_column, num_heads * by_column.shape[-1]),
+        *(flat(x, num_heads * x.shape[-1]) for x in relative),
     )
     return out.reshape(batch, height, width, num_heads, head_dim)
 
 
 def _windows(
-    qkv: Any, bias: Any, by_row: Any, by_column: Any, out: Any, *, pl: Any, load: Any, store: Any, window: int,
-    side: int, down: int, right: int, height: int, width: int, num_heads: int, head_dim: int, scale: float,
+    qkv: Any, bias: Any, products: Any, out: Any, *, pl: Any, load: Any, store: Any, window: int, down: int, right: int,
+    height: int, width: int, num_heads: int, head_dim: int, scale: float,
 ) -> None:  # fmt: skip
-    """Some queries of one head of one window, and all its keys. A window lies in a square of side x side places."""
+    """Some queries of one head of one window, and all its keys."""
     tile, head, which = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     sample, top = which // (down * right), which // right % down * window
     left = which % right * window
@@ -143,30 +167,41 @@ def _windows(
         """Of `count` places from `first`: row and column in the window, the position's number, whether it is a place
         of the window, and whether it is one of the image."""
         number = first + jnp.arange(count)
-        y, x = number // side, number % side
-        inside = (y < window) & (x < window)
+        y, x = number // window, number % window
+        inside = y < window
         real = inside & (top + y < height) & (left + x < width)
         return y, x, (sample * height + top + y) * width + left + x, inside, real
 
     columns = jnp.arange(head_dim)
     of = lambda part: (part * num_heads + head) * head_dim + columns
-    _, _, queries, _, real_query = places(tile * _QUERIES, _QUERIES)
-    key_row, key_column, keys, inside, real_key = places(0, side * side)
+    row, column, queries, _, real_query = places(tile * _QUERIES, _QUERIES)
 
     def rows(part: int, numbers: Array, real: Array) -> Array:
         return load(qkv.at[numbers[:, None], of(part)[None]], mask=real[:, None], other=0.0)
 
+    def added(place: Array, first: int) -> Array:
+        """What the queries' scores have more for each of 16 rows or columns, of which `place` is a query's own."""
+        keys, begin = jnp.arange(16)[None], head * (products.shape[1] // num_heads) + first + window - 1
+        found = real_query[:, None] & (keys < window)
+        return load(products.at[queries[:, None], begin + place[:, None] - keys], mask=found, other=0.0)
+
     q = rows(0, queries, real_query) + load(bias.at[of(0)])[None]
-    score = _dot(q, rows(1, keys, real_key).T) * scale
-    more = (head * side + jnp.arange(side))[None]
-    for offsets, place in ((by_row, key_row), (by_column, key_column)):
-        given = load(offsets.at[queries[:, None], more], mask=real_query[:, None], other=0.0)
-        chosen = (jnp.arange(side)[:, None] == place[None]).astype(given.dtype)
-        score += _dot(given, chosen)
-    score = jnp.where(inside[None], score, _NEVER)
-    weights = jnp.exp2((score - jnp.max(score, axis=1)[:, None]) * _LOG2_E)
-    found = _dot(weights.astype(q.dtype), rows(2, keys, real_key)) / jnp.sum(weights, axis=1)[:, None]
-    found += load(bias.at[of(2)])[None]
+    by_row, by_column = added(row, 0), added(column, 2 * window - 1)
+    scores, values = [], []
+    for first, count in _blocks(window**2):
+        key_row, key_column, keys, inside, real_key = places(first, count)
+        score = _dot(q, rows(1, keys, real_key).T) * scale
+        for given, place in ((by_row, key_row), (by_column, key_column)):
+            score += _dot(given, (jnp.arange(16)[:, None] == place[None]).astype(given.dtype))
+        scores.append(score if first + count <= window**2 else jnp.where(inside[None], score, _NEVER))
+        values.append((keys, real_key))
+    highest = functools.reduce(jnp.maximum, [jnp.max(score, axis=1) for score in scores])[:, None]
+    found, total = jnp.zeros((_QUERIES, head_dim)), jnp.zeros(_QUERIES)
+    for score, (keys, real_key) in zip(scores, values):
+        weights = jnp.exp2((score - highest) * _LOG2_E)
+        total += jnp.sum(weights, axis=1)
+        found += _dot(weights.astype(q.dtype), rows(2, keys, real_key))
+    found = found / total[:, None] + load(bias.at[of(2)])[None]
     store(out.at[queries[:, None], (head * head_dim + columns)[None]], found.astype(out.dtype),
           mask=real_query[:, None])  # fmt: skip
 

@@ -156,19 +156,27 @@ class SamAttention(nn.Module):
         rel_q = qkv[..., 0, :, :] + bias[0]
         if cfg.scaled_rel_pos_query:
             rel_q = rel_q * jnp.asarray(head_dim**-0.5, dtype)
-        by_row, by_column = (
-            jnp.einsum(
-                form, rel_q, _rows_of_windows(table.astype(dtype), side, window), preferred_element_type=jnp.float32
-            )
-            for form, table, side in zip(("byxnd,yid->byxni", "byxnd,xjd->byxnj"), tables, (height, width))
-        )
-        is_flash = seam.is_flash(cfg.attention, dtype, head_dim + by_row.shape[-1] + by_column.shape[-1])
+        tables = [table.astype(dtype) for table in tables]
+        widest = head_dim + (2 * window or height + width)
+        is_flash = seam.is_flash(cfg.attention, dtype, widest)
         plain = functools.partial(_within_windows, window, self._folded if is_flash else _whole_scores)
-        if is_flash and height == width and not places.why_not(dtype, height, window, head_dim):
-            given = qkv, bias, by_row.astype(dtype), by_column.astype(dtype)
-            out = places.attention(*given, window=window, scale=head_dim**-0.5, plain=plain)
+        has_kernel = is_flash and height == width and not places.why_not(dtype, height, window, head_dim)
+        if has_kernel and window:
+            # Note: one product of matrices; those with the positions of each query alone took three times as long.
+            table = jnp.concatenate(tables)
+            table = jnp.pad(table, ((0, -len(table) % 16), (0, 0)))
+            relative = (jnp.einsum("byxnd,cd->byxnc", rel_q, table),)
+            plain = functools.partial(_from_products, window, plain)
         else:
-            out = plain(qkv, bias, by_row, by_column)
+            relative = tuple(
+                jnp.einsum(form, rel_q, _rows_of_windows(table, side, window), preferred_element_type=jnp.float32)
+                for form, table, side in zip(("byxnd,yid->byxni", "byxnd,xjd->byxnj"), tables, (height, width))
+            )
+        if has_kernel:
+            relative = tuple(a.astype(dtype) for a in relative)
+            out = places.attention(qkv, bias, relative, window=window, scale=head_dim**-0.5, plain=plain)
+        else:
+            out = plain(qkv, bias, *relative)
         return dense(dim, axis=(-2, -1), name="out")(out)
 
     def _folded(self, qkv: Array, by_row: Array, by_column: Array) -> Array:
@@ -225,6 +233,11 @@ def _within_windows(
     windows = partition_windows(qkv, window) + bias
     out = attend(windows, *(partition_windows(x, window) for x in (by_row, by_column)))
     return merge_windows(out, *qkv.shape[1:3])
+
+
+def _from_products(window: int, plain: Callable[..., Array], qkv: Array, bias: Array, products: Array) -> Array:
+    """`plain` of what the queries' products with all relative positions hold for rows and columns."""
+    return plain(qkv, bias, *places.looked_up(products, window))
 
 
 class SamBlock(nn.Module):

@@ -19,22 +19,30 @@ TOLERANCE = 2e-2 if ON_GPU else 1e-5
 def arguments(side, window, heads=2, width=32):
     rng = np.random.default_rng(side + window)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), DTYPE)
-    count = window or side
-    return (normal(2, side, side, 3, heads, width), normal(3, heads, width), normal(2, side, side, heads, count),
-            normal(2, side, side, heads, count))  # fmt: skip
+    relative = 2 * (2 * window - 1) if window else side
+    return (normal(2, side, side, 3, heads, width), normal(3, heads, width),
+            *(normal(2, side, side, heads, relative) for _ in range(1 if window else 2)))  # fmt: skip
+
+
+def plain_form(window):
+    plain = functools.partial(sam_encoder._within_windows, window, sam_encoder._whole_scores)
+    return functools.partial(sam_encoder._from_products, window, plain) if window else plain
 
 
 @pytest.mark.parametrize("side, window", [(16, 0), (20, 14), (9, 4), (16, 16)])
 def test_kernels_give_what_the_whole_scores_give(side, window):
     given = arguments(side, window)
-    plain = functools.partial(sam_encoder._within_windows, window, sam_encoder._whole_scores)
-    fused = functools.partial(places.attention, window=window, scale=32**-0.5, plain=plain, interpret=not ON_GPU)
+    plain = plain_form(window)
+
+    def fused(qkv, bias, *relative):
+        return places.attention(qkv, bias, relative, window=window, scale=32**-0.5, plain=plain, interpret=not ON_GPU)
+
     want, got = jax.jit(plain)(*given), jax.jit(fused)(*given)
     assert got.dtype == want.dtype and got.shape == (2, side, side, 2, 32)
     np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=TOLERANCE)
 
     if side == 9:
-        total = lambda form: jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(form(*a))), argnums=(0, 1, 2, 3)))(*given)
+        total = lambda form: jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(form(*a))), argnums=(0, 1, 2)))(*given)
         for one, two in zip(total(fused), total(plain)):
             np.testing.assert_allclose(one, two, atol=1e-5)
 
@@ -60,8 +68,35 @@ def test_the_kernels_want_a_gpu():
 
 @pytest.mark.parametrize("side, window", [(64, 0), (64, 14)])
 def test_the_kernels_lower_for_a_gpu(side, window):
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (
-        (1, side, side, 3, 4, 64), (3, 4, 64), *[(1, side, side, 4, window or side)] * 2)]  # fmt: skip
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        for shape in (
+            (1, side, side, 3, 4, 64),
+            (3, 4, 64),
+            *([(1, side, side, 4, 64)] if window else [(1, side, side, 4, side)] * 2),
+        )
+    ]
+    # fmt: skip
     run = functools.partial(places._forward, window=window, scale=0.125, interpret=False)
     text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("attention_of_windows" if window else "attention_of_squares") >= 1
+
+
+@pytest.mark.parametrize("window", [3, 14, 16])
+def test_products_looked_up_are_those_with_the_positions_of_each_query(window):
+    rng = np.random.default_rng(window)
+    side = 20
+    q = rng.normal(size=(1, side, side, 2, 8)).astype(np.float32)
+    tables = [rng.normal(size=(2 * window - 1, 8)).astype(np.float32) for _ in range(2)]
+    products = jnp.einsum("byxnd,cd->byxnc", q, jnp.concatenate(tables), precision="highest")
+    by_row, by_column = places.looked_up(products, window)
+    rows, columns = (sam_encoder._rows_of_windows(jnp.asarray(table), side, window) for table in tables)
+    want = jnp.einsum("byxnd,yid->byxni", q, rows, precision="highest")
+    np.testing.assert_allclose(by_row, want, atol=1e-5)
+    want = jnp.einsum("byxnd,xjd->byxnj", q, columns, precision="highest")
+    np.testing.assert_allclose(by_column, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("count, blocks", [(196, [(0, 128), (128, 64), (192, 16)]), (256, [(0, 256)]), (9, [(0, 16)])])
+def test_blocks_of_keys_are_powers_of_two_and_hold_all(count, blocks):
+    assert places._blocks(count) == blocks
