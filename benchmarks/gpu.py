@@ -18,6 +18,7 @@ they are there; a case that fails leaves a record with its error, and the others
 """
 
 import argparse
+import ast
 import contextlib
 import datetime
 import gc
@@ -256,6 +257,24 @@ def chosen_cases(text: str, quantize: str, peer: str) -> list[str]:
     ]
 
 
+def changed_fields(texts: list[str]) -> dict[str, Any]:
+    """{"a.b": value} of texts "a.b=VALUE", VALUE a Python literal or a word.
+
+    Raises:
+      ConfigError: a text without "=".
+    """
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: expected a.b=VALUE")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -264,6 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--before", action="store_true", help="XLA's attention, a token loop over stacked layers")
     parser.add_argument("--quantize", choices=("int8", "fp8"), default="", help="the language model's weights")
     parser.add_argument("--peer", choices=("transformers",), default="", help="measure the peer's same shapes as well")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="a.b=VALUE", help="fields of the stages' configurations"
+    )
     parser.add_argument("--size", choices=("8b", "debug"), default="8b")
     parser.add_argument("--budget_s", type=float, default=math.inf, metavar="N", help="what is not done then fails")
     parser.add_argument("--parallel", type=int, metavar="N", help="processes that compile at once (9; debug: 0)")
@@ -307,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         settings = {"size": options.size, "before": options.before, "quantize": options.quantize,
                     "rounds": options.rounds, "seconds": 0.0 if is_debug else 0.05,
-                    "profile": options.profile}  # fmt: skip
+                    "profile": options.profile, "changes": changed_fields(options.set)}  # fmt: skip
         if options.profile:  # Note: kernels launched together as a graph do not say where they come from.
             flags = os.environ.get("XLA_FLAGS", "")
             os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="

@@ -1,6 +1,6 @@
 """What the cases of `benchmarks/gpu.py` share: options, random arrays on the device, clocks, records."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ PROFILES: list[Any] = []  # of this process's clocks, with `Options.profile`
 class Options:
     """How to measure. size: "8b" (the paper's sizes of all stages) or "debug". before: stacked layers in the token loop
     and XLA's attention. quantize: "", "int8" or "fp8". rounds: of each clock; seconds: how long one lasts at least.
-    profile: a file for the kernels of each clock's call."""
+    profile: a file for the kernels of each clock's call. changes: of the stages' configurations, {"a.b": value}."""
 
     size: str = "8b"
     before: bool = False
@@ -41,6 +41,7 @@ class Options:
     rounds: int = 5
     seconds: float = 0.05
     profile: str = ""
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def is_debug(self) -> bool:
@@ -101,9 +102,19 @@ def experiment(file: str, options: Options, changes: dict[str, Any]) -> Experime
     """
     name = file.partition(":")[0] + ":debug" if options.is_debug else file
     values = load_config(str(ROOT / "configs" / name)).to_dict()
-    for path, value in {"data.num_workers": 0, "data.system": None, "eval.num_samples": 0, **changes}.items():
+    for path, value in {
+        "data.num_workers": 0,
+        "data.system": None,
+        "eval.num_samples": 0,
+        **changes,
+        **options.changes,
+    }.items():
         *groups, field = path.split(".")
-        functools.reduce(dict.__getitem__, groups, values)[field] = value
+        tree: Any = values
+        for name in groups:
+            tree = None if tree is None else tree.setdefault(name, {})
+        if tree is not None:  # Note: else of a part that this stage's model does not have.
+            tree[field] = value
     config = make_experiment(values)
     return with_attention(config, "xla") if options.before else config
 

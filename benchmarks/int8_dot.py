@@ -51,7 +51,7 @@ def convert(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def reduce(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return dense.multiply_reduce(x, kernel, 1)
+    return dense.multiply_reduce(x, kernel)
 
 
 def mixed(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -37,17 +37,23 @@ def quantized_dot(x: Array, kernel: Array, scale: Array, out_dtype: Any = None) 
       [..., O...].
     """
     inner = kernel.ndim - scale.ndim
-    lead, mesh = x.shape[: x.ndim - inner], jax.sharding.get_abstract_mesh()
-    # Note: tied to what changes in a loop, else XLA converts the kernels before it, and all of them lie there in float.
-    x, kernel = jax.lax.optimization_barrier((x, kernel))
-    convert, reduce = (functools.partial(form, inner=inner) for form in (convert_dot, multiply_reduce))
+    lead, outer = x.shape[: x.ndim - inner], kernel.shape[inner:]
+    mesh = jax.sharding.get_abstract_mesh()
     # Note: an exported program's number of rows is open.
-    few = all(isinstance(n, int) for n in lead) and math.prod(lead) <= FEW_ROWS
-    if few and (mesh.empty or mesh.size == 1):
-        product = jax.lax.platform_dependent(x, kernel, cuda=reduce, default=convert)
+    few = all(isinstance(n, int) for n in lead) and math.prod(lead) <= FEW_ROWS and (mesh.empty or mesh.size == 1)
+    if few:
+        # Note: as one dimension of sums; over two of them a GPU takes three times as long.
+        x, kernel = x.reshape(*lead, -1), kernel.reshape(-1, math.prod(outer))
+        inner = 1
+    # Note: tied to what changes in a loop, else XLA converts the kernels before it, and all of them lie there in float;
+    # behind the reshapes, which XLA would undo.
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    convert = functools.partial(convert_dot, inner=inner)
+    if few:
+        product = jax.lax.platform_dependent(x, kernel, cuda=multiply_reduce, default=convert)
     else:
         product = convert(x, kernel)
-    return (product * scale).astype(x.dtype if out_dtype is None else out_dtype)
+    return (product.reshape(*lead, *outer) * scale).astype(x.dtype if out_dtype is None else out_dtype)
 
 
 def convert_dot(x: Array, kernel: Array, inner: int) -> Array:
@@ -56,17 +62,48 @@ def convert_dot(x: Array, kernel: Array, inner: int) -> Array:
     return jax.lax.dot_general(x, kernel.astype(x.dtype), (contracted, ((), ())), preferred_element_type=jnp.float32)
 
 
-def multiply_reduce(x: Array, kernel: Array, inner: int) -> Array:
-    """As `convert_dot`, as sums over products, which the compiler fuses with the conversion.
+def multiply_reduce(x: Array, kernel: Array) -> Array:
+    """As `convert_dot` of x float[..., I] and kernel [I, O], as sums over products, which the compiler fuses with the
+    conversion.
 
     Note: a sum for each row, so that these are siblings, fused into one pass over the kernel; as a broadcast product of
     all rows the kernel would be read once a row.
     """
-    # Note: as one dimension of sums; over two of them a GPU takes three times as long.
-    flat = kernel.reshape(-1, math.prod(kernel.shape[inner:]))
-    rows = x.reshape(-1, len(flat)).astype(jnp.float32)
-    summed = jnp.stack([jnp.sum(row[:, None] * flat.astype(jnp.float32), axis=0) for row in rows])
-    return summed.reshape(*x.shape[: x.ndim - inner], *kernel.shape[inner:])
+    rows = x.reshape(-1, len(kernel)).astype(jnp.float32)
+    summed = jnp.stack([jnp.sum(row[:, None] * kernel.astype(jnp.float32), axis=0) for row in rows])
+    return summed.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def wide_dot(x: Array, kernel: Array, contracted: tuple[Sequence[int], Sequence[int]], out_dtype: Any) -> Array:
+    """The product of two arrays of one type over `contracted` (dimensions of x, of kernel), its sums as `out_dtype`.
+
+    Gradients are rounded to the type of the arrays before they are multiplied with them, as those of a product whose
+    result is cast to `out_dtype` would be; a product of wider ones would take a GPU twice the time.
+    """
+    numbers = contracted, ((), ())
+    if out_dtype is None or jnp.dtype(out_dtype) == x.dtype:
+        return jax.lax.dot_general(x, kernel, numbers)
+
+    @jax.custom_vjp
+    def dot(x: Array, kernel: Array) -> Array:
+        return jax.lax.dot_general(x, kernel, numbers, preferred_element_type=out_dtype)
+
+    def backward(given: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+        narrow = lambda x, kernel: jax.lax.dot_general(x, kernel, numbers)
+        return jax.vjp(narrow, *given)[1](cotangent.astype(given[0].dtype))
+
+    dot.defvjp(lambda x, kernel: (dot(x, kernel), (x, kernel)), backward)
+    return dot(x, kernel)
+
+
+def with_even_rows(layer: dict) -> dict:
+    """The parameters of a layer whose kernel [I, O] has 8 bits, with outputs of zeros behind its own up to a multiple
+    of 128: a row of an odd number of bytes is read a byte at a time. Another layer's as they are."""
+    more = -layer["kernel"].shape[-1] % 128
+    if "kernel_scale" not in layer or not more:
+        return layer
+    padded = lambda a: jnp.pad(a, (*((0, 0),) * (a.ndim - 1), (0, more)))
+    return {**layer, "kernel": padded(layer["kernel"]), "kernel_scale": padded(layer["kernel_scale"])}
 
 
 class Dense(nn.Module):
@@ -92,14 +129,16 @@ class Dense(nn.Module):
         flat = math.prod(inner), math.prod(features)  # Note: initialisers read the fan-in off a matrix.
         init = lambda key, shape, dtype: self.kernel_init(key, flat, dtype).reshape(shape)
         part: Callable[[Array], Array] = lambda a: a if columns is None else a[..., columns]
-        kernel, x = part(self.param("kernel", init, (*inner, *features), self.param_dtype)), x.astype(self.dtype)
+        x = x.astype(self.dtype)
         if self.has_variable("params", "kernel_scale"):
-            out = quantized_dot(x, kernel, part(self.get_variable("params", "kernel_scale")), self.out_dtype)
+            # Note: one of 8 bits may have more outputs than there are, see `with_even_rows`.
+            kernel, scale = (part(self.get_variable("params", name)) for name in ("kernel", "kernel_scale"))
+            out = quantized_dot(x, kernel, scale, self.out_dtype)
+            out = out if columns is not None else out[..., : features[-1]]
         else:
+            kernel = part(self.param("kernel", init, (*inner, *features), self.param_dtype))
             contracted = tuple(range(x.ndim - self.num_inputs, x.ndim)), tuple(range(self.num_inputs))
-            out = jax.lax.dot_general(
-                x, kernel.astype(self.dtype), (contracted, ((), ())), preferred_element_type=self.out_dtype
-            )
+            out = wide_dot(x, kernel.astype(self.dtype), contracted, self.out_dtype)
         if self.use_bias:
             out += part(self.param("bias", nn.initializers.zeros_init(), features, self.param_dtype)).astype(out.dtype)
         return out

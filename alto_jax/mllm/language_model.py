@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from alto_jax import layers
 from alto_jax.attention import seam
 from alto_jax.config import Quantize, require
-from alto_jax.mllm.dense import Dense, GatedMlp
+from alto_jax.mllm.dense import Dense, GatedMlp, wide_dot, with_even_rows
 from alto_jax.parallel.sharding import constrain, gather_params
 from alto_jax.params import quantized, to_8_bits
 
@@ -286,6 +286,8 @@ def for_inference(cfg: LanguageModelConfig, params: dict, quantize: Quantize = "
       quantize: type of 8 bits for the kernels of matrix products (`params.quantized`); tied embeddings are no kernel.
     """
     params = quantized(params, KERNELS, quantize)
+    if "head" in params:
+        params = {**params, "head": with_even_rows(params["head"])}
     kept = lambda path, a: a.dtype.itemsize == 1 or path[-1].key == "kernel_scale"
     params = jax.tree_util.tree_map_with_path(lambda path, a: a if kept(path, a) else a.astype(cfg.dtype), params)
     # Note: a row of the embedding is moved more cheaply than the table, unless that is the head, too.
@@ -406,7 +408,8 @@ class LanguageModel(nn.Module):
 
     def _of_rows(self, hidden: Array, rows: Array) -> Array:
         """Products of hidden [..., D] and rows [v, D] of the vocabulary, float32[..., v]."""
-        return jnp.einsum("...d,vd->...v", hidden, rows.astype(self.cfg.dtype), preferred_element_type=jnp.float32)
+        dtype = self.cfg.dtype
+        return wide_dot(hidden.astype(dtype), rows.astype(dtype), ((hidden.ndim - 1,), (1,)), jnp.float32)
 
     def forward(self, ids: Array, positions: Array | None = None, attn_mask: Array | None = None) -> Array:
         """Text only, without a cache: ids int32[B, T] -> logits float32[B, T, V]."""

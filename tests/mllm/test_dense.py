@@ -1,6 +1,7 @@
 """Kernels of 8 bits: products equal those of the numbers they stand for, wherever the kernels come from."""
 
 import contextlib
+import dataclasses
 import functools
 
 from flax import linen as nn
@@ -41,17 +42,19 @@ def test_rounding(kind, step):
     np.testing.assert_allclose(np.abs(back(values, scale)).max(0), largest, rtol=1e-6)
 
 
-@pytest.mark.parametrize("form", [dense.convert_dot, dense.multiply_reduce])
+@pytest.mark.parametrize("form", [functools.partial(dense.convert_dot, inner=1), dense.multiply_reduce])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize(
-    "rows, inner, outer", [((1, 1), (48,), (64,)), ((3, 2), (48,), (2, 2, 8)), ((2,), (4, 8), (40,))]
+    "rows, inner, outer",
+    [((1, 1), (48,), (64,)), ((3, 2), (48,), (2, 2, 8)), ((2,), (4, 8), (40,)), ((6,), (4, 8), (2, 20))],
 )
 def test_a_layer_is_the_product_of_what_its_kernel_stands_for(form, kind, rows, inner, outer, monkeypatch):
     rng = np.random.default_rng(1)
     x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((*rows, *inner), (*inner, *outer)))
     values, scale = to_8_bits(kernel, tuple(range(len(inner))), kind)
     want = np.tensordot(x, back(values, scale), len(inner))
-    np.testing.assert_allclose(form(x, values, len(inner)) * scale, want, rtol=1e-5, atol=1e-5)
+    flat = x.reshape(*rows, -1), values.reshape(np.prod(inner), -1)
+    np.testing.assert_allclose(form(*flat) * scale.reshape(-1), want.reshape(*rows, -1), rtol=1e-5, atol=1e-5)
     params = {"kernel": values, "kernel_scale": scale, "bias": np.ones(outer, np.float32)}
     layer = dense.Dense(outer, num_inputs=len(inner), use_bias=True)
     got = layer.apply({"params": params}, x)
@@ -125,7 +128,9 @@ def test_answers_of_the_whole_model():
             return {"kernel": back(tree["kernel"], tree["kernel_scale"])}
         return {name: restored(value) for name, value in tree.items()}
 
-    in_call, numbers = run(params, "int8"), run(restored(rounded))
+    stood_for = restored(rounded)
+    stood_for["head"]["kernel"] = stood_for["head"]["kernel"][:, : MODEL.cfg.vocab_size]  # without what fills up rows
+    in_call, numbers = run(params, "int8"), run(stood_for)
     np.testing.assert_array_equal(in_call.ids, numbers.ids)
     np.testing.assert_allclose(in_call.per_token_logps, numbers.per_token_logps, rtol=1e-4, atol=1e-4)
     assert in_call.ids.shape == (BATCH, 8) and len(np.unique(in_call.ids)) > 4
@@ -137,6 +142,32 @@ def test_some_logits_are_those_of_all():
     for given in (params, for_inference(MODEL.cfg, params, "int8")):
         apply = functools.partial(MODEL.apply, {"params": given}, hidden)
         np.testing.assert_allclose(apply(10, 7, method="some_logits"), apply(method="logits")[:, 10:17], rtol=1e-5)
+
+
+def test_a_head_of_an_odd_vocabulary_has_even_rows():
+    """The kernel has outputs of zeros more; the logits are those of the vocabulary."""
+    cfg = dataclasses.replace(MODEL.cfg, vocab_size=MODEL.cfg.vocab_size - 3)
+    params = {**setting()[0]}
+    params["head"] = {"kernel": params["head"]["kernel"][:, :-3]}
+    prepared = for_inference(cfg, params, "int8")
+    assert prepared["head"]["kernel"].shape[1] % 128 == 0 and prepared["head"]["kernel_scale"].shape[0] % 128 == 0
+    hidden = jax.random.normal(jax.random.key(3), (2, 128))
+    got = LanguageModel(cfg).apply({"params": prepared}, hidden, method="logits")
+    want = hidden @ back(*to_8_bits(params["head"]["kernel"], 0))
+    assert got.shape == want.shape == (2, cfg.vocab_size)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_a_wide_product_are_those_of_a_narrow_one_that_is_cast():
+    x, kernel = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(((3, 8), (8, 6))))
+    layer = dense.Dense(6, dtype=jnp.bfloat16, out_dtype=jnp.float32)
+    wide = lambda x, kernel: layer.apply({"params": {"kernel": kernel}}, x)
+    out, pull = jax.vjp(wide, x, kernel)
+    assert out.dtype == jnp.float32 and np.abs(out - (x @ kernel).astype(jnp.float32)).max() > 0
+    cotangent = jax.random.normal(jax.random.key(2), out.shape)
+    narrow = jax.vjp(lambda x, kernel: (x @ kernel).astype(jnp.float32), x, kernel)[1]
+    for got, want in zip(pull(cotangent), narrow(cotangent)):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_a_tied_head_is_no_kernel():
