@@ -260,7 +260,7 @@ class Stack(nn.Module):
         returns `(carry, y)`. The carry is the activation or any tree that starts with it.
       num_layers: length of the stack.
       remat: "none" keeps all activations for the backward pass, "full" none but the carries, "dots" the
-        results of matrix products.
+        results of matrix products and of cuDNN's attention.
       unroll: blocks per iteration of the scan (num_layers: no loop at all).
     """
 
@@ -326,12 +326,18 @@ class Stack(nn.Module):
         if self.remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
         elif self.remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+            body = jax.checkpoint(body, prevent_cse=False, policy=_is_product)
         elif self.remat != "none":
             raise ValueError(f"remat: expected one of {REMAT_POLICIES}, got {self.remat!r}")
         num_layers = jax.tree.leaves(params)[0].shape[0]
         return jax.lax.scan(body, carry, (params, per_layer), unroll=min(self.unroll, num_layers))
+
+
+def _is_product(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Whether `remat="dots"` keeps what a primitive gives."""
+    # Note: cuDNN's gradients take the result and its sums; with these kept the forward pass is not run again.
+    is_attention = primitive.name.startswith("dot_product_attention_fwd")
+    return is_attention or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
 
 
 def unstacked(tree: Any, num_layers: int) -> tuple[Any, ...]:

@@ -95,8 +95,3 @@ def test_products_looked_up_are_those_with_the_positions_of_each_query(window):
     np.testing.assert_allclose(by_row, want, atol=1e-5)
     want = jnp.einsum("byxnd,xjd->byxnj", q, columns, precision="highest")
     np.testing.assert_allclose(by_column, want, atol=1e-5)
-
-
-@pytest.mark.parametrize("count, blocks", [(196, [(0, 128), (128, 64), (192, 16)]), (256, [(0, 256)]), (9, [(0, 16)])])
-def test_blocks_of_keys_are_powers_of_two_and_hold_all(count, blocks):
-    assert places._blocks(count) == blocks

@@ -170,6 +170,19 @@ def test_gradients_of_a_wide_product_are_those_of_a_narrow_one_that_is_cast():
         np.testing.assert_array_equal(got, want)
 
 
+def test_an_odd_number_of_outputs_in_16_bits():
+    """Many rows are multiplied with a kernel that has even rows; results and gradients are those of few."""
+    x, kernel = (jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, s in enumerate(((256, 8), (8, 13))))
+    layer = dense.Dense(13, dtype=jnp.bfloat16, out_dtype=jnp.float32)
+    form = lambda x, kernel: layer.apply({"params": {"kernel": kernel}}, x)
+    assert "pad" in str(jax.make_jaxpr(form)(x, kernel)) and "pad" not in str(jax.make_jaxpr(form)(x[:255], kernel))
+    (out, pull), cotangent = jax.vjp(form, x, kernel), jax.random.normal(jax.random.key(2), (256, 13))
+    np.testing.assert_allclose(out[:255], form(x[:255], kernel), rtol=1e-6)
+    want = jax.vjp(lambda x, kernel: (x @ kernel).astype(jnp.float32), x, kernel)[1](cotangent)
+    for got, other in zip(pull(cotangent), want):
+        np.testing.assert_allclose(*(a.astype(jnp.float32) for a in (got, other)), rtol=1e-2, atol=1e-2)
+
+
 def test_a_tied_head_is_no_kernel():
     cfg = MODEL.cfg.__class__(**{**vars(MODEL.cfg), "tie_embeddings": True})
     params = {name: value for name, value in setting()[0].items() if name != "head"}
