@@ -24,6 +24,9 @@ from alto_jax.config import ConfigError, to_dict
 from alto_jax.parallel import distributed
 from alto_jax.storage.bucket import checked
 
+if typing.TYPE_CHECKING:
+    from alto_jax.train import early
+
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory: checkpoints, metrics, results.")
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate"], "Train (and evaluate at the end), or evaluate the newest checkpoint."
@@ -216,14 +219,31 @@ def main() -> int:
     if not _WORKDIR.value:
         raise ConfigError(f"--workdir is required; {_USAGE}")
     checked(_WORKDIR.value, "--workdir")
+    from alto_jax.train import early  # late: keeps the start fast
+
+    # Note: a start that dies while it waits for the others would else be in no account.
+    is_noted = _MODE.value == "train" and early.is_first(_DISTRIBUTED.value)
+    noted = early.Note(_WORKDIR.value, [spec, changes]) if is_noted else None
     # Note: before the configuration is read, which may already touch JAX.
     distributed.initialize(_DISTRIBUTED.value)
+    try:
+        return _run(spec, changes, _WORKDIR.value, noted)
+    except (ValueError, OSError, ImportError):
+        if noted:
+            noted.take_back()
+        raise
+
+
+def _run(spec: str, changes: Sequence[str], workdir: str, noted: "early.Note | None") -> int:
+    """`main` after the processes have joined."""
     values = read_config(spec, changes)
     if "stages" in values:
         distributed.require_alone(f"--config={spec}: several stages in a row")
         from alto_jax import quickstart  # late: keeps the start fast
 
-        quickstart.run(values, _WORKDIR.value)
+        if noted:
+            noted.drop()
+        quickstart.run(values, workdir)
         return 0
     from alto_jax.experiment import make_experiment  # late: keeps the start fast
     from alto_jax.train.goodput import process_age
@@ -236,9 +256,11 @@ def main() -> int:
         # Note: before anything that needs all processes, since those that differ would wait for each other for ever.
         distributed.require_same("command", _agreed(config))
         if _MODE.value == "train":
-            train(config, _WORKDIR.value, age=process_age())
+            train(config, workdir, age=process_age(), noted=noted)
+            if noted:
+                noted.drop()  # Note: also where the run was already complete.
         else:
-            evaluate(config, _WORKDIR.value)
+            evaluate(config, workdir)
     return 0
 
 

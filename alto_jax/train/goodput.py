@@ -63,6 +63,7 @@ def since_boot() -> tuple[str, float]:
 class Start:
     """What one start of a run has left in its account.
 
+    config is "" of a start that died before its account (`train.early`).
     began: Unix time. newest: step of the newest checkpoint that it found (0: none). config: a hash of its
     configuration. went_on: step that it went on from (None: it did not come so far). marks: (updates done, seconds of
     each part so far). end: how it ended by itself ("done", "stopped", "error"), "" if it did not. boot, uptime: when it
@@ -145,6 +146,8 @@ def require_progress(directory: pathlib.Path, config: ExperimentConfig, newest: 
     """
     limit, count, digest = config.train.max_restarts, 0, _digest(config)
     for start in reversed(read_starts(directory)):
+        if not start.config:  # It died before its processes had joined, see `train.early`.
+            continue
         if start.end or (start.newest, start.config) != (newest, digest):
             break
         count += 1
@@ -170,6 +173,7 @@ class Account:
         newest: int = 0,
         *,
         age: float = 0.0,
+        early: Iterable[Start] = (),
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         uptime: Callable[[], tuple[str, float]] = since_boot,
@@ -181,6 +185,7 @@ class Account:
           config: of the run; must be given with a directory.
           newest: step of the newest checkpoint that the start has found (0: none).
           age: seconds since the process started.
+          early: starts that died before their account began, see `train.early`.
           clock: never goes back. wall: Unix time. uptime: see `since_boot`.
         """
         self.seconds = dict.fromkeys((*PARTS[:-2], DEVICE), 0.0) | {"start": age}
@@ -194,8 +199,15 @@ class Account:
             assert config is not None
             self._starts = read_starts(directory)
             self._file = (directory / FILE).open("ab", buffering=0)
-            known = {"boot": boot, "uptime": round(self._now.uptime, 3)} if boot else {}
-            self._say({"start": self._now.began, "newest": newest, "config": _digest(config)} | known)
+            known = {start.began for start in self._starts}  # Note: a start may have died while it took them over.
+            self._starts += (new := [start for start in early if start.began not in known])
+            for start in new:
+                self._begin(start)
+            self._begin(dataclasses.replace(self._now, config=_digest(config)))
+
+    def _begin(self, start: Start) -> None:
+        clock = {"boot": start.boot, "uptime": round(start.uptime, 3)} if start.boot else {}
+        self._say({"start": start.began, "newest": start.newest, "config": start.config} | clock)
 
     def _say(self, record: dict[str, Any]) -> None:
         if self._file is not None:

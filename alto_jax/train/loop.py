@@ -28,7 +28,7 @@ from alto_jax.params import merge_params
 from alto_jax.stages.stage import Stage
 from alto_jax.stages.table import make_stage
 from alto_jax.storage import mirror
-from alto_jax.train import best, goodput
+from alto_jax.train import best, early, goodput
 from alto_jax.train.logs import Logs
 from alto_jax.train.preemption import StopSignals
 from alto_jax.train.progress import Meter, Profiler, read_metrics
@@ -41,13 +41,16 @@ from alto_jax.train.step import make_rollout, make_step
 from alto_jax.train.workdir import claim_workdir
 
 
-def train(config: ExperimentConfig, workdir: str | os.PathLike, *, age: float = 0.0) -> dict:
+def train(
+    config: ExperimentConfig, workdir: str | os.PathLike, *, age: float = 0.0, noted: early.Note | None = None
+) -> dict:
     """Trains one stage to its end (or returns at once if it is already there).
 
     Args:
       config: the run's configuration.
       workdir: the run's directory, created if missing; or a URL of a bucket, which a copy on this machine is kept like.
       age: seconds since the start of the process, if it was started for this run.
+      noted: the note of this start, if one was made.
 
     Returns:
       {"stage", "steps", "seconds", "metrics_first", "metrics_last", "goodput": {...} (see `train.goodput`),
@@ -72,7 +75,10 @@ def train(config: ExperimentConfig, workdir: str | os.PathLike, *, age: float = 
             print(f"[{config.stage}] {workdir} is already complete")
             return finished
         is_first = jax.process_index() == 0
-        account = goodput.Account(path if is_first else None, config, newest, age=age)
+        before = noted.take() if noted and is_first else ()
+        account = goodput.Account(path if is_first else None, config, newest, age=age, early=before)
+        if noted:
+            noted.drop()
         with account.closing(), distributed.explained():
             return _train(config, path, account, copy, is_apart)
 
