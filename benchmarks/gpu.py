@@ -103,7 +103,8 @@ class Case:
         peak = place.pop("peak_gb")
         place |= {"peak_gb": peak} if alone and peak is not None else {}
         variant = "peer" if self._name in PEERS else self._options.variant
-        return [{"case": r["case"], "variant": variant, **r, **place, **seconds} for r in records]
+        changes = {"set": self._options.changes} if self._options.changes else {}
+        return [{"case": r["case"], "variant": variant, **r, **place, **changes, **seconds} for r in records]
 
     def _write_profiles(self, file: str) -> None:
         """Appends what the clocks of this case traced."""

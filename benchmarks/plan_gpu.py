@@ -44,12 +44,17 @@ are: when "stage3_8b_lora, before" was measured, its loop of tokens read stacked
 """
 
 
-def estimate(case: str, before: bool) -> dict[str, float]:
-    """{"gb", "bound_ms", "expected_ms"} of one step of a case, from shapes."""
+def estimate(case: str, before: bool, given: dict) -> dict[str, float]:
+    """{"gb", "bound_ms", "expected_ms"} of one step of a case, from shapes; given: {"a.b": value}, the run's own."""
     file, changes = CASES[case]
     values = load_config(str(ROOT / "configs" / file)).to_dict()
     for path, fields in changes.items():
         functools.reduce(lambda group, name: group.setdefault(name, {}), path.split("."), values).update(fields)
+    for path, value in given.items():
+        *groups, field = path.split(".")
+        group = functools.reduce(lambda tree, name: (tree or {}).setdefault(name, {}), groups, values)
+        if group is not None:  # Note: else of a part that this stage's model does not have.
+            group[field] = value
     config = make_experiment(values)
     config = with_attention(config, "xla") if before else config
     plan = programs.make_plan(config, types.Options(file, topology="h100-80g:1", mesh="1,1,1", estimate=True))
@@ -66,7 +71,9 @@ def rows() -> list[dict]:
         for line in (RESULTS / name).read_text().splitlines():
             record = json.loads(line)
             if record["case"] in CASES and record["variant"] in ("before", "after"):
-                found.append({**record, **estimate(record["case"], record["variant"] == "before")})
+                found.append(
+                    {**record, **estimate(record["case"], record["variant"] == "before", record.get("set", {}))}
+                )
     return found
 
 

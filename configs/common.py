@@ -118,14 +118,15 @@ def mllm(size: str) -> dict:
 
 
 def large_model_types(model: dict) -> dict:
-    """bfloat16 compute and rematerialisation for the paper's sizes; what is left in float32 (the pixel decoder) takes
-    the device's fast products, but for what decides codes and lengths."""
+    """bfloat16 compute (norms, losses and what decides codes and lengths stay in float32) and rematerialisation for the
+    paper's sizes; what products are left in float32 are the device's fast ones."""
     for name in ("vision", "language_model"):
         if name in model:
             model[name] |= {"dtype": "bfloat16", "remat": "full"}
     # Note: its sequences are short, so that keeping the products costs little.
     model["tokenizer"] |= {"dtype": "bfloat16", "remat": "dots"}
     model["tokenizer"]["sam"] = {"dtype": "bfloat16", "remat": "full"}
+    model["tokenizer"]["pixel_decoder"] = {"dtype": "bfloat16"}
     model["matmul_precision"] = "default"
     return model
 

@@ -87,7 +87,7 @@ def test_killed_before_joining(tmp_path):
     while not (run / early.FILE).exists():
         assert first.poll() is None
         time.sleep(0.1)
-    time.sleep(20)
+    time.sleep(3)  # it waits for the other one
     first.send_signal(signal.SIGKILL)
     first.wait()
     both = [start(index) for index in range(2)]
