@@ -159,7 +159,10 @@ class SamAttention(nn.Module):
         tables = [table.astype(dtype) for table in tables]
         widest = head_dim + (2 * window or height + width)
         is_flash = seam.is_flash(cfg.attention, dtype, widest)
-        plain = functools.partial(_within_windows, window, self._folded if is_flash else _whole_scores)
+        plain: Callable[..., Array] = functools.partial(
+            _within_windows, window, self._folded if is_flash else _whole_scores
+        )
+        relative: tuple[Array, ...]
         has_kernel = is_flash and height == width and not places.why_not(dtype, height, window, head_dim)
         if has_kernel and window:
             # Note: one product of matrices; those with the positions of each query alone took three times as long.
