@@ -16,18 +16,11 @@ import filelock
 import pytest
 
 from alto_jax import cli
+from tests import compiler_flags
 from tests.debug_model import debug_model  # noqa: F401 - a fixture
 from tests.forking import LIBRARIES, ROOT, SERVER
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-# LLVM's optimisations are left out, loops are written without MLIR, and a program is not split among threads,
-# since two workers already fill two cores.
-QUICK_TO_COMPILE = (
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-)
 
 # What takes longest comes first, in this order, so that two workers end together.
 LONG = ("test_loop.py", "test_several_processes.py", "test_bad_files.py", "test_processes.py", "test_distributed.py",
@@ -53,8 +46,9 @@ def pytest_configure(config):
     gc.set_threshold(50_000, 20, 20)  # most of what tracing makes stays in JAX's caches
     config.addinivalue_line("markers", "golden: compares with arrays recorded from the reference")
     given = os.environ.get("XLA_FLAGS", "")
-    missing = [flag for flag in QUICK_TO_COMPILE if flag.partition("=")[0] not in given]
-    os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+    missing = tuple(flag for flag in compiler_flags.QUICK_TO_COMPILE if flag.partition("=")[0] not in given)
+    if not hasattr(config, "workerinput"):  # Note: workers are given what the first process has found.
+        os.environ["XLA_FLAGS"] = " ".join([given, *compiler_flags.taken(missing)]).strip()
     flags.FLAGS.mark_as_parsed()
     config.alto_jax_index = tempfile.mkdtemp(prefix="alto_jax_index_")
     os.environ["ALTO_CACHE"] = config.alto_jax_index

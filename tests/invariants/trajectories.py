@@ -19,12 +19,12 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+
+from tests import compiler_flags  # noqa: E402
+
 DEVICES = 8
 # Note: fixed, whatever the tests were started with, since the compiler's choices of collectives are recorded.
-os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
-    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
+os.environ["XLA_FLAGS"] = " ".join([f"--xla_force_host_platform_device_count={DEVICES}", *compiler_flags.taken()])
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
