@@ -6,10 +6,12 @@ Reads benchmarks/results/gpu_before.jsonl ("before": XLA's attention) and gpu.js
 of the tree as it is), estimates each training case from shapes alone, and writes benchmarks/results/plan_gpu.md.
 """
 
+from collections.abc import Mapping
 import functools
 import json
 import pathlib
 import sys
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -44,13 +46,13 @@ are: when "stage3_8b_lora, before" was measured, its loop of tokens read stacked
 """
 
 
-def estimate(case: str, before: bool, given: dict) -> dict[str, float]:
+def estimate(case: str, before: bool, given: Mapping[str, Any] | None = None) -> dict[str, float]:
     """{"gb", "bound_ms", "expected_ms"} of one step of a case, from shapes; given: {"a.b": value}, the run's own."""
     file, changes = CASES[case]
     values = load_config(str(ROOT / "configs" / file)).to_dict()
     for path, fields in changes.items():
         functools.reduce(lambda group, name: group.setdefault(name, {}), path.split("."), values).update(fields)
-    for path, value in given.items():
+    for path, value in (given or {}).items():
         *groups, field = path.split(".")
         group = functools.reduce(lambda tree, name: (tree or {}).setdefault(name, {}), groups, values)
         if group is not None:  # Note: else of a part that this stage's model does not have.

@@ -17,7 +17,7 @@ def measured():
 )  # fmt: skip
 def test_expected_time_and_memory_are_near_what_was_measured(measured, case, variant):
     row = measured[case, variant]
-    assert row["bound_ms"] < 0.6 * row["ms"]  # nothing runs at the data sheet's rates
+    assert row["bound_ms"] < 0.7 * row["ms"]  # nothing runs at the data sheet's rates
     assert row["expected_ms"] == pytest.approx(row["ms"], rel=0.3)
     assert row["gb"] == pytest.approx(row["peak_gb"], rel=0.2)
 
