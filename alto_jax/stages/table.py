@@ -31,6 +31,7 @@ def make_stage(config: ExperimentConfig, mesh: jax.sharding.Mesh, directory: os.
     told = functools.partial(_told, config.model.matmul_precision)
     return dataclasses.replace(
         stage,
+        init=jax.jit(stage.init),  # traced once, though its shapes are asked for before it runs
         loss_fn=told(on_mesh(mesh, stage.loss_fn)),
         rollout=rollout and told(rollout),
         totals=stage.totals and told(stage.totals),
