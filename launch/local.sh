@@ -41,10 +41,13 @@ reap() {
   pids=("${left[@]}")
 }
 
-# Waits until no process is left: those that do not end in a minute after they were told to are killed.
+# Waits until no process is left: those that do not end in a minute after they were told to are killed; in ten seconds
+# where one of them was killed, as they wait for it at the step that all would save.
 finish() {
+  local waits=300
+  [ "$killed" -eq 0 ] || waits=50
   "$is_stopped" || stop
-  for ((i = 0; i < 300 && ${#pids[@]} > 0; i++)); do
+  for ((i = 0; i < waits && ${#pids[@]} > 0; i++)); do
     sleep 0.2 || true
     reap
   done
