@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -13,6 +11,8 @@ import pytest
 from alto_jax.config import ConfigError
 from alto_jax.train import early, goodput
 from tests import fake_stage
+from tests.forking import SERVER
+from tests.parallel.test_distributed import CONFIG
 
 COMMAND = ["configs/stage1.py:debug", []]
 
@@ -75,23 +75,24 @@ def test_who_is_first(monkeypatch, tmp_path):
 
 
 def test_killed_before_joining(tmp_path):
+    """The run is that of test_distributed.py, whose programs are there by then."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = os.environ | {"ALTO_COORDINATOR": f"127.0.0.1:{port}", "ALTO_NUM_PROCESSES": "2"}
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "alto_jax.main", "--config=stage1.py:debug", "--config.train.steps=2",
-               f"--workdir={run}", "--distributed=env", "--config.mesh.fsdp=1", "--config.mesh.data=2"]  # fmt: skip
-    start = lambda index: subprocess.Popen(command, env=env | {"ALTO_PROCESS_ID": str(index)})
+    command = ["-m", "alto_jax.main", *CONFIG, f"--workdir={run}", "--distributed=env"]
+    start = lambda index: SERVER.start(command, env | {"ALTO_PROCESS_ID": str(index)})
     began, first = time.time(), start(0)
     while not (run / early.FILE).exists():
         assert first.poll() is None
-        time.sleep(0.1)
+        time.sleep(0.02)
     time.sleep(3)  # it waits for the other one
     first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.communicate(60)
     both = [start(index) for index in range(2)]
-    assert [process.wait(300) for process in both] == [0, 0]
+    said = [process.communicate(300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
     account = json.loads((run / "result.json").read_text())["goodput"]
     wall = (run / "result.json").stat().st_mtime - began
     print(f"account {account['wall_seconds']} s of {wall} s")

@@ -129,7 +129,7 @@ def test_kills_at_random_moments(tmp_path):
     """The short version of benchmarks/reliability.py."""
     phases = ("compile", "step")  # the others may be over before they are seen, in so short a run
     before = time.time()
-    attempts, different = reliability.prove(tmp_path, kills=1, number=1, seed=5, steps=30, phases=phases)
+    attempts, different = reliability.prove(tmp_path, kills=1, number=1, seed=5, steps=24, phases=phases)
     assert sum(a.was_killed for a in attempts) == 1 and different == []
     for run, starts in (("alone", 1), ("killed", 2)):
         assert whole_account(tmp_path / run)["starts"] == starts
