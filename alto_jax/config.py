@@ -6,7 +6,8 @@ name of the field and the value received. `write_whole` is how every room writes
 it takes a path from its user.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -171,6 +172,17 @@ def keep_programs() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", chosen or str(cache_folder() / f"programs-{kind}"))
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Gives an OSError that says not where, as of a full disk, the name of the file that is being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes a file that others see whole or not at all, also where several processes or machines write it.
 
@@ -184,8 +196,9 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
+        with naming(path):
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise

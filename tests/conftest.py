@@ -25,9 +25,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What takes longest comes first, in this order, so that two workers end together.
 LONG = ("test_loop.py", "test_several_processes.py", "test_bad_files.py", "test_processes.py", "test_distributed.py",
         "test_mixed_conversations.py", "test_tour.py", "test_adapters.py", "test_golden_stages.py", "test_readme.py",
-        "test_package.py", "test_runner.py", "test_invariants.py", "test_trained.py", "test_mixture.py", "test_caches.py",
-        "test_reliability.py", "test_step.py", "test_paper.py", "test_grpo.py", "test_length_penalty.py",
-        "test_ceiling.py", "test_plan.py", "test_six_sources.py", "test_predict.py")  # fmt: skip
+        "test_package.py", "test_runner.py", "test_invariants.py", "test_trained.py", "test_mixture.py",
+        "test_caches.py", "test_reliability.py", "test_step.py", "test_paper.py", "test_grpo.py",
+        "test_length_penalty.py", "test_ceiling.py", "test_plan.py", "test_six_sources.py",
+        "test_predict.py")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

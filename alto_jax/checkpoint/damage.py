@@ -1,13 +1,15 @@
 """A step that cannot be read: why, in words, and without the stack traces of the libraries that tried."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import gc
 import json
 import logging
 import pathlib
 import sys
+import traceback
 from types import TracebackType
+from typing import Any
 import warnings
 
 # Note: set once, since `warnings.catch_warnings` is not safe in threads. When a read has failed, Orbax leaves others
@@ -80,9 +82,37 @@ def _is_late_future(error: BaseException | None, trace: TracebackType | None) ->
     return type(error) is RuntimeError and "Event loop is closed" in str(error) and is_asyncio
 
 
+class _WithoutLateFutures:
+    """A hook of `sys.unraisablehook` that passes these over, and gives the one before it the rest."""
+
+    def __init__(self, hook: Callable[["sys.UnraisableHookArgs"], Any]):
+        self._hook = hook
+
+    def __call__(self, found: "sys.UnraisableHookArgs") -> None:
+        if not _is_late_future(found.exc_value, found.exc_traceback):
+            self._hook(found)
+
+
 def _is_other_news(record: logging.LogRecord) -> bool:
     """Whether a line of asyncio's log is about something else than a result that nobody waits for any more."""
     return "exception was never retrieved" not in record.getMessage()
+
+
+def _is_no_failed_save(record: logging.LogRecord) -> bool:
+    """Whether a line of a log is about something else than an error that Orbax raises for who saves, too."""
+    frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else ()
+    return not any("orbax" in frame.filename for frame in frames) and _is_other_news(record)
+
+
+def quiet_saves() -> None:
+    """From here on no library prints a stack trace for each array that could not be written: who saves says it once.
+
+    Note: they print in threads of their own, and asyncio when what has failed is collected, at any later time.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_no_failed_save)
+    if not isinstance(sys.unraisablehook, _WithoutLateFutures):
+        sys.unraisablehook = _WithoutLateFutures(sys.unraisablehook)
 
 
 @contextlib.contextmanager
@@ -94,14 +124,9 @@ def quiet() -> Iterator[None]:
     later: so hook and filter stay after a failure.
     """
     logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
-
-    def without_late_ones(found: "sys.UnraisableHookArgs") -> None:
-        if not _is_late_future(found.exc_value, found.exc_traceback):
-            hook(found)
-
     stays = _is_other_news in logger.filters  # An attempt before this one has failed.
     logger.addFilter(_is_other_news)
-    sys.unraisablehook = without_late_ones
+    sys.unraisablehook = _WithoutLateFutures(hook)
     try:
         yield
     except BaseException:

@@ -23,7 +23,7 @@ from flax import traverse_util
 import jax
 import orbax.checkpoint as ocp
 
-from alto_jax.checkpoint import arrays, foreign
+from alto_jax.checkpoint import arrays, damage, foreign
 from alto_jax.checkpoint.agreement import (
     CHECKPOINTS,
     Found,
@@ -72,6 +72,7 @@ class Checkpointer:
         self._metrics: dict[int, float | None] = {}
         self._is_apart, self._writes = is_apart, not is_apart or jax.process_index() == 0
         self._frozen = ""  # the name of those that are known to be there
+        damage.quiet_saves()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=Policy(lambda steps: self._retention.keep({s: self._metric(s) for s in steps})),
             create=False,

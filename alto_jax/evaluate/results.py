@@ -11,7 +11,7 @@ import os
 import pathlib
 from typing import Any
 
-from alto_jax.config import ConfigError, write_whole
+from alto_jax.config import ConfigError, naming, write_whole
 
 VERSION = 2  # Of the lines; results of another one are not continued.
 
@@ -50,13 +50,15 @@ class ResultFile:
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Appends the lines of a batch."""
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.done += len(lines)
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
 
 def difference(old: str, new: str) -> str:

@@ -10,7 +10,7 @@ import json
 import pathlib
 from typing import Any
 
-from alto_jax.config import write_whole
+from alto_jax.config import naming, write_whole
 
 
 class TimingFile:
@@ -44,7 +44,7 @@ class TimingFile:
         `single`: each device had this one sample.
         """
         line = {"start": start, "samples": samples, "tokens": tokens, "seconds": round(seconds, 6), "single": single}
-        with self._path.open("a") as file:
+        with naming(self._path), self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 

@@ -17,7 +17,7 @@ import time
 from typing import Any, Protocol
 
 from alto_jax import cli
-from alto_jax.config import ConfigError, write_whole
+from alto_jax.config import ConfigError, naming, write_whole
 from alto_jax.data import bad_data
 from alto_jax.evaluate.results import difference
 from alto_jax.inference.requests import Request
@@ -109,13 +109,15 @@ class ResultLines:
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Appends lines; when this returns they are on the disk."""
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Lets another process write."""
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
 
 
 def run(requests: Sequence[Request], work: Work, folder: str | os.PathLike) -> Outcome:
@@ -173,8 +175,9 @@ def _run(todo: Sequence[Request], before: int, work: Work, out: pathlib.Path, li
                 bad[kind] += 1
                 message = bad_data.one_line(item)
                 told = {"id": request.id, "request": request.given, "error": message, "kind": kind}
-                of_bad.write(json.dumps(told) + "\n")
-                of_bad.flush()
+                with naming(out / BAD):
+                    of_bad.write(json.dumps(told) + "\n")
+                    of_bad.flush()
                 if bad.total() <= _NAMED:
                     cli.tell(f"[{work.name}] left out: {message}")
             else:

@@ -15,9 +15,9 @@ from typing import Any, TextIO
 
 import jax
 
-from alto_jax.config import write_whole
+from alto_jax.config import naming, write_whole
 from alto_jax.parallel.devices import find_device
-from alto_jax.train import flops, trackers
+from alto_jax.train import board, flops, trackers
 from alto_jax.train.goodput import DEVICE, Account
 from alto_jax.train.stragglers import Stragglers
 
@@ -31,31 +31,29 @@ class MetricWriter:
     """
 
     def __init__(self, directory: str | os.PathLike, start_step: int, config: Any):
-        from tensorboardX import SummaryWriter  # late: slow to start, and only process 0 needs it
-
         self._file = going_on(pathlib.Path(directory) / "metrics.jsonl", start_step)
-        self._board = SummaryWriter(str(pathlib.Path(directory) / "tensorboard"), purge_step=start_step + 1)
+        self._board = board.Board(pathlib.Path(directory) / "tensorboard", start_step)
         self._trackers = trackers.start(config.train.writers, directory, config, start_step)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Appends one record {"step": step, **metrics}."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        with naming(self._file.name):
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+        self._board.write(step, metrics)
         for tracker in self._trackers:
             tracker.write(step, metrics)
 
     def write_histograms(self, step: int, values: dict[str, Any]) -> None:
         """Adds a histogram of each array."""
-        for name, array in values.items():
-            self._board.add_histogram(name, array, step)
+        self._board.write_histograms(step, values)
 
     def close(self) -> None:
-        self._file.close()
         self._board.close()
         for tracker in self._trackers:
             tracker.close()
+        with naming(self._file.name):
+            self._file.close()
 
 
 def going_on(file: pathlib.Path, start_step: int) -> TextIO:

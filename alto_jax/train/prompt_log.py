@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from alto_jax.batch import PromptBatch, key_of
+from alto_jax.config import naming
 from alto_jax.parallel import sharding
 from alto_jax.train.progress import going_on
 
@@ -51,8 +52,9 @@ class PromptLog:
             line = {"step": step, "records": np.concatenate([records for records, _ in found]).tolist()}
             line["keys"] = [key_of(row) for _, keys in found for row in keys]
             line |= {} if kept is None else {"kept": jax.device_get(kept).tolist()}
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self._file.flush()
+            with naming(self._file.name):
+                self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                self._file.flush()
 
     def close(self) -> None:
         """Writes what is left."""

@@ -4,8 +4,9 @@
 
 Every stage at its smallest size (float32, eight virtual CPU devices in one process) takes updates from one state on one
 stream of data: plainly (one device, rows of their own, XLA's attention), then on a mesh, and with everything changed at
-once, or, with --full, in every combination. The vocabulary is odd, as the published ones are. Compared are every loss, and Adam's weighted sum of all gradients after the last step,
-relative to their norm. Prints a Markdown table; exits with 1 if a figure exceeds the tolerance.
+once, or, with --full, in every combination. The vocabulary is odd, as the published ones are. Compared are every loss,
+and Adam's weighted sum of all gradients after the last step, relative to their norm. Prints a Markdown table; exits
+with 1 if a figure exceeds the tolerance.
 """
 
 import argparse

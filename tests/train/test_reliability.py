@@ -232,6 +232,7 @@ def test_full_disk(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "warning:" in done.stdout and "a checkpoint could not be written" in done.stdout
     assert "next try at step" in done.stdout and "ended with" not in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]
     assert runs.complete_steps(tmp_path / "run") == [6, 8]
     assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
     # Never enough room again: the run ends with the error, and what there was is still there.
