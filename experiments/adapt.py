@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -16,6 +17,8 @@ from alto_jax.checkpoint import loading
 from alto_jax.experiment import make_experiment
 from alto_jax.parallel import sharding
 from alto_jax.stages import tokenizer as stage
+from alto_jax.stages.stage import Stage
+from alto_jax.tokenizer.alto import TokenizerConfig
 from alto_jax.train.loop import run_mesh
 from configs import stage1
 
@@ -39,8 +42,25 @@ def adapt(
       kept: tokens of each mask in the loss: so many, "random" (uniform), or as the length predictor says ("adaptive").
       change: what is done to each batch before it is used.
     """
+    made, optimizer, step = _programs(model.cfg.tokenizer, seed, steps, batch_size, kept)
+    params, batches = model.params["tokenizer"], made.data(sharding.BatchShare())
+    state = jax.jit(optimizer.init)(params)
+    for number in range(steps):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        drawn = {} if made.draw is None else made.draw(key, batch_size)
+        if isinstance(kept, int):
+            drawn["kept"] = jnp.full(batch_size, kept)
+        params, state = step(params, state, change(next(batches)), drawn, jnp.int32(number))
+    return {**model.params, "tokenizer": jax.tree.map(np.asarray, params)}
+
+
+@functools.cache
+def _programs(
+    tokenizer: TokenizerConfig, seed: int, steps: int, batch_size: int, kept: int | str
+) -> tuple[Stage, optax.GradientTransformation, Callable[..., tuple]]:
+    """The stage, its optimizer, and an update; see `adapt`."""
     config = stage1.get_config("tiny")
-    config.model.tokenizer = json.loads(json.dumps(dataclasses.asdict(model.cfg.tokenizer)))
+    config.model.tokenizer = json.loads(json.dumps(dataclasses.asdict(tokenizer)))
     config.seed = seed
     config.data.scenes.update({"num_scenes": steps * batch_size, "seed": 100 + seed})
     config.train.batch_size = batch_size
@@ -61,12 +81,4 @@ def adapt(
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    params, batches = model.params["tokenizer"], made.data(sharding.BatchShare())
-    state = optimizer.init(params)
-    for number in range(steps):
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        drawn = {} if made.draw is None else made.draw(key, batch_size)
-        if isinstance(kept, int):
-            drawn["kept"] = jnp.full(batch_size, kept)
-        params, state = step(params, state, change(next(batches)), drawn, jnp.int32(number))
-    return {**model.params, "tokenizer": jax.tree.map(np.asarray, params)}
+    return made, optimizer, step

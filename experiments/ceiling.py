@@ -117,7 +117,7 @@ def _train(
         return optax.apply_updates(params, updates), state
 
     score = jax.jit(lambda params, known: loss(params, known, None))
-    state, rng = optimizer.init(params), np.random.default_rng(seed)
+    state, rng = jax.jit(optimizer.init)(params), np.random.default_rng(seed)
     best, found = float(score(params, watched)), params
     for epoch in range(epochs):
         order = rng.permutation(len(data.iou))
@@ -135,7 +135,7 @@ def regress(data: Known, watched: Known, asked: Known, *, seed: int, epochs: int
     normal = lambda known: dataclasses.replace(known, numbers=(known.numbers - mean) / scale)
     data, watched, asked, level = normal(data), normal(watched), normal(asked), data.iou.mean(0)
     model = Regressor(data.iou.shape[1])
-    params = model.init(jax.random.key(seed), data[np.arange(2)], False)
+    params = jax.jit(model.init, static_argnums=2)(jax.random.key(seed), data[np.arange(2)], False)
 
     def loss(params: Any, known: Known, key: jax.Array | None) -> jax.Array:
         rngs = None if key is None else {"dropout": key}
@@ -150,7 +150,7 @@ def regress(data: Known, watched: Known, asked: Known, *, seed: int, epochs: int
 def predict_by_reward(data: Known, watched: Known, asked: Known, cost: float, *, seed: int, epochs: int) -> np.ndarray:
     """Lengths [N] of a length predictor of the paper's form, trained on the expected reward Σ p_k (IoU_k - cost k)."""
     model = LengthPredictor(data.latents.shape[-1], "divide", "sigmoid", "unified")
-    params = model.init(jax.random.key(seed), data.latents[:2], data.cls[:2])
+    params = jax.jit(model.init)(jax.random.key(seed), data.latents[:2], data.cls[:2])
     price = cost * np.arange(1, data.iou.shape[1] + 1)
 
     def loss(params: Any, known: Known, key: jax.Array | None) -> jax.Array:
@@ -158,7 +158,7 @@ def predict_by_reward(data: Known, watched: Known, asked: Known, cost: float, *,
         return -jnp.mean(jnp.sum(probs * (known.iou - price), -1))
 
     found = _train(loss, params, data, watched, seed=seed, epochs=epochs, rate=1e-3)
-    return np.asarray(model.apply(found, asked.latents, asked.cls).num_kept)
+    return np.asarray(jax.jit(model.apply)(found, asked.latents, asked.cls).num_kept)
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:

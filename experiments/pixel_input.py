@@ -12,6 +12,7 @@ either picture. The same command gives the same table.
 import argparse
 from collections.abc import Mapping
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -25,7 +26,7 @@ from alto_jax.config import ConfigError
 from alto_jax.data import pipeline, transforms
 from alto_jax.layers import apply_module
 from alto_jax.stages.tokenizer import mask_iou
-from alto_jax.tokenizer.alto import ALTo
+from alto_jax.tokenizer.alto import ALTo, TokenizerConfig
 from alto_jax.tokenizer.resize import resize
 from experiments import adapt, fixed_adaptive, tokens, trials
 from experiments.answers import Requests
@@ -46,31 +47,33 @@ def enlarged(image: np.ndarray, share: float) -> np.ndarray:
     return np.asarray(resize(jnp.asarray(small, jnp.float32), size, size, "bicubic"))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _reconstruct(size: TokenizerConfig, params: Any, mask: Any, image: Any) -> jax.Array:
+    """IoU [K, B] at each of the K counts that a tokenizer has."""
+    encoded = apply_module(ALTo(size), params, mask, method="encode")
+    codes = apply_module(ALTo(size), params, encoded.z, method="quantize").codes
+    features = apply_module(ALTo(size), params, image, method="image_features")
+    decode = lambda k: apply_module(ALTo(size), params, codes, jnp.full(len(codes), k), features, method="decode_codes")
+    return jax.lax.map(lambda k: mask_iou(decode(k), mask), jnp.array(_kept(size)))
+
+
+def _kept(size: TokenizerConfig) -> list[int]:
+    return [k for k in COUNTS if k <= size.num_latent_tokens]
+
+
 def measure(model: loading.LoadedModel, params: Mapping[str, Any], count: int, shares: list[float]) -> list[dict]:
     """gIoU of masks by number of tokens, a row a share."""
     size = model.cfg.tokenizer
     source, _ = tokens.scene_masks(count)
-    kept = [k for k in COUNTS if k <= size.num_latent_tokens]
-
-    @jax.jit
-    def reconstruct(params: Any, mask: Any, image: Any) -> jax.Array:
-        encoded = apply_module(ALTo(size), params, mask, method="encode")
-        codes = apply_module(ALTo(size), params, encoded.z, method="quantize").codes
-        features = apply_module(ALTo(size), params, image, method="image_features")
-        decode = lambda k: apply_module(
-            ALTo(size), params, codes, jnp.full(len(codes), k), features, method="decode_codes"
-        )
-        return jax.lax.map(lambda k: mask_iou(decode(k), mask), jnp.array(kept))
-
     found: dict[float, list[np.ndarray]] = {share: [] for share in shares}
     sizes = {"image_size": size.image_size, "mask_size": size.mask_size, "batch_size": min(64, count)}
     for batch in pipeline.mask_batches(source, **sizes, **tokens.ONCE):
         for share, parts in found.items():
-            parts.append(np.asarray(reconstruct(params["tokenizer"], batch.mask, enlarged(batch.image, share))))
+            parts.append(np.asarray(_reconstruct(size, params["tokenizer"], batch.mask, enlarged(batch.image, share))))
     rows = []
     for share, parts in found.items():
         means = np.concatenate(parts, 1).mean(1)
-        rows.append({"pixels": round(share * size.image_size)} | {str(k): float(v) for k, v in zip(kept, means)})
+        rows.append({"pixels": round(share * size.image_size)} | {str(k): float(v) for k, v in zip(_kept(size), means)})
     return rows
 
 

@@ -11,6 +11,7 @@ and with them withheld; adaptive length beside a fixed length of the same mean a
 import argparse
 from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -26,7 +27,7 @@ from alto_jax.data.composition import mask_complexity
 from alto_jax.data.scenes import MaskConfig, SceneMasks, ScenesConfig
 from alto_jax.layers import apply_module
 from alto_jax.stages.tokenizer import mask_iou
-from alto_jax.tokenizer.alto import ALTo
+from alto_jax.tokenizer.alto import ALTo, TokenizerConfig
 
 SCENES = ScenesConfig(image_size=128, max_objects=10, min_size=0.12, max_size=0.6, split="validation")
 MASKS = MaskConfig(max_union=8, union_probability=None)
@@ -73,6 +74,28 @@ class Prefixes:
     iou_withheld: np.ndarray | None
 
 
+# Note: the programs of all calls, so that each compiles once.
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(size: TokenizerConfig, params: dict, mask: Any, image: Any) -> tuple:
+    tokenizer = ALTo(size)
+    encoded = apply_module(tokenizer, params, mask, method="encode")
+    codes = apply_module(tokenizer, params, encoded.z, method="quantize").codes
+    length = apply_module(tokenizer, params, encoded, method="predict_length").num_kept
+    features = apply_module(tokenizer, params, image, method="image_features")
+    return codes, length, encoded.latents, encoded.cls, features
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(size: TokenizerConfig, params: dict, codes: Any, length: Any, features: Any, mask: Any) -> jax.Array:
+    return mask_iou(apply_module(ALTo(size), params, codes, length, features, method="decode_codes"), mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(size: TokenizerConfig, params: dict, mask: Any) -> jax.Array:
+    encoded = apply_module(ALTo(size), params, mask, method="encode")
+    return jnp.maximum(apply_module(ALTo(size), params, encoded, method="predict_length").length, 1)
+
+
 def prefixes(
     model: loading.LoadedModel,
     source: SceneMasks,
@@ -83,28 +106,14 @@ def prefixes(
 ) -> Iterator[Prefixes]:
     """Encodes the masks of a source and decodes them at every number of tokens of `counts` (`withheld`: also without
     image features)."""
-    size = model.cfg.tokenizer
-    tokenizer, params = ALTo(size), model.params["tokenizer"]
-
-    @jax.jit
-    def encode(params: dict, mask: Any, image: Any) -> tuple:
-        encoded = apply_module(tokenizer, params, mask, method="encode")
-        codes = apply_module(tokenizer, params, encoded.z, method="quantize").codes
-        length = apply_module(tokenizer, params, encoded, method="predict_length").num_kept
-        features = apply_module(tokenizer, params, image, method="image_features")
-        return codes, length, encoded.latents, encoded.cls, features
-
-    @jax.jit
-    def decode(params: dict, codes: Any, length: Any, features: Any, mask: Any) -> jax.Array:
-        return mask_iou(apply_module(tokenizer, params, codes, length, features, method="decode_codes"), mask)
-
+    size, params = model.cfg.tokenizer, model.params["tokenizer"]
     for batch in pipeline.mask_batches(
         source, image_size=size.image_size, mask_size=size.mask_size, batch_size=batch_size, **ONCE
     ):
-        codes, length, latents, cls, features = encode(params, batch.mask, batch.image)
+        codes, length, latents, cls, features = _encode(size, params, batch.mask, batch.image)
         each = [np.full(len(codes), k, np.int32) for k in counts]
         curve = lambda given, codes=codes, each=each, mask=batch.mask: np.stack(
-            [np.asarray(decode(params, codes, k, given, mask)) for k in each], axis=1
+            [np.asarray(_decode(size, params, codes, k, given, mask)) for k in each], axis=1
         )
         without = curve(None if features is None else np.zeros_like(features)) if withheld else None
         arrays = (batch.mask, batch.image, latents, cls, length)
@@ -148,13 +157,8 @@ def lengths(model: loading.LoadedModel, count: int, scenes: ScenesConfig = SCENE
     size = model.cfg.tokenizer
     source = SceneMasks(dataclasses.replace(scenes, num_scenes=count), MASKS)
 
-    @jax.jit
-    def predict(params: dict, mask: Any) -> jax.Array:
-        encoded = apply_module(ALTo(size), params, mask, method="encode")
-        return jnp.maximum(apply_module(ALTo(size), params, encoded, method="predict_length").length, 1)
-
     batches = pipeline.mask_batches(source, image_size=size.image_size, mask_size=size.mask_size, batch_size=64, **ONCE)
-    return np.concatenate([np.asarray(predict(model.params["tokenizer"], batch.mask)) for batch in batches])
+    return np.concatenate([np.asarray(_predict(size, model.params["tokenizer"], batch.mask)) for batch in batches])
 
 
 def at_length(iou: np.ndarray, length: np.ndarray | float) -> float:

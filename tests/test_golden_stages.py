@@ -56,10 +56,11 @@ def test_tokenizer_stages(stage, trained_names):
     params = alto_params()
     trained = {name: params[name] for name in trained_names}
 
-    def loss(trained):
+    # Note: what is given as arguments is not computed with while compiling.
+    def loss(trained, params, batch, drawn):
         return loss_fn({"tokenizer": {**params, **trained}}, batch, drawn, 0)
 
-    (total, (terms, _)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained)
+    (total, (terms, _)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained, params, batch, drawn)
     assert_golden("alto_train", f"{stage}_total", total, fixture[f"{stage}_total"])
     names = {"edge_weighted_mse": "reconstruction"}
     for ours in ("mse", "edge", "edge_weighted_mse", "quantizer", "commitment", "codebook", "length"):
@@ -89,8 +90,8 @@ def test_fine_tuning():
     params = altollm_params()
     trained = {name: params[name] for name in ("vision", "projector", "language_model")}
     frozen = {"tokenizer": params["tokenizer"]}
-    run = jax.jit(jax.value_and_grad(lambda p: loss_fn({**p, **frozen}, batch, None, 0), has_aux=True))
-    (loss, (logged, _)), grads = run(trained)
+    run = jax.jit(jax.value_and_grad(lambda p, f, batch: loss_fn({**p, **f}, batch, None, 0), has_aux=True))
+    (loss, (logged, _)), grads = run(trained, frozen, batch)
     assert_golden("altollm", "sft_loss_maskw0", logged["token_loss"], fixture["sft_loss_maskw0"])
     assert_golden("altollm", "sft_loss_maskw1", loss, fixture["sft_loss_maskw1"])
     grads = export_params("internvl-internlm2", jax.tree.map(np.asarray, grads), ALTOLLM_CONFIG)
@@ -145,16 +146,21 @@ def test_kernels_of_8_bits_change_few_codes():
     ids = fixture["sft_replaced_ids"]
 
     @jax.jit
-    def answer(language_model):
+    def likeliest(language_model):
         policy = {**altollm_params(), "language_model": language_model}
         run = lambda *args, method: ALToLLM(ALTOLLM_CONFIG).apply({"params": policy}, *args, method=method)
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         hidden, _ = run(run(ids, method="embed_text"), positions, None, method="hidden")
-        codes = jnp.argmax(run(hidden[:, 180:212], SPECIAL, method="code_logits"), axis=-1)
-        mask = ALTo(ALTO_CONFIG).apply(
-            {"params": alto_params()}, codes, jnp.full(len(ids), 32), None, method="decode_codes"
-        )
-        return codes, mask > 0
+        return jnp.argmax(run(hidden[:, 180:212], SPECIAL, method="code_logits"), axis=-1)
+
+    @jax.jit
+    def drawn_by(codes):
+        given = codes, jnp.full(len(ids), 32), None
+        return ALTo(ALTO_CONFIG).apply({"params": alto_params()}, *given, method="decode_codes") > 0
+
+    def answer(language_model):
+        codes = likeliest(language_model)
+        return codes, drawn_by(codes)
 
     rounded_params = jax.jit(functools.partial(for_inference, ALTOLLM_CONFIG.language_model), static_argnums=1)
     codes, masks = map(np.asarray, answer(params))

@@ -242,13 +242,14 @@ def lower_programs(config: ExperimentConfig, step: str, mesh: Any) -> tuple[Any,
     programs: list[tuple[str, Any, tuple]] = []
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     update = loop.make_step(config, stage, optimizer, shardings)
+    roll = functools.cache(lambda: loop.make_rollout(config, stage))  # one function, which is traced once
     for name in _wanted(config, step):
         if name == "predict":
             programs.append((name, _predict(config, mesh), (state.all_params(), _prompts(config, batch))))
         elif name == "rollout":
-            programs.append((name, loop.make_rollout(config, stage), (state, batch)))
+            programs.append((name, roll(), (state, batch)))
         elif config.stage == "stage3":
-            rolled = place(jax.eval_shape(loop.make_rollout(config, stage), state, batch))
+            rolled = place(jax.eval_shape(roll(), state, batch))
             programs.append((name, update, (state, rolled)))
         else:
             programs.append((name, update, (state, batch)))

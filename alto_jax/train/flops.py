@@ -7,13 +7,16 @@ the peak is a model FLOP utilisation (MFU). Left out, being below one per cent a
 elementwise operations, the codebook, resizing, the optimizer.
 """
 
+from collections.abc import Mapping
 import dataclasses
+import functools
 import re
+import types
 
 from flax import traverse_util
 import jax
 
-from alto_jax.experiment import ExperimentConfig
+from alto_jax.experiment import ExperimentConfig, LoraConfig
 from alto_jax.lora import adapters
 from alto_jax.mllm.alto_llm import ModelConfig, init_params
 from alto_jax.tokenizer.alto import TokenizerConfig
@@ -52,7 +55,7 @@ class _Part:
 class _Counter:
     """Counts chains of parts with the kernels' sizes of one model; with `only` those parts whose pattern it matches."""
 
-    def __init__(self, sizes: dict[str, int], trainable: str, only: str = ""):
+    def __init__(self, sizes: Mapping[str, int], trainable: str, only: str = ""):
         self._sizes, self._trainable, self._only = sizes, trainable, only
 
     def forward(self, chain: list[_Part]) -> float:
@@ -97,14 +100,7 @@ def step_flops(
       length: tokens of a row (of a prompt in stage 3) instead of `config.data.max_length`.
       only: a regex; parts of the model whose path's pattern it does not match count nothing.
     """
-    shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
-    flat = traverse_util.flatten_dict(shapes, sep="/")
-    if config.lora.rank:
-        added = jax.eval_shape(lambda p: adapters.make_adapters(p, config.lora, jax.random.key(0)), shapes)
-        flat |= traverse_util.flatten_dict(added, sep="/")
-    sizes = {p: v.size for p, v in flat.items() if re.search(r"/(kernel|lora_[ab])$", p)}
-    if config.model.language_model is not None and config.model.language_model.tie_embeddings:
-        sizes["language_model/head/kernel"] = flat["language_model/embed/embedding"].size
+    sizes = _kernels(config.model, config.lora)
     count = _Counter(sizes, config.trainable, only)
     length = config.data.max_length if length is None else length
     rows = config.train.batch_size if batch_size is None else batch_size
@@ -112,14 +108,28 @@ def step_flops(
     return StepFlops(*(rows * value for value in dataclasses.astuple(per_row)))
 
 
+@functools.lru_cache(maxsize=8)
+def _kernels(model: ModelConfig, lora: LoraConfig | None) -> Mapping[str, int]:
+    """The sizes of a model's kernels by path; with `lora` also those of its adapters and of a head that is tied."""
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    flat = traverse_util.flatten_dict(shapes, sep="/")
+    if lora is not None and lora.rank:
+        added = jax.eval_shape(lambda p: adapters.make_adapters(p, lora, jax.random.key(0)), shapes)
+        flat |= traverse_util.flatten_dict(added, sep="/")
+    sizes = {p: v.size for p, v in flat.items() if re.search(r"/(kernel|lora_[ab])$", p)}
+    if lora is not None and model.language_model is not None and model.language_model.tie_embeddings:
+        sizes["language_model/head/kernel"] = flat["language_model/embed/embedding"].size
+    return types.MappingProxyType(sizes)
+
+
 def answer_flops(
     config: ModelConfig, prompt_length: int, new_tokens: int, num_samples: int = 1, only: str = ""
 ) -> float:
     """Operations of answering one prompt about one image with masks (what `alto_llm.segment` computes); `only` as in
     `step_flops`."""
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    sizes = {p: v.size for p, v in traverse_util.flatten_dict(shapes, sep="/").items() if p.endswith("/kernel")}
-    return _Counter(sizes, "$^", only).forward(_segment(config, prompt_length, new_tokens, num_samples))
+    return _Counter(_kernels(config, None), "$^", only).forward(
+        _segment(config, prompt_length, new_tokens, num_samples)
+    )
 
 
 def _tokenizer(config: ExperimentConfig, count: _Counter, length: int) -> StepFlops:

@@ -11,7 +11,7 @@ def known(count: int, seed: int) -> ceiling.Known:
     rng = np.random.default_rng(seed)
     large = rng.random(count) < 0.5
     iou = np.where(large[:, None], [0.2, 0.3, 0.4, 0.9], [0.8, 0.81, 0.82, 0.83])
-    pictures = np.zeros((count, 16, 16, 4), np.float32)
+    pictures = np.zeros((count, 8, 8, 4), np.float32)
     pictures[large, :, :, 0] = 1
     latents = (3 * np.eye(4, 8) + 0.1 * rng.normal(size=(count, 4, 8))).astype(np.float32)
     cls = np.where(large[:, None, None], 4.0, -4.0) * np.ones((1, 1, 8), np.float32)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from alto_jax.checkpoint import loading
-from experiments import fixed_adaptive
+from experiments import answers, fixed_adaptive
 from experiments.answers import Answers, Requests
 from tests.experiments.commands import run_command
 
@@ -35,6 +35,7 @@ def test_beside_a_fixed_length():
 
 
 def test_command(debug_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(answers, "_WIDTHS", 128)  # all kinds of requests by one program
     found = json.loads(run_command(fixed_adaptive, monkeypatch, tmp_path / "a", debug_model.path, "--scenes", 4))
     assert [row["prompt"] for row in found["rows"][:5]] == [*(f"fixed, {k}" for k in (1, 2, 4, 8)), "adaptive"]
     assert {row["requests"] for row in found["gains"]} == {"names", "box", "boxes"}

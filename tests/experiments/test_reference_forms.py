@@ -5,7 +5,7 @@ import json
 from experiments import reference_forms
 from tests.experiments.commands import run_command
 
-OPTIONS = ["--seeds", "0", "--steps", 1, "--masks", 8, "--train_masks", 160, "--epochs", 1]
+OPTIONS = ["--seeds", "0", "--steps", 1, "--masks", 32, "--train_masks", 160, "--epochs", 1]
 
 
 def test_command(debug_model, monkeypatch, tmp_path):
@@ -19,8 +19,8 @@ def test_command(debug_model, monkeypatch, tmp_path):
 
 def test_latents_are_mixed(debug_model, monkeypatch, tmp_path):
     monkeypatch.setattr(reference_forms, "FORMS", {})
-    monkeypatch.setattr(reference_forms, "expected_reward", lambda *_: [1] * 8)
-    monkeypatch.setattr(reference_forms, "MIXED_SIZE", "debug")
+    monkeypatch.setattr(reference_forms, "expected_reward", lambda *_: [1] * 32)
+    monkeypatch.setattr(reference_forms, "MIXED_SIZE", "debug_no_pixels")
     monkeypatch.setattr(reference_forms, "MIXED", {"mixed": True})
     run_command(reference_forms, monkeypatch, tmp_path / "a", debug_model.path, *OPTIONS, "--mixing_steps", 1)
     assert '"legacy_reshape": true' in (tmp_path / "a/runs/mixed_0_lengths/config.json").read_text()

@@ -94,9 +94,9 @@ def test_plan_of_the_start():
 
 def test_plan_of_the_start_as_compiled():
     options, config = plan.parse(
-        ["--config=configs/stage1.py:debug", "--topology=cpu:1", "--mesh=1,1,1", "--step=init"]
+        ["--config=configs/stage1.py:debug_no_pixels", "--topology=cpu:1", "--mesh=1,1,1", "--step=init"]
     )
-    state = make_experiment(load_config(str(ROOT / "configs/stage1.py:debug")).to_dict())
+    state = make_experiment(load_config(str(ROOT / "configs/stage1.py:debug_no_pixels")).to_dict())
     fresh, complete = programs.make_plan(config, options).programs
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(programs.state_shapes(state)))
     assert fresh.hbm["what it adds"] == pytest.approx(complete.hbm["what it is given"], abs=1024)

@@ -45,6 +45,11 @@ class Kind:
 
 def _abstract(module: Any, *args: Any, method: str = "__call__") -> dict:
     """The parameter tree of a module as shapes, without computing anything."""
+    return jax.tree.map(lambda leaf: leaf, _traced(module, args, method))  # the caller's own
+
+
+@functools.lru_cache(maxsize=32)
+def _traced(module: Any, args: tuple, method: str) -> dict:
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in args]
     return jax.eval_shape(functools.partial(module.init, method=method), jax.random.key(0), *shapes)["params"]
 
