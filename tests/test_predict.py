@@ -75,13 +75,31 @@ def run(quickstart, scene, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def opened(run) -> Segmenter:
+    """The run as a model, whose programs are traced and compiled once for all tests."""
+    return alto_jax.load(run)
+
+
+@pytest.fixture
+def opened_once(opened, run, monkeypatch):
+    """Commands of this process open the run as `opened`."""
+
+    def load(directory, *options):
+        assert str(directory) == str(run)
+        return opened
+
+    monkeypatch.setattr(segmenter, "load", load)
+    return opened
+
+
 def command(*arguments):
     done = run_python("-m", *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-def test_predict_writes_what_the_python_call_gives(run, scene, tmp_path):
+def test_predict_writes_what_the_python_call_gives(run, opened, scene, tmp_path):
     folder, record = scene
     out, overlay, file = tmp_path / "mask.png", tmp_path / "overlay.png", tmp_path / "result.json"
     printed = command(
@@ -99,8 +117,7 @@ def test_predict_writes_what_the_python_call_gives(run, scene, tmp_path):
     assert result["text"].endswith("<ALTo_End>") and len(result["token_ids"]) > result["length"] + 2
     assert "mask tokens: 5" in printed and f"IoU {result['iou']:.3f}" in printed and result["text"] in printed
 
-    model = alto_jax.load(run)
-    called = model.segment(record["image"], "the red apple", length=5, target=record["mask"])
+    called = opened.segment(record["image"], "the red apple", length=5, target=record["mask"])
     np.testing.assert_array_equal(called.mask, mask > 0)
     np.testing.assert_array_equal(called.mask, called.probability > 0.5)
     same = ("text", "token_ids", "codes", "length", "iou")
@@ -115,14 +132,14 @@ def main_of(module, monkeypatch, *arguments) -> None:
     assert module.main() == 0
 
 
-def test_a_users_own_photo_is_turned_upright(run, scene, tmp_path, monkeypatch):
+def test_a_users_own_photo_is_turned_upright(run, opened_once, scene, tmp_path, monkeypatch):
     _, record = scene
     exif = Image.Exif()
     exif[0x0112] = 6
     photo, out, file = tmp_path / "photo.png", tmp_path / "mask.png", tmp_path / "result.json"
     Image.fromarray(np.rot90(record["image"])).save(photo, exif=exif)  # upright it is the scene's image
     Image.fromarray(record["mask"]).save(tmp_path / "drawn.png")
-    model = alto_jax.load(run)
+    model = opened_once
     wanted = model.segment(record["image"], "apple", length=3, target=record["mask"])
     arguments = ["--checkpoint", run, "--image", photo, "--text", "apple", "--length", 3, "--out", out, "--json", file]
     main_of(predict, monkeypatch, *arguments, "--target", tmp_path / "drawn.png")
@@ -145,7 +162,7 @@ def test_a_users_own_photo_is_turned_upright(run, scene, tmp_path, monkeypatch):
     np.testing.assert_array_equal(model.decode(wanted.codes, (HEIGHT, WIDTH), photo), drawn)
 
 
-def test_a_users_own_mask_is_read_by_a_rule(run, scene, tmp_path, monkeypatch):
+def test_a_users_own_mask_is_read_by_a_rule(run, opened_once, scene, tmp_path, monkeypatch):
     folder, record = scene
     mask = record["mask"] > 0
     ignored = np.where(mask, 1, 0).astype(np.uint8)
@@ -161,7 +178,7 @@ def test_a_users_own_mask_is_read_by_a_rule(run, scene, tmp_path, monkeypatch):
             main_of(module, monkeypatch, *arguments)
         with pytest.raises(ValueError, match="--mask_rule: expected auto, nonzero.*got 'grey'"):
             main_of(module, monkeypatch, *arguments, "--mask_rule", "grey")
-    model = alto_jax.load(run)
+    model = opened_once
     main_of(tokenize, monkeypatch, *encode, "--mask_rule", "ignore:255")
     assert json.loads((tmp_path / "codes.json").read_text())["codes"] == model.encode(mask)
     main_of(predict, monkeypatch, *ask, "--mask_rule", "equals:1", "--json", tmp_path / "result.json", "--length", 2)
@@ -180,8 +197,8 @@ def test_files_that_no_decoder_takes_end_with_one_line(run, tmp_path):
         assert done.stderr.startswith("error: ") and "truncated mask.jpg cannot be read: " in done.stderr
 
 
-def test_length_and_prompt_of_the_call(run, scene):
-    model, image = alto_jax.load(run), scene[1]["image"]
+def test_length_and_prompt_of_the_call(opened, scene):
+    model, image = opened, scene[1]["image"]
     assert model.segment(image, "apple", length="full").length == L
     assert 1 <= model.segment(image, "apple").length <= L
     one = model.segment(image, "apple", length=1)
@@ -289,7 +306,7 @@ def test_an_answer_with_several_masks_gives_all(debug_model, scene, tmp_path, mo
     assert line["valid"] and line["length"] == 2 and line["num_masks"] == 2 and line["predicted_pixels"] > 0
 
 
-def test_tokenize_there_and_back(run, scene, tmp_path):
+def test_tokenize_there_and_back(run, opened, scene, tmp_path):
     folder, record = scene
     codes, out = tmp_path / "codes.json", tmp_path / "mask.png"
     common = ("--checkpoint", run, "--out")
@@ -301,7 +318,7 @@ def test_tokenize_there_and_back(run, scene, tmp_path):
     assert mask.shape == (HEIGHT, WIDTH) and set(np.unique(mask)) == {0, 255}
     assert f"{(mask > 0).sum()} pixels of {WIDTH}x{HEIGHT}" in printed
 
-    model = alto_jax.load(run)
+    model = opened
     assert model.encode(record["mask"], 6) == saved["codes"]
     assert model.encode(record["mask"], "full")[:6] == saved["codes"] and len(model.encode(record["mask"], "full")) == L
     assert model.encode(record["mask"]) == model.encode(record["mask"], "full")[: len(model.encode(record["mask"]))]
@@ -312,17 +329,16 @@ def test_tokenize_there_and_back(run, scene, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [int, np.int8, np.int32, np.int64, np.uint16])
-def test_any_integer_is_a_length(kind, run, scene):
-    model = alto_jax.load(run)
-    assert len(model.encode(scene[1]["mask"], kind(3))) == 3
-    result = model.segment(scene[1]["image"], "apple", length=kind(2), max_new_tokens=kind(20))
+def test_any_integer_is_a_length(kind, opened, scene):
+    assert len(opened.encode(scene[1]["mask"], kind(3))) == 3
+    result = opened.segment(scene[1]["image"], "apple", length=kind(2), max_new_tokens=kind(20))
     assert result.length == 2
     codes = [kind(code) for code in result.codes if code < 100] or [kind(1)]
-    assert model.decode(codes, (kind(5), kind(7))).shape == (5, 7)
+    assert opened.decode(codes, (kind(5), kind(7))).shape == (5, 7)
 
 
-def test_lengths_codes_and_sizes_that_are_none(run, scene):
-    model, image = alto_jax.load(run), scene[1]["image"]
+def test_lengths_codes_and_sizes_that_are_none(opened, scene):
+    model, image = opened, scene[1]["image"]
     for length in (0, -1, L + 1, True, False, np.True_, 1.5, np.float32(2), "3", "²", "", None, [3], np.array([3])):
         message = r"length: expected 'adaptive', 'full' or a whole number in 1..8"
         with pytest.raises(ValueError, match=message):

@@ -206,7 +206,7 @@ class Scenes:
         for i in self._pool:
             self._by_name.setdefault(self._catalogue.glyphs[i].name, []).append(i)
         # Names that may not stand on a photo because it shows such a thing.
-        self._shown = {p: {n for n in self.names if _is_shown(n, w)} for p, w in PHOTOS.items()}
+        self._shown = {p: _shown(self.names, w) for p, w in PHOTOS.items()}
         self._backgrounds = [p for p, shown in self._shown.items() if len(shown) < len(self.names)]
         if not self._backgrounds:
             raise ValueError(f"vocabulary: every photo shows one of these: {config.vocabulary!r}")
@@ -360,9 +360,11 @@ class Scenes:
         return tuple(objects)
 
 
-def _is_shown(name: str, words: tuple[str, ...]) -> bool:
-    """Whether a photo that shows `words` shows a `name`."""
-    return any(set(word.split()) <= set(name.split()) or name in word.split() for word in words)
+@functools.lru_cache(maxsize=256)
+def _shown(names: tuple[str, ...], words: tuple[str, ...]) -> frozenset[str]:
+    """Those of the names that a photo shows which shows `words`."""
+    is_shown = lambda name: any(set(word.split()) <= set(name.split()) or name in word.split() for word in words)
+    return frozenset(filter(is_shown, names))
 
 
 def _transformed(sprite: Image.Image, side: float, degrees: float, mirror: bool) -> np.ndarray:

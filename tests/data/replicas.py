@@ -17,7 +17,8 @@ IMAGES = "images/mscoco/images/train2014"
 
 def scenes(count: int):
     """The first scenes that have objects."""
-    return [Scenes(ScenesConfig(image_size=SIZE, num_scenes=count)).scene(i)[0] for i in range(count)]
+    source = Scenes(ScenesConfig(image_size=SIZE, num_scenes=count))
+    return [source[index] for index in range(count)]
 
 
 def runs(mask: np.ndarray, form: str):

@@ -19,6 +19,12 @@ from tests.data.test_prepare import job
 from tests.evaluate.test_runner import options
 
 BAD = 3  # of each kind
+# Every step of reading is as in the size "debug"; there is less to compile.
+SMALL = [
+    f"--config.model.tokenizer.{change}"
+    for change in ("sam.depth=1", "sam.global_attn_indexes=(0,)", "pixel_decoder.channel_mult=(1,)",
+                   "pixel_decoder.out_patch=8")
+]  # fmt: skip
 MASKS = ["--grammar", "--forced-prefix", "--batch-size", "8"]
 
 
@@ -158,7 +164,7 @@ def test_stage_one_on_a_folder_with_bad_files(tmp_path, debug_model):
     expected = corrupt_sa1b(tmp_path / "sa1b")
     assert sum(expected.values()) == 39 and len(expected) == 10
     listed = prepare.check(job("sa1b", tmp_path / "sa1b", draws=1))
-    flags = ["--config.data.source=sa1b", f"--config.data.root={tmp_path / 'sa1b'}"]
+    flags = [*SMALL, "--config.data.source=sa1b", f"--config.data.root={tmp_path / 'sa1b'}"]
     assert listed["records"] == 55  # seven steps of eight are an epoch: every record is met
     done = train("stage1", tmp_path, 0.9, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -172,7 +178,7 @@ def test_stage_one_on_a_folder_with_bad_files(tmp_path, debug_model):
     raw = job("sa1b", tmp_path / "sa1b", sizes, draws=1)
     folder = prepare.prepare(raw, tmp_path / "prepared", max_bad_fraction=0.9)
     assert json.loads((folder / "manifest.json").read_text())["bad_by_kind"] == dict(sorted(expected.items()))
-    flags_prepared = ["--config.data.source=prepared", f"--config.data.root={folder}"]
+    flags_prepared = [*SMALL, "--config.data.source=prepared", f"--config.data.root={folder}"]
     prepared = train("stage1", tmp_path / "again", 0, *flags_prepared)
     assert prepared.returncode == 0 and not reported(prepared.stderr), prepared.stderr[-2000:]
     check_trained(tmp_path / "again" / "run")

@@ -6,8 +6,6 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -24,8 +22,8 @@ from alto_jax.data.prepared import Prepared
 from alto_jax.mllm.alto_llm import ALToLLM
 from alto_jax.parallel import sharding
 from alto_jax.tokenizer.alto import ALTo
-from tests.conftest import ROOT
 from tests.data.test_prepare import NONE, digest
+from tests.forking import SERVER
 
 SIZES = {"vision_size": 56, "image_size": 64, "mask_size": 32}
 NUM = 16  # one of them without a mask
@@ -165,16 +163,16 @@ def test_another_tokenizer_is_refused(debug_model, chats, tmp_path):
 
 def test_killed_preparation_ends_with_the_same_bytes(debug_model, chats, tmp_path):
     """Killed in the middle, then finished with another number of threads in another process."""
-    command = [sys.executable, "-m", "alto_jax.data.prepare", "scene_chats", "--num-scenes", str(NUM), "--workers", "1",
+    command = ["-m", "alto_jax.data.prepare", "scene_chats", "--num-scenes", str(NUM), "--workers", "1",
                "--records-per-shard", "4", "--out", str(tmp_path), "--cache-features", str(debug_model.path),
                "--cache-tokens", str(debug_model.path)]  # fmt: skip
     command += [f"--{name.replace('_', '-')}={size}" for name, size in SIZES.items()]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    process = SERVER.start(command, os.environ)
     folder = tmp_path / "scene_chats" / "1.0.0"
     while process.poll() is None and not (folder / ".work" / "00000.json").exists():
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate(timeout=300)
     assert not (folder / "manifest.json").exists()
     prepare.prepare(job(debug_model.path), tmp_path, max_bad_fraction=0, workers=3)
     assert digest(folder) == digest(pathlib.Path(chats))

@@ -14,6 +14,7 @@ from alto_jax.mllm.text import TextTokenizer
 from alto_jax.parallel.shares import BatchShare
 from tests.data import replicas
 from tests.data.test_prepare import SIZES, job
+from tests.evaluate.test_runner import compiled_once  # noqa: F401 - a fixture
 from tests.evaluate.test_runner import options as evaluate_options
 
 
@@ -112,6 +113,7 @@ def config_of(debug_model, **data):
     return dataclasses.replace(config, init_from=str(debug_model.path), train=train, data=changed, eval=quick)
 
 
+@pytest.mark.usefixtures("compiled_once")
 def test_every_format_is_prepared_trained_on_and_evaluated(tmp_path, debug_model):
     """Two steps on a mixture of all training sets, prepared (and some raw); then every benchmark, prepared and raw.
 

@@ -23,7 +23,9 @@ from alto_jax.evaluate import gallery, results, runner, summaries, tables
 from alto_jax.evaluate.options import EvaluateOptions
 from alto_jax.evaluate.tasks import says_no
 from tests.data import replicas
-from tests.evaluate.test_runner import options
+from tests.evaluate.test_runner import compiled_once, options  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 NAMES = "grefcoco_val,refcoco_val,pas20,pope_random,tokenizer_refcoco_val"
 
@@ -42,7 +44,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def evaluated(debug_model, data, tmp_path_factory):
+def evaluated(compiled_once, debug_model, data, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("out")
     found = runner.evaluate(options(debug_model, data, out, NAMES, worst=4, protocol="per_sentence", length="both"))
     return out, found

@@ -1,5 +1,6 @@
 """The benchmarks' command: numbers for every table, the same bytes after a kill, and metric parity."""
 
+import functools
 import random
 import re
 
@@ -10,15 +11,25 @@ import pytest
 from alto_jax import metrics
 from alto_jax.config import ConfigError
 from alto_jax.data import benchmarks
-from alto_jax.evaluate import results, runner, summaries, tables
+from alto_jax.evaluate import device, results, runner, summaries, tables
 from alto_jax.evaluate.options import EvaluateOptions
 from tests.data import replicas
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def options(model, data, out, benchmark, **changes):
     given = {"grammar": True, "forced_prefix": True, "batch_size": 2, "title": "debug", "timed_samples": 0}
     given |= changes
     return EvaluateOptions(model.path, [name for name in benchmark.split(",") if name], out, data, **given)
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """Evaluations of one checkpoint trace and compile their programs once; for a module's that all have one model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "Programs", functools.cache(device.Programs))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +40,8 @@ def data(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="session")
-def run(debug_model, data, tmp_path_factory):
+@pytest.fixture(scope="module")
+def run(compiled_once, debug_model, data, tmp_path_factory):
     """All benchmarks, evaluated once."""
     out = tmp_path_factory.mktemp("evaluation")
     found = runner.evaluate(

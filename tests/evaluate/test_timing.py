@@ -12,7 +12,7 @@ from alto_jax.evaluate import results, runner, timing
 from alto_jax.evaluate.device import Programs, device_name
 from alto_jax.parallel import sharding
 from tests.data import replicas
-from tests.evaluate.test_runner import options
+from tests.evaluate.test_runner import compiled_once, options  # noqa: F401 - a fixture
 
 NAME = "refcoco_val.joined.adaptive"
 
@@ -40,7 +40,7 @@ def test_compiling_is_not_in_the_clock():
 
 
 @pytest.fixture
-def run(debug_model, tmp_path):
+def run(compiled_once, debug_model, tmp_path):  # noqa: F811
     replicas.write_refer(tmp_path / "data", "refcoco", splits=("val",), count=5)
 
     def run(**changes):
