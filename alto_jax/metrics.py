@@ -409,7 +409,9 @@ def code_usage(codes: np.ndarray, num_codes: int, lengths: np.ndarray | None = N
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation of two sequences, ties at their mean rank; 0.0 where one of them is constant."""
+    """Spearman's rank correlation of two sequences, ties at their mean rank; 0.0 where one of them is constant, or empty."""
+    if not len(x):
+        return 0.0
     ranks = []
     for values in (np.asarray(x, float), np.asarray(y, float)):
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)

@@ -181,6 +181,7 @@ def test_length_statistics():
     assert "spearman" not in metrics.length_statistics(np.array([3, 3]), 4, against=np.array([1.0, 2.0]))
     uneven = metrics.length_statistics(np.array([1, 2, 3, 3]), 4, against=np.array([2.0, 1.0, 3.0, 4.0]))
     np.testing.assert_allclose(uneven["spearman"], np.corrcoef([0, 1, 2.5, 2.5], [1, 0, 2, 3])[0, 1])
+    assert metrics.spearman([], []) == 0.0
 
 
 def test_code_usage():
