@@ -409,7 +409,7 @@ def code_usage(codes: np.ndarray, num_codes: int, lengths: np.ndarray | None = N
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation of two sequences, ties at their mean rank; 0.0 where one of them is constant, or empty."""
+    """Spearman's rank correlation of two sequences, ties at their mean rank; 0.0 where one is constant or empty."""
     if not len(x):
         return 0.0
     ranks = []
