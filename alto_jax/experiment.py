@@ -268,6 +268,7 @@ class GrpoStageConfig:
     of a rollout (by prompts); each update takes the next one. max_rollouts: DAPO's dynamic sampling: groups
     whose rewards are all equal are replaced by those of fresh prompts, in up to so many rollouts an update (1: never).
     logits_at_once: tokens of each completion whose logits over the vocabulary exist at the same time (0: all).
+    merge_adapters: a run of adapters samples from parameters with these added in, in the parameters' type.
     log_samples_every: updates between two tables of samples in the run's folder `samples` (0: never), of
     log_samples prompts.
     """
@@ -277,6 +278,7 @@ class GrpoStageConfig:
     minibatches: int = 1
     max_rollouts: int = 1
     logits_at_once: int = 16
+    merge_adapters: bool = True
     log_samples_every: int = 0
     log_samples: int = 2
     advantage_normalization: Literal["paper", "reference", "none"] = "paper"

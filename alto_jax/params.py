@@ -97,10 +97,12 @@ def to_8_bits(x: jax.Array, axes: int | tuple[int, ...], kind: Quantize = "int8"
 
 
 def quantized(params: Any, kernels: str, kind: Quantize) -> Any:
-    """Parameters whose kernels on paths that match `kernels` have 8 bits and `kernel_scale` beside them.
+    """Parameters whose kernels on paths that match `kernels` have 8 bits and are called `kernel_t`, with
+    `kernel_scale` beside them.
 
-    A scale belongs to one output of the kernel (float32[layers, out...]): of all that is added up in it, the largest
-    becomes the largest number of the type. Kernels that have 8 bits already stay as they are.
+    Outputs come before inputs there, [layers, out..., in...], so that the numbers which are added up lie together. A
+    scale belongs to one output (float32[layers, out...]): of all that is added up in it, the largest becomes the
+    largest number of the type. Kernels that have 8 bits already stay as they are.
 
     Args:
       params: nested dict; layers may be a tuple of dicts instead of stacked.
@@ -115,10 +117,12 @@ def quantized(params: Any, kernels: str, kind: Quantize) -> Any:
             return tree
         out = {name: visit(value, f"{path}{name}/", stacked) for name, value in tree.items()}
         name, kernel = f"{path}kernel", out.get("kernel")
-        if kernel is not None and "kernel_scale" not in out and re.search(kernels, name):
+        if kernel is not None and re.search(kernels, name):
             lead = len(kernel_dims(name, kernel.shape)[0]) if stacked else 0
             inner = len(kernel_dims(name, kernel.shape)[1])
-            out["kernel"], out["kernel_scale"] = to_8_bits(kernel, tuple(range(lead, lead + inner)), kind)
+            values, out["kernel_scale"] = to_8_bits(out.pop("kernel"), tuple(range(lead, lead + inner)), kind)
+            order = *range(lead), *range(lead + inner, values.ndim), *range(lead, lead + inner)
+            out["kernel_t"] = jnp.transpose(values, order)
         return out
 
     return visit(params, "", True) if kind else params

@@ -9,16 +9,16 @@ all kernels, microseconds a product, GB/s of kernels as they are stored (with --
 copies), and the largest difference from the exact product of the same kernels. Within a minute: most of the time is
 compilation, and what --seconds does not reach is named. The size debug is for CPUs.
 
-    bf16          kernels of bfloat16
-    convert       int8 kernels, converted as the product's operand (`dense.convert_dot`)
-    mixed         int8 kernels given to the product as they are, bfloat16 rows beside them
-    reduce        int8 kernels, products summed, a sum for each row (`dense.multiply_reduce`)
-    rows          as reduce, but one broadcast product of all rows
-    transposed    as reduce, with the kernel stored as [out, in]: sums over the dimension that lies together
-    model         int8, what `dense.quantized_dot` chooses
-    fp8, fp8_reduce   float8 kernels: convert and reduce
-    w8a8          int8 rows too, with a scale a row, summed in int32
-    pallas        a kernel of Pallas (Triton): tiles of int8, converted in registers; interpreted on CPUs
+    bf16          kernels of bfloat16, [in, out] as all others are where nothing else is said
+    model         int8, [out, in], what `dense.quantized_dot` chooses
+    convert       int8, [out, in], converted as the product's operand (`dense.convert_dot`)
+    reduce        int8, [out, in], products summed, a sum for each row (`dense.multiply_reduce`)
+    in_out        as reduce, with sums over the dimension that does not lie together
+    in_out_convert   as convert
+    mixed         int8, [out, in], given to the product as it is, bfloat16 rows beside it
+    fp8, fp8_reduce   float8, [out, in]: convert and reduce
+    w8a8          int8, [out, in], int8 rows too, with a scale a row, summed in int32
+    w8a16         as w8a8, with rows as the sum of two of int8: 15 bits of a row's largest number
 """
 
 import argparse
@@ -32,8 +32,6 @@ import time
 from typing import Any
 
 import jax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 import jax.numpy as jnp
 import numpy as np
 
@@ -50,118 +48,45 @@ def convert(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return dense.convert_dot(x, kernel, 1)
 
 
-def reduce(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return dense.multiply_reduce(x, kernel)
+def convert_in_out(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return dot(x, kernel.astype(x.dtype), 0)
 
 
-def mixed(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+def reduce_in_out(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.stack([jnp.sum(row[:, None].astype(jnp.float32) * kernel.astype(jnp.float32), axis=0) for row in x])
 
 
-def broadcast_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.sum(x[:, :, None].astype(jnp.float32) * kernel.astype(jnp.float32), axis=1)
-
-
-def transposed(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    one = lambda row: jnp.sum(row.astype(jnp.float32) * kernel.astype(jnp.float32), axis=1)
-    return jnp.stack([one(row) for row in x])
+def dot(x: jax.Array, kernel: jax.Array, contracted: int = 1, dtype: Any = jnp.float32) -> jax.Array:
+    return jax.lax.dot_general(x, kernel, (((1,), (contracted,)), ((), ())), preferred_element_type=dtype)
 
 
 def w8a8(x: jax.Array, kernel: jax.Array) -> jax.Array:
     rows, scale = to_8_bits(x, 1)
-    sums = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
-    return sums.astype(jnp.float32) * scale[:, None]
+    return dot(rows, kernel, dtype=jnp.int32).astype(jnp.float32) * scale[:, None]
 
 
-def pallas(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Tiles of 64 outputs; the rows, filled up to the 16 that a matrix unit takes, go through 128 inputs at once."""
-    rows, (inner, outer), block, step = max(16, len(x)), kernel.shape, 64, 128
-    rows = 1 << (rows - 1).bit_length()
-    padded = jnp.pad(x, ((0, rows - len(x)), (0, 0)))
-
-    def body(x_ref: Any, kernel_ref: Any, out_ref: Any) -> None:
-        def add(i: Any, total: jax.Array) -> jax.Array:
-            at = pl.ds(i * step, step)
-            return total + jnp.dot(x_ref[:, at], kernel_ref[at, :].astype(x.dtype), preferred_element_type=jnp.float32)
-
-        out_ref[...] = jax.lax.fori_loop(0, inner // step, add, jnp.zeros((rows, block), jnp.float32))
-
-    out = pl.pallas_call(
-        body,
-        grid=(outer // block,),
-        in_specs=[pl.BlockSpec((rows, inner), lambda i: (0, 0)), pl.BlockSpec((inner, block), lambda i: (0, i))],
-        out_specs=pl.BlockSpec((rows, block), lambda i: (0, i)),
-        out_shape=jax.ShapeDtypeStruct((rows, outer), jnp.float32),
-        interpret=jax.default_backend() == "cpu",
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=4),
-    )(padded, kernel)
-    return out[: len(x)]
-
-
-def split(x: jax.Array, kernel: jax.Array, *, sums: bool = False, block: int = 128, step: int = 64, warps: int = 4,
-          programs: int = 528) -> jax.Array:  # fmt: skip
-    """Tiles of `block` outputs and a part of the inputs, about as many as the card runs at once; parts are added last.
-
-    sums: products are multiplied and summed instead of the matrix unit's.
-    """
-    inner, outer = kernel.shape
-    rows, blocks = 1 if sums else max(16, 1 << (len(x) - 1).bit_length()), outer // block
-    parts = max(
-        d for d in range(1, inner // step + 1) if inner // step % d == 0 and d * blocks <= max(programs, blocks)
-    )
-    chunk = inner // parts
-    padded = jnp.pad(x, ((0, max(rows - len(x), 0)), (0, 0)))
-
-    def body(x_ref: Any, kernel_ref: Any, out_ref: Any) -> None:
-        first, row = pl.program_id(1) * chunk, pl.program_id(2)
-
-        def add(i: Any, total: jax.Array) -> jax.Array:
-            at = pl.ds(first + i * step, step)
-            tile = kernel_ref[at, :]
-            if not sums:
-                return total + jnp.dot(x_ref[:, at], tile.astype(x.dtype), preferred_element_type=jnp.float32)
-            return total + tile.astype(jnp.float32) * x_ref[row, at].astype(jnp.float32)[:, None]
-
-        begun = jnp.zeros((step if sums else rows, block), jnp.float32)
-        total = jax.lax.fori_loop(0, chunk // step, add, begun)
-        out_ref[...] = jnp.sum(total, axis=0, keepdims=True) if sums else total
-
-    count = len(x) if sums else 1
-    out = pl.pallas_call(
-        body,
-        grid=(blocks, parts, count),
-        in_specs=[
-            pl.BlockSpec(padded.shape, lambda i, j, k: (0, 0)),
-            pl.BlockSpec((inner, block), lambda i, j, k: (0, i)),
-        ],
-        out_specs=pl.BlockSpec((None, rows, block), lambda i, j, k: (j, k, i)),
-        out_shape=jax.ShapeDtypeStruct((parts, rows * count, outer), jnp.float32),
-        interpret=jax.default_backend() == "cpu",
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=4),
-    )(padded, kernel)
-    return jnp.sum(out, axis=0)[: len(x)]
+def w8a16(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    scale = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1, keepdims=True) / (127 * 256)
+    whole = jnp.rint(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int32)
+    high = (whole + 128) >> 8
+    sums = dot(jnp.concatenate([high, whole - 256 * high]).astype(jnp.int8), kernel, dtype=jnp.int32)
+    return (sums[: len(x)] * 256.0 + sums[len(x) :]) * scale
 
 
 # Name → (type of the kernels, whether they are stored as [out, in], the product [rows, in] → float32[rows, out] before
 # scales; None: `quantized_dot`).
 FORMS: dict[str, tuple[str, bool, Callable | None]] = {
-    "bf16": ("", False, convert),
-    "model": ("int8", False, None),
-    "convert": ("int8", False, convert),
-    "reduce": ("int8", False, reduce),
-    "pallas": ("int8", False, pallas),
-    "split": ("int8", False, split),
-    "split_wide": ("int8", False, functools.partial(split, block=256, step=32)),
-    "split_deep": ("int8", False, functools.partial(split, step=128)),
-    "split_many": ("int8", False, functools.partial(split, programs=1056)),
-    "split_sums": ("int8", False, functools.partial(split, sums=True)),
-    "split_sums_deep": ("int8", False, functools.partial(split, sums=True, step=32, block=256, programs=1056)),
-    "w8a8": ("int8", False, w8a8),
-    "mixed": ("int8", False, mixed),
-    "rows": ("int8", False, broadcast_rows),
-    "transposed": ("int8", True, transposed),
-    "fp8": ("fp8", False, convert),
-    "fp8_reduce": ("fp8", False, reduce),
+    "bf16": ("", False, convert_in_out),
+    "model": ("int8", True, None),
+    "convert": ("int8", True, convert),
+    "reduce": ("int8", True, dense.multiply_reduce),
+    "mixed": ("int8", True, dot),
+    "w8a8": ("int8", True, w8a8),
+    "w8a16": ("int8", True, w8a16),
+    "in_out": ("int8", False, reduce_in_out),
+    "in_out_convert": ("int8", False, convert_in_out),
+    "fp8": ("fp8", True, convert),
+    "fp8_reduce": ("fp8", True, dense.multiply_reduce),
 }
 
 

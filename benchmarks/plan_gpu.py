@@ -31,7 +31,10 @@ CASES = {
     ),
     "stage1_base": ("stage1.py:base", {"train": {"batch_size": 32}}),
     "stage3_8b_lora": (
-        "stage3.py:8b", {"train": {"batch_size": 4}, "data": {"max_length": 320}, "lora": {"rank": 16}},
+        "stage3.py:8b",
+        # Note: adapters lay beside the kernels in the rollouts that gpu.jsonl has.
+        {"train": {"batch_size": 4}, "data": {"max_length": 320}, "lora": {"rank": 16},
+         "grpo": {"merge_adapters": False}},
     ),
 }  # fmt: skip
 HEAD = """# The planner against one H100

@@ -91,16 +91,20 @@ def without_adapters(params: dict) -> dict:
     return traverse_util.unflatten_dict({p: v for p, v in flat.items() if not re.search("/lora_[ab]$", p)}, sep="/")
 
 
-def merged(params: dict, cfg: LoraConfig) -> dict:
-    """Base and adapters → parameters of the plain model, W + alpha / rank * A B, computed in float32."""
+def merged(params: dict, cfg: LoraConfig, *, exact: bool = True) -> dict:
+    """Base and adapters → parameters of the plain model, W + alpha / rank * A B in W's type.
+
+    exact: computed in float32, for what is saved; False: A B is computed in W's type, as a layer with adapters does.
+    """
     flat = traverse_util.flatten_dict(params, sep="/")
     out = {p: v for p, v in flat.items() if not re.search("/lora_[ab]$", p)}
     for path in (p for p in flat if p.endswith("/lora_a")):
         kernel = path.removesuffix("lora_a") + "kernel"
         a, b, w = flat[path], flat[path.removesuffix("a") + "b"], flat[kernel]
         lead, inner, outer = kernel_dims(kernel, w.shape)
-        a = a.astype(jnp.float32).reshape(*lead, math.prod(inner), cfg.rank)
-        b = b.astype(jnp.float32).reshape(*lead, cfg.rank, math.prod(outer))
+        dtype = jnp.float32 if exact else w.dtype
+        a = a.astype(dtype).reshape(*lead, math.prod(inner), cfg.rank)
+        b = b.astype(dtype).reshape(*lead, cfg.rank, math.prod(outer))
         delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(w.shape)
         out[kernel] = (w.astype(jnp.float32) + cfg.alpha / cfg.rank * delta).astype(w.dtype)
     return traverse_util.unflatten_dict(out, sep="/")

@@ -1,8 +1,9 @@
 """The language model's dense layers, whose kernels may have 8 bits: y = (x · kernel) * kernel_scale.
 
-A kernel of 8 bits (`params.quantized`) has a scale for each of its outputs beside it, `.../q/kernel_scale` beside
-`.../q/kernel`; a layer sees by that what it is given. A module of our own, since qwix 0.1.8 finds weights by following
-them from `Module.param` into JAX's functions, and loses those of stacks, whose blocks are applied to slices.
+A kernel of 8 bits (`params.quantized`) has its outputs first and a scale for each of them beside it,
+`.../q/kernel_scale` beside `.../q/kernel_t`; a layer sees by that what it is given. A module of our own, since qwix
+0.1.8 finds weights by following them from `Module.param` into JAX's functions, and loses those of stacks, whose blocks
+are applied to slices.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from alto_jax.parallel.sharding import constrain
 
 Array = jax.Array
 FEW_ROWS = 4
+LONG = 4096  # inputs that are added up at once
 MANY_ROWS = 256
 
 
@@ -30,7 +32,7 @@ def quantized_dot(x: Array, kernel: Array, scale: Array, out_dtype: Any = None) 
 
     Args:
       x: float[..., I...].
-      kernel: int8 or float8[I..., O...].
+      kernel: int8 or float8[O..., I...].
       scale: float32[O...], what a unit of the kernel stands for.
       out_dtype: of the result; None: x's.
 
@@ -38,13 +40,13 @@ def quantized_dot(x: Array, kernel: Array, scale: Array, out_dtype: Any = None) 
       [..., O...].
     """
     inner = kernel.ndim - scale.ndim
-    lead, outer = x.shape[: x.ndim - inner], kernel.shape[inner:]
+    lead, outer = x.shape[: x.ndim - inner], kernel.shape[: scale.ndim]
     mesh = jax.sharding.get_abstract_mesh()
     # Note: an exported program's number of rows is open.
     few = all(isinstance(n, int) for n in lead) and math.prod(lead) <= FEW_ROWS and (mesh.empty or mesh.size == 1)
     if few:
         # Note: as one dimension of sums; over two of them a GPU takes three times as long.
-        x, kernel = x.reshape(*lead, -1), kernel.reshape(-1, math.prod(outer))
+        x, kernel = x.reshape(*lead, -1), kernel.reshape(math.prod(outer), -1)
         inner = 1
     # Note: tied to what changes in a loop, else XLA converts the kernels before it, and all of them lie there in float;
     # behind the reshapes, which XLA would undo.
@@ -58,27 +60,27 @@ def quantized_dot(x: Array, kernel: Array, scale: Array, out_dtype: Any = None) 
 
 
 def convert_dot(x: Array, kernel: Array, inner: int) -> Array:
-    """x float[..., I...] · kernel [I..., O...], `inner` dimensions I, as one matrix product in x's type → float32."""
-    contracted = tuple(range(x.ndim - inner, x.ndim)), tuple(range(inner))
+    """x float[..., I...] · kernel [O..., I...], `inner` dimensions I, as one matrix product in x's type → float32."""
+    contracted = tuple(range(x.ndim - inner, x.ndim)), tuple(range(kernel.ndim - inner, kernel.ndim))
     return jax.lax.dot_general(x, kernel.astype(x.dtype), (contracted, ((), ())), preferred_element_type=jnp.float32)
 
 
 def multiply_reduce(x: Array, kernel: Array) -> Array:
-    """As `convert_dot` of x float[..., I] and kernel [I, O], as sums over products, which the compiler fuses with the
+    """As `convert_dot` of x float[..., I] and kernel [O, I], as sums over products, which the compiler fuses with the
     conversion.
 
     Note: a sum for each row, so that these are siblings, fused into one pass over the kernel; as a broadcast product of
-    all rows the kernel would be read once a row. Of few outputs in parts, which a GPU has more to do at once with: an
-    H100 takes 14 instead of 40 microseconds for 4096 x 4096, and no less for 4096 x 14336.
+    all rows the kernel would be read once a row. Long rows of the kernel in parts, of which a GPU reads more at once:
+    an H100 takes 28 microseconds for 14336 x 4096 as a whole, and 22 for 4096 x 14336.
     """
-    inputs, outputs = kernel.shape
-    parts = 8 if outputs <= 4096 and inputs % 8 == 0 else 1
-    rows = x.reshape(-1, parts, inputs // parts, 1).astype(jnp.float32)
-    wide = kernel.reshape(parts, inputs // parts, outputs).astype(jnp.float32)
-    summed = jnp.stack([jnp.sum(row * wide, axis=1) for row in rows])
+    outputs, inputs = kernel.shape
+    parts = next((n for n in (2, 3, 4) if inputs % (16 * n) == 0 and inputs // n <= LONG), 1) if inputs > LONG else 1
+    rows = x.reshape(-1, parts, inputs // parts).astype(jnp.float32)
+    wide = kernel.reshape(outputs, parts, inputs // parts).astype(jnp.float32)
+    summed = jnp.stack([jnp.sum(row * wide, axis=2) for row in rows])
     # Note: else XLA would make one sum of both.
     summed = jax.lax.optimization_barrier(summed) if parts > 1 else summed
-    return jnp.sum(summed, axis=1).reshape(*x.shape[:-1], outputs)
+    return jnp.sum(summed, axis=2).reshape(*x.shape[:-1], outputs)
 
 
 def wide_dot(x: Array, kernel: Array, contracted: tuple[Sequence[int], Sequence[int]], out_dtype: Any) -> Array:
@@ -101,16 +103,6 @@ def wide_dot(x: Array, kernel: Array, contracted: tuple[Sequence[int], Sequence[
 
     dot.defvjp(lambda x, kernel: (dot(x, kernel), (x, kernel)), backward)
     return dot(x, kernel)
-
-
-def with_even_rows(layer: dict) -> dict:
-    """The parameters of a layer whose kernel [I, O] has 8 bits, with outputs of zeros behind its own up to a multiple
-    of 128: a row of an odd number of bytes is read a byte at a time. Another layer's as they are."""
-    more = -layer["kernel"].shape[-1] % 128
-    if "kernel_scale" not in layer or not more:
-        return layer
-    padded = lambda a: jnp.pad(a, (*((0, 0),) * (a.ndim - 1), (0, more)))
-    return {**layer, "kernel": padded(layer["kernel"]), "kernel_scale": padded(layer["kernel_scale"])}
 
 
 class Dense(nn.Module):
@@ -137,11 +129,12 @@ class Dense(nn.Module):
         init = lambda key, shape, dtype: self.kernel_init(key, flat, dtype).reshape(shape)
         part: Callable[[Array], Array] = lambda a: a if columns is None else a[..., columns]
         x = x.astype(self.dtype)
-        if self.has_variable("params", "kernel_scale"):
-            # Note: one of 8 bits may have more outputs than there are, see `with_even_rows`.
-            kernel, scale = (part(self.get_variable("params", name)) for name in ("kernel", "kernel_scale"))
-            out = quantized_dot(x, kernel, scale, self.out_dtype)
-            out = out if columns is not None else out[..., : features[-1]]
+        if self.has_variable("params", "kernel_t"):
+            kernel_t: Array = self.get_variable("params", "kernel_t")
+            scale = part(self.get_variable("params", "kernel_scale"))
+            if columns is not None:
+                kernel_t = kernel_t[(*(slice(None),) * (len(features) - 1), columns)]
+            out = quantized_dot(x, kernel_t, scale, self.out_dtype)
         else:
             kernel = part(self.param("kernel", init, (*inner, *features), self.param_dtype))
             contracted = tuple(range(x.ndim - self.num_inputs, x.ndim)), tuple(range(self.num_inputs))

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from alto_jax import layers
-from alto_jax.attention import seam
+from alto_jax.attention import one_token, seam
 from alto_jax.config import Quantize, require
-from alto_jax.mllm.dense import Dense, GatedMlp, wide_dot, with_even_rows
+from alto_jax.mllm.dense import Dense, GatedMlp, wide_dot
 from alto_jax.parallel.sharding import constrain, gather_params
 from alto_jax.params import quantized, to_8_bits
 
@@ -217,6 +217,12 @@ class DecoderAttention(nn.Module):
         k, v = layers.apply_rope(kv[..., 0, :, :], positions, inv_freq), kv[..., 1, :, :]
         if cache is not None:
             assert cache_index is not None  # Note: `LanguageModel` gives one with every cache.
+            if prefix is not None and cfg.attention != "xla" and not one_token.why_not(q, cache.k, prefix.k):
+                assert prefix_mask is not None  # Note: `LanguageModel` gives one with every prefix.
+                own = cast(Array, mask.dense(1, cache.k.shape[1]))[:, 0, 0]
+                given = q, k, v, jnp.asarray(cache_index), own, (cache.k, cache.v), (prefix.k, prefix.v), prefix_mask
+                out, updated = one_token.attention(*given)
+                return Dense(cfg.embed_dim, num_inputs=2, name="out", **kwargs)(out), KVCache(*updated)
             cache = cache.write(cache_index, k, v)
             k, v = cache.values(q.dtype)
         elif keep is not None:
@@ -286,8 +292,6 @@ def for_inference(cfg: LanguageModelConfig, params: dict, quantize: Quantize = "
       quantize: type of 8 bits for the kernels of matrix products (`params.quantized`); tied embeddings are no kernel.
     """
     params = quantized(params, KERNELS, quantize)
-    if "head" in params:
-        params = {**params, "head": with_even_rows(params["head"])}
     kept = lambda path, a: a.dtype.itemsize == 1 or path[-1].key == "kernel_scale"
     params = jax.tree_util.tree_map_with_path(lambda path, a: a if kept(path, a) else a.astype(cfg.dtype), params)
     # Note: a row of the embedding is moved more cheaply than the table, unless that is the head, too.

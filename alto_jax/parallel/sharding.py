@@ -36,6 +36,14 @@ PARAM_RULES: tuple[tuple, ...] = (
     # Scales of kernels of 8 bits: split as their outputs are over tensor, whole over fsdp.
     (r"attn/(q|kv)/kernel_scale$", ("tensor", None), (None, None)),
     (r"(mlp/(gate|up)|head)/kernel_scale$", ("tensor",), (None,)),
+    # Kernels of 8 bits: outputs before inputs.
+    (r"attn/q/kernel_t$", ("tensor", None, "fsdp"), ("tensor", None, None)),
+    (r"attn/kv/kernel_t$", (None, "tensor", None, "fsdp"), (None, None, None, _BOTH), (None, None, None, "fsdp"),
+     (None, "tensor", None, None), (None, None, None, None)),
+    (r"attn/out/kernel_t$", ("fsdp", "tensor", None), (None, "tensor", None)),
+    (r"mlp/(gate|up)/kernel_t$", ("tensor", "fsdp"), (_BOTH, None), ("tensor", None)),
+    (r"mlp/down/kernel_t$", ("fsdp", "tensor"), (None, _BOTH), (None, "tensor")),
+    (r"head/kernel_t$", ("tensor", "fsdp"), (None, _BOTH), (None, "tensor")),
     # Note: InternViT-6B has 25 heads. It is then stored in parts of its width, and every device computes all heads.
     (r"(attn|attention)/qkv/kernel$", ("fsdp", None, "tensor", None), (_BOTH, None, None, None),
      ("fsdp", None, None, None), (None, None, "tensor", None), (None, None, None, None)),

@@ -23,7 +23,7 @@ KINDS = {
 # Of the HBM's rate: a copy, and the loop of tokens, which reads all weights for each ("decode1").
 COPY, TOKENS = 0.89, 0.73
 # Seconds of a kernel that is too small to matter by its work, and how many of them the adapters of a layer bring to
-# each token (two for each of six products).
+# each token (two for each of six products) unless they are merged.
 LAUNCH, ADAPTERS = 2.5e-6, 12
 
 
@@ -54,7 +54,7 @@ def expected_seconds(
         total += _operations(config, name, paths, part.remat == "full") / (number * device.flops * share)
     if new_tokens:
         total += work.hbm / (TOKENS * device.bandwidth)
-        if config.lora is not None and config.lora.rank:
+        if config.lora is not None and config.lora.rank and not config.grpo.merge_adapters:
             total += new_tokens * config.model.need_language_model().num_layers * ADAPTERS * LAUNCH
     else:
         total += 2 * state_bytes / (COPY * device.bandwidth)

@@ -69,7 +69,10 @@ def rollout(config: ExperimentConfig, special: Any, params: dict, batch: PromptB
     """
     cfg = config.grpo
     policy = {k: v for k, v in params.items() if k != "reference"}
-    found = segment(config.model, policy, batch, cfg.generate, special, rng, cfg.num_generations)
+    # Note: in a loop of tokens adapters cost a dozen small kernels a layer and token.
+    merges = config.lora.rank > 0 and cfg.merge_adapters
+    sampled = adapters.merged(policy, config.lora, exact=False) if merges else policy
+    found = segment(config.model, sampled, batch, cfg.generate, special, rng, cfg.num_generations)
     masks, valid, extra = jax.nn.sigmoid(found.mask_logits), found.parsed.valid, {}
     if cfg.reward.boundary_weight > 0:
         extra["boundary"] = rewards.iou_reward(masks, batch.mask, valid, boundary=True)

@@ -24,10 +24,15 @@ from tests.mllm.test_cache import BATCH, MODEL, SPECIAL, setting
 WRONG = r"config\.grpo\.generate\.quantize: expected one of .*, got 'x'"
 
 
-def back(kernel, scale, lead=0):
+def back(kernel, scale):
     """The numbers that a kernel of 8 bits stands for."""
+    return kernel.astype(jnp.float32) * jnp.expand_dims(scale, tuple(range(kernel.ndim - scale.ndim)))
+
+
+def turned(kernel, scale):
+    """A kernel with its inputs first as one with its outputs first, or the other way round."""
     inner = kernel.ndim - scale.ndim
-    return kernel.astype(jnp.float32) * jnp.expand_dims(scale, tuple(range(lead, lead + inner)))
+    return jnp.transpose(kernel, (*range(inner, kernel.ndim), *range(inner)))
 
 
 @pytest.mark.parametrize("kind, step", [("int8", 1 / 254), ("fp8", 1 / 16)])
@@ -53,9 +58,9 @@ def test_a_layer_is_the_product_of_what_its_kernel_stands_for(form, kind, rows, 
     x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in ((*rows, *inner), (*inner, *outer)))
     values, scale = to_8_bits(kernel, tuple(range(len(inner))), kind)
     want = np.tensordot(x, back(values, scale), len(inner))
-    flat = x.reshape(*rows, -1), values.reshape(np.prod(inner), -1)
+    flat = x.reshape(*rows, -1), values.reshape(np.prod(inner), -1).T
     np.testing.assert_allclose(form(*flat) * scale.reshape(-1), want.reshape(*rows, -1), rtol=1e-5, atol=1e-5)
-    params = {"kernel": values, "kernel_scale": scale, "bias": np.ones(outer, np.float32)}
+    params = {"kernel_t": turned(values, scale), "kernel_scale": scale, "bias": np.ones(outer, np.float32)}
     layer = dense.Dense(outer, num_inputs=len(inner), use_bias=True)
     got = layer.apply({"params": params}, x)
     np.testing.assert_allclose(got, want + 1, rtol=1e-5, atol=1e-5)
@@ -78,7 +83,7 @@ def test_adapters_lie_beside_kernels_of_8_bits():
     rng = np.random.default_rng(2)
     x, kernel, a, b = (rng.normal(size=s).astype(np.float32) for s in ((3, 8), (8, 6), (8, 2), (2, 6)))
     values, scale = to_8_bits(kernel, 0)
-    params = {"kernel": values, "kernel_scale": scale, "lora_a": a, "lora_b": b}
+    params = {"kernel_t": values.T, "kernel_scale": scale, "lora_a": a, "lora_b": b}
     with layers.adapted(0.5):
         got = dense.Dense(6).apply({"params": params}, x)
     np.testing.assert_allclose(got, x @ back(values, scale) + 0.5 * x @ a @ b, rtol=1e-5, atol=1e-5)
@@ -100,7 +105,7 @@ def test_one_result_whatever_form_the_layers_have(kind):
     # Biases, norms and the table are in the type that is computed in; what has 8 bits, and its scales, stay.
     half = MODEL.cfg.__class__(**{**vars(MODEL.cfg), "dtype": "bfloat16"})
     types = jax.tree.map(lambda a: str(a.dtype), for_inference(half, params, kind)["blocks"]["layers"][0]["attn"]["q"])
-    assert types == {"kernel": {"int8": "int8", "fp8": "float8_e4m3fn"}[kind], "kernel_scale": "float32"}
+    assert types == {"kernel_t": {"int8": "int8", "fp8": "float8_e4m3fn"}[kind], "kernel_scale": "float32"}
 
 
 def test_a_layer_s_share_of_the_dimensions():
@@ -125,11 +130,13 @@ def test_answers_of_the_whole_model():
         if not isinstance(tree, dict):
             return tree
         if "kernel_scale" in tree:
-            return {"kernel": back(tree["kernel"], tree["kernel_scale"])}
+            kernel, scale = tree["kernel_t"], tree["kernel_scale"]
+            # Note: inputs come last there, the dimensions that the scales do not have.
+            order = *range(scale.ndim, kernel.ndim), *range(scale.ndim)
+            return {"kernel": back(jnp.transpose(kernel, order), scale)}
         return {name: restored(value) for name, value in tree.items()}
 
     stood_for = restored(rounded)
-    stood_for["head"]["kernel"] = stood_for["head"]["kernel"][:, : MODEL.cfg.vocab_size]  # without what fills up rows
     in_call, numbers = run(params, "int8"), run(stood_for)
     np.testing.assert_array_equal(in_call.ids, numbers.ids)
     np.testing.assert_allclose(in_call.per_token_logps, numbers.per_token_logps, rtol=1e-4, atol=1e-4)
@@ -144,18 +151,15 @@ def test_some_logits_are_those_of_all():
         np.testing.assert_allclose(apply(10, 7, method="some_logits"), apply(method="logits")[:, 10:17], rtol=1e-5)
 
 
-def test_a_head_of_an_odd_vocabulary_has_even_rows():
-    """The kernel has outputs of zeros more; the logits are those of the vocabulary."""
+def test_a_head_of_an_odd_vocabulary():
     cfg = dataclasses.replace(MODEL.cfg, vocab_size=MODEL.cfg.vocab_size - 3)
     params = {**setting()[0]}
     params["head"] = {"kernel": params["head"]["kernel"][:, :-3]}
     prepared = for_inference(cfg, params, "int8")
-    assert prepared["head"]["kernel"].shape[1] % 128 == 0 and prepared["head"]["kernel_scale"].shape[0] % 128 == 0
+    assert prepared["head"]["kernel_t"].shape == (cfg.vocab_size, 128)
     hidden = jax.random.normal(jax.random.key(3), (2, 128))
     got = LanguageModel(cfg).apply({"params": prepared}, hidden, method="logits")
-    want = hidden @ back(*to_8_bits(params["head"]["kernel"], 0))
-    assert got.shape == want.shape == (2, cfg.vocab_size)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, hidden @ back(*to_8_bits(params["head"]["kernel"], 0)), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_a_wide_product_are_those_of_a_narrow_one_that_is_cast():
@@ -214,9 +218,9 @@ def test_forms_that_the_benchmark_times():
 
 def test_an_open_number_of_rows():
     """As an exported program has it, in which nothing can be compared with the number of rows."""
-    kernel, scale = jnp.arange(12, dtype=jnp.int8).reshape(3, 4), jnp.full(4, 0.5)
+    kernel, scale = jnp.arange(12, dtype=jnp.int8).reshape(4, 3), jnp.full(4, 0.5)
     [rows] = export.symbolic_shape("b")
     call = jax.jit(lambda x: dense.quantized_dot(x, kernel, scale))
     exported = export.export(call, platforms=["cpu", "cuda"])(jax.ShapeDtypeStruct((rows, 3), jnp.float32))
     x = np.arange(15, dtype=np.float32).reshape(5, 3)
-    np.testing.assert_allclose(jax.jit(exported.call)(x), x @ np.asarray(kernel) * 0.5)
+    np.testing.assert_allclose(jax.jit(exported.call)(x), x @ np.asarray(kernel).T * 0.5)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 
 from flax import traverse_util
 import jax
@@ -11,13 +12,17 @@ import numpy as np
 import pytest
 
 from alto_jax.batch import PromptBatch, Rollout
+from alto_jax.experiment import GrpoStageConfig
+from alto_jax.lora import adapters
 from alto_jax.losses.grpo import GrpoLossConfig, grpo_loss
 from alto_jax.losses.tokens import token_log_probs
 from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, init_params
+from alto_jax.mllm.generate import GenerateConfig
 from alto_jax.mllm.intern_vit import InternViTConfig
 from alto_jax.mllm.language_model import LanguageModelConfig
 from alto_jax.mllm.text import SpecialIds
-from alto_jax.stages.grpo import completion_logps, refill
+from alto_jax.params import merge_params
+from alto_jax.stages.grpo import completion_logps, refill, rollout
 from alto_jax.tokenizer.alto import TokenizerConfig
 from alto_jax.tokenizer.encoder import ViTConfig
 from alto_jax.tokenizer.pixel_decoder import PixelDecoderConfig
@@ -143,6 +148,35 @@ def test_beta_zero_needs_no_reference():
     assert float(loss) == -2 and float(metrics["kl"]) == 0
 
 
+@pytest.mark.parametrize("quantize", ["", "int8"])
+def test_rollouts_of_merged_adapters_are_those_of_adapters(group, quantize):
+    """And of the plain model that they make; the base alone gives others, and is the reference."""
+    params, batch, *_ = group
+    lora = adapters.LoraConfig(rank=2, alpha=4.0)
+    key = jax.random.key(3)
+    added = adapters.make_adapters(params, lora, key)
+    added = jax.tree.map(lambda a: 0.3 * jax.random.normal(key, a.shape), added)
+
+    def sampled(params, lora, **options):
+        generate = GenerateConfig(max_new_tokens=LENGTH, temperature=1.0, quantize=quantize)
+        grpo = GrpoStageConfig(num_generations=GROUP, generate=generate, **options)
+        config = types.SimpleNamespace(model=CONFIG, grpo=grpo, lora=lora)
+        with adapters.applied(lora):
+            return jax.jit(functools.partial(rollout, config, SPECIAL))(params, batch, jax.random.key(5))
+
+    whole = merge_params(params, added)
+    merged, base = sampled(whole, lora), sampled(params, adapters.LoraConfig())
+    plain = sampled(adapters.merged(whole, lora), adapters.LoraConfig())
+    np.testing.assert_array_equal(merged.completion_ids, plain.completion_ids)
+    np.testing.assert_allclose(merged.old_per_token_logps, plain.old_per_token_logps, atol=1e-4)
+    assert np.abs(merged.old_per_token_logps - base.old_per_token_logps).max() > 0.1
+    if not quantize:
+        beside = sampled(whole, lora, merge_adapters=False)
+        np.testing.assert_array_equal(merged.completion_ids, beside.completion_ids)
+        for name in ("old_per_token_logps", "ref_per_token_logps"):
+            np.testing.assert_allclose(getattr(merged, name), getattr(beside, name), atol=1e-4)
+
+
 def rollout_of(rewards, first=0):
     """A rollout with these rewards [B][G], whose prompts are numbered from `first` on."""
     rewards = jnp.asarray(rewards, jnp.float32)
@@ -178,9 +212,9 @@ def test_packed_equals_naive_on_a_mesh(eight_devices):
     assert found["devices"] == 8 and found["images_per_device"] == 2 and found["split_parameters"] > 5
     assert found["logps"] < 1e-5 and found["gathered_in_loop"] == [] and found["logits_in_8_bits"] < 1e-4
     split = found["split_in_8_bits"]
-    assert split["attn/q/kernel"] == ["int8", [32, 4, 8], [32, 2, 8]]
+    assert split["attn/q/kernel_t"] == ["int8", [4, 8, 32], [2, 8, 32]]
     assert split["attn/q/kernel_scale"] == ["float32", [4, 8], [2, 8]]
-    assert split["mlp/down/kernel"] == ["int8", [48, 32], [24, 32]]
+    assert split["mlp/down/kernel_t"] == ["int8", [32, 48], [32, 24]]
     assert split["mlp/down/kernel_scale"] == ["float32", [32], [32]]
     assert set(found["gradients"]) == {"paper", "reference", "dr_grpo", "dapo", "gspo"}
     assert max(found["gradients"].values()) < 1e-4
