@@ -1,5 +1,6 @@
 """One new token a row over a shared prompt and its own cache: as attention over the cache that was written before."""
 
+import functools
 import types
 
 import jax
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 from alto_jax.attention import one_token
-from alto_jax.mllm.language_model import KVCache, prefix_attention
+from alto_jax.mllm.generate import GenerateConfig, Questions, generate
+from alto_jax.mllm.language_model import KVCache, LanguageModel, prefix_attention
+from tests.mllm.test_cache import BATCH, MODEL, SPECIAL, setting
 
 ON_GPU = jax.default_backend() == "gpu"
 DTYPE = jnp.bfloat16 if ON_GPU else jnp.float32
@@ -61,3 +64,33 @@ def test_what_the_kernels_can(capability, dtypes, shape, reason, monkeypatch):
     shapes = (2, tokens, 4, width), (2, size, 2, width), (1, 50, 2, width)
     said = one_token.why_not(*(jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, dtypes)))
     assert reason in said if reason else said == ""
+
+
+@pytest.mark.parametrize("asks", [False, True], ids=["prompts", "questions"])
+def test_answers_are_those_of_plain_attention(asks, monkeypatch):
+    """Also of rows with an end of their own behind a shared beginning, which may be padded."""
+    params, ids, mask = setting()
+    embed = lambda ids: params["embed"]["embedding"][ids]
+    questions, calls = None, []
+    if asks:
+        asked = ids[:, :6].reshape(BATCH, 3, 2)
+        questions = Questions(embed(asked), np.arange(2) >= np.array([[[0], [1], [0]], [[1], [0], [0]]]), asked)
+
+    def answers(model):
+        cfg = GenerateConfig(max_new_tokens=9)
+        key = jax.random.key(0)
+        return jax.device_get(generate(model, params, embed(ids), mask, cfg, SPECIAL, key, 3, questions=questions))
+
+    want = answers(LanguageModel(MODEL.cfg.__class__(**{**vars(MODEL.cfg), "attention": "xla"})))
+
+    def called(*given, fused=functools.partial(one_token.attention, interpret=True)):
+        calls.append(given)
+        return fused(*given)
+
+    monkeypatch.setattr(one_token, "why_not", lambda q, *_: "" if q.shape[1] == 1 else "more tokens")
+    monkeypatch.setattr(one_token, "attention", called)
+    got = answers(MODEL)
+    assert len(calls) == MODEL.cfg.num_layers
+    np.testing.assert_array_equal(got.ids, want.ids)
+    np.testing.assert_allclose(got.per_token_logps, want.per_token_logps, rtol=1e-4, atol=1e-4)
+    assert len(np.unique(got.ids)) > 5
