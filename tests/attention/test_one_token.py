@@ -83,7 +83,9 @@ def test_answers_are_those_of_plain_attention(asks, monkeypatch):
 
     want = answers(LanguageModel(MODEL.cfg.__class__(**{**vars(MODEL.cfg), "attention": "xla"})))
 
-    def called(*given, fused=functools.partial(one_token.attention, interpret=True)):
+    fused = functools.partial(one_token.attention, interpret=True)
+
+    def called(*given):
         calls.append(given)
         return fused(*given)
 
