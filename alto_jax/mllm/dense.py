@@ -14,6 +14,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from alto_jax.layers import Module
 from alto_jax.parallel.sharding import constrain
 
 Array = jax.Array
@@ -113,7 +114,7 @@ def with_even_rows(layer: dict) -> dict:
     return {**layer, "kernel": padded(layer["kernel"]), "kernel_scale": padded(layer["kernel_scale"])}
 
 
-class Dense(nn.Module):
+class Dense(Module):
     """A dense layer [..., I...] → [..., O...] from the last `num_inputs` dimensions to those of `features`.
 
     `out_dtype`: of the result (None: `dtype`, that of the computation), to which sums of products are not rounded
