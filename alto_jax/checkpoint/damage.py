@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
-import gc
 import json
 import logging
 import pathlib
@@ -127,11 +126,7 @@ def quiet() -> Iterator[None]:
     stays = _is_other_news in logger.filters  # An attempt before this one has failed.
     logger.addFilter(_is_other_news)
     sys.unraisablehook = _WithoutLateFutures(hook)
-    try:
-        yield
-    except BaseException:
-        gc.collect()  # Note: a task that failed is told of when it is collected.
-        raise
+    yield
     sys.unraisablehook = hook
     if not stays:
         logger.removeFilter(_is_other_news)

@@ -15,6 +15,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from alto_jax.layers import Module
 from alto_jax.parallel.sharding import constrain
 
 Array = jax.Array
@@ -105,7 +106,7 @@ def wide_dot(x: Array, kernel: Array, contracted: tuple[Sequence[int], Sequence[
     return dot(x, kernel)
 
 
-class Dense(nn.Module):
+class Dense(Module):
     """A dense layer [..., I...] → [..., O...] from the last `num_inputs` dimensions to those of `features`.
 
     `out_dtype`: of the result (None: `dtype`, that of the computation), to which sums of products are not rounded

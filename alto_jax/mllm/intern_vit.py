@@ -86,7 +86,7 @@ def drop_path_factors(key: Array, rate: float, num_layers: int, batch: int) -> A
     return jax.random.bernoulli(key, keep, (num_layers, 2, batch)) / keep
 
 
-class InternViT(nn.Module):
+class InternViT(layers.Module):
     """See the module's docstring."""
 
     cfg: InternViTConfig
@@ -183,8 +183,8 @@ class Projector(nn.Module):
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         # Compat: this norm has PyTorch's default epsilon, not the vision transformer's.
         x = layers.layer_norm(1e-5, name="norm", **types)(x)
-        x = layers.gelu(constrain(nn.Dense(self.out_dim, name="fc1", **types)(x), "batch", ...))
-        return constrain(nn.Dense(self.out_dim, name="fc2", **types)(x), "batch", ...)
+        x = layers.gelu(constrain(layers.Dense(self.out_dim, name="fc1", **types)(x), "batch", ...))
+        return constrain(layers.Dense(self.out_dim, name="fc2", **types)(x), "batch", ...)
 
 
 def imagenet_normalise(image: Array) -> Array:

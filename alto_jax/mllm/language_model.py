@@ -309,6 +309,10 @@ def with_whole_head(cfg: LanguageModelConfig, params: dict) -> dict:
     return {**params, **gather_params({name: params[name]}, "language_model")}
 
 
+class Embed(layers.Module, nn.Embed):
+    """Linen's, as a `layers.Module`."""
+
+
 class LanguageModel(nn.Module):
     """The language model. `embed`, `__call__` and `logits` are separate, so that image features can be put
     between the first two and only the needed positions reach the vocabulary.
@@ -322,7 +326,7 @@ class LanguageModel(nn.Module):
         cfg = self.cfg
         types: dict[str, Any] = dict(param_dtype=cfg.param_dtype)
         # Note: the table is looked up in its own type; casting the few rows is cheaper than the table.
-        self.embedder = nn.Embed(
+        self.embedder = Embed(
             cfg.vocab_size, cfg.embed_dim, dtype=cfg.param_dtype, embedding_init=INIT, name="embed", **types
         )
         self.blocks = layers.Stack(functools.partial(DecoderBlock, cfg), cfg.num_layers, cfg.remat, cfg.unroll)

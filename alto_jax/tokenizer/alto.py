@@ -12,6 +12,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from alto_jax import layers
 from alto_jax.config import require
 from alto_jax.tokenizer.decoder import MaskDecoder
 from alto_jax.tokenizer.encoder import Encoded, MaskEncoder, ViTConfig
@@ -83,7 +84,7 @@ class TokenizerConfig:
         return self.sam.image_size if self.sam else self.mask_size
 
 
-class ALTo(nn.Module):
+class ALTo(layers.Module):
     """The tokenizer; call its methods with `module.apply({"params": p}, ..., method="encode")`."""
 
     cfg: TokenizerConfig

@@ -17,7 +17,7 @@ from alto_jax.tokenizer.encoder import ViTConfig, grid_position_init, transforme
 Array = jax.Array
 
 
-class MaskDecoder(nn.Module):
+class MaskDecoder(layers.Module):
     """ViT over mask tokens (carrying image features) and latents; all attend to all.
 
     `feature_stride`: s, the SAM grid's side divided by the mask grid's side g (4 in the paper).
@@ -50,7 +50,7 @@ class MaskDecoder(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         scaled_normal = nn.initializers.normal(width**-0.5)
 
-        latents = nn.Dense(width, name="decoder_embed", **types)(embeddings.astype(self.dtype))
+        latents = layers.Dense(width, name="decoder_embed", **types)(embeddings.astype(self.dtype))
         # Compat: a token that is absent is a zero vector *after* the embedding, a zero code is not.
         latents = jnp.pad(latents, ((0, 0), (0, self.num_latent_tokens - num_given), (0, 0)))
 
@@ -59,7 +59,7 @@ class MaskDecoder(nn.Module):
         if features is not None:
             mapper = layers.PatchEmbed(features.shape[-1], self.feature_stride, name="spatial_mapper", **types)
             # Note: near zero at the start, so that the tokens are learned before the image is leaned on.
-            project = nn.Dense(width, kernel_init=nn.initializers.normal(1e-3), name="vae_project", **types)
+            project = layers.Dense(width, kernel_init=nn.initializers.normal(1e-3), name="vae_project", **types)
             mapped = constrain(mapper(features.astype(self.dtype)), "batch", ...)
             x = x + project(mapped.reshape(batch, grid * grid, features.shape[-1]))
 
@@ -73,6 +73,6 @@ class MaskDecoder(nn.Module):
         x = layers.layer_norm(1e-5, name="ln_pre", **types)(x)
         x, _ = transformer(self.vit, self.dtype, self.param_dtype, self.remat, self.attention, "blocks")(x)
         x = layers.layer_norm(1e-5, name="ln_post", **types)(x[:, 1 : 1 + grid * grid])
-        x = constrain(nn.Dense(2 * width, name="ffn1", **types)(x), "batch", ...)
-        x = constrain(nn.Dense(self.out_channels, name="ffn2", **types)(jnp.tanh(x)), "batch", ...)
+        x = constrain(layers.Dense(2 * width, name="ffn1", **types)(x), "batch", ...)
+        x = constrain(layers.Dense(self.out_channels, name="ffn2", **types)(jnp.tanh(x)), "batch", ...)
         return x.reshape(batch, grid, grid, self.out_channels)

@@ -77,7 +77,7 @@ def grid_position_init(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
     return jnp.concatenate([cls, layers.sincos_position_embedding(grid, shape[1])]).astype(dtype)
 
 
-class MaskEncoder(nn.Module):
+class MaskEncoder(layers.Module):
     """The mask tokenizer's ViT; see the module's docstring.
 
     `legacy_reshape`: Compat: published weights expect the latents [L, W] to be reinterpreted in memory
@@ -133,5 +133,5 @@ class MaskEncoder(nn.Module):
         if self.legacy_reshape:
             # Compat: [L, W] read as [W, L]; the sum below runs over that W.
             mixed = latents.reshape(batch, width, self.num_latent_tokens).swapaxes(1, 2)
-        z = nn.Dense(self.token_size, dtype=self.dtype, param_dtype=self.param_dtype, name="conv_out")(mixed)
+        z = layers.Dense(self.token_size, dtype=self.dtype, param_dtype=self.param_dtype, name="conv_out")(mixed)
         return Encoded(z=z, latents=latents, cls=cls)

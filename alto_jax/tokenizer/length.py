@@ -91,7 +91,7 @@ class LengthPredictor(nn.Module):
         def dense(name: str) -> nn.Dense:
             init = nn.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
             types = {"dtype": jnp.float32, "param_dtype": self.param_dtype, "precision": layers.HIGHEST}
-            return nn.Dense(self.width, kernel_init=init, name=name, **types)
+            return layers.Dense(self.width, kernel_init=init, name=name, **types)
 
         gate = jax.nn.sigmoid if self.gate == "sigmoid" else jax.nn.silu
         keys = dense("fc1")(latents) * gate(dense("fc2")(latents))

@@ -5,7 +5,6 @@ Source: ALTo's quantizer (l2-normalised lookup of a projected codebook).
 
 from typing import Any
 
-from flax import linen as nn
 from flax import struct
 import jax
 import jax.numpy as jnp
@@ -39,7 +38,7 @@ def uniform_codebook_init(key: Array, shape: tuple[int, int], dtype: Any) -> Arr
     return jax.random.uniform(key, shape, dtype, -1.0 / shape[0], 1.0 / shape[0])
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(layers.Module):
     """Nearest code by (normalised) Euclidean distance; float32 on every device and in every configuration."""
 
     codebook_size: int
@@ -50,7 +49,7 @@ class VectorQuantizer(nn.Module):
     def setup(self) -> None:
         shape = (self.codebook_size, self.token_size)
         self.embedding = self.param("embedding", uniform_codebook_init, shape, self.param_dtype)
-        self.embedding_proj = nn.Dense(
+        self.embedding_proj = layers.Dense(
             self.token_size,
             use_bias=False,
             dtype=jnp.float32,

@@ -21,6 +21,7 @@ from alto_jax import layers
 from alto_jax.attention import places, seam
 from alto_jax.config import require
 from alto_jax.parallel.sharding import constrain
+from alto_jax.tokenizer.pixel_decoder import Conv
 from alto_jax.tokenizer.resize import resize, torch_linear_matrix
 
 Array = jax.Array
@@ -129,7 +130,7 @@ def merge_windows(x: Array, height: int, width: int) -> Array:
     return x[:, :height, :width]
 
 
-class SamAttention(nn.Module):
+class SamAttention(layers.Module):
     """Self-attention over a square of positions with decomposed relative positions: [B, H, W, D] → same.
 
     `window`: positions attend within windows of that side, which are filled up with zeros at the lower and the right
@@ -262,7 +263,7 @@ class SamBlock(nn.Module):
         return constrain(x + layers.Mlp(cfg.mlp_ratio * cfg.embed_dim, name="mlp", **types)(y), "batch", ...), None
 
 
-class SamEncoder(nn.Module):
+class SamEncoder(layers.Module):
     """See the module's docstring.
 
     Blocks of a kind lie in one stack, in order of depth: "window_blocks" and "global_blocks".
@@ -313,7 +314,7 @@ class SamEncoder(nn.Module):
                     done[is_global] = start + step
                     hidden.append(x)
 
-        conv: Callable[..., nn.Conv] = functools.partial(nn.Conv, cfg.out_channels, use_bias=False, **types)
+        conv: Callable[..., Conv] = functools.partial(Conv, cfg.out_channels, use_bias=False, **types)
         x = constrain(conv((1, 1), name="neck_conv1")(x), "batch", ...)
         x = layers.layer_norm(1e-6, name="neck_norm1", **types)(x)
         x = constrain(conv((3, 3), name="neck_conv2")(x), "batch", ...)
