@@ -24,6 +24,7 @@ from alto_jax.parallel import sharding
 from alto_jax.tokenizer.alto import ALTo
 from tests.data.test_prepare import NONE, digest
 from tests.forking import SERVER
+from tests.one_step import one_step_program  # noqa: F401 - a fixture
 
 SIZES = {"vision_size": 56, "image_size": 64, "mask_size": 32}
 NUM = 16  # one of them without a mask
@@ -102,6 +103,7 @@ def test_masks_have_features_too(debug_model, tmp_path):
         job(debug_model.path, sizes=NONE)
 
 
+@pytest.mark.usefixtures("one_step_program")
 def test_two_steps_train_from_caches_as_without(debug_model, chats, tmp_path):
     """With packed rows: the losses agree to what bfloat16 features change; resumed, the result is the same."""
     from alto_jax.train.loop import train

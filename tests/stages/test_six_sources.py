@@ -13,6 +13,7 @@ from alto_jax.evaluate import runner
 from alto_jax.mllm import text
 from tests.data import replicas
 from tests.evaluate.test_runner import options
+from tests.one_step import one_step_program  # noqa: F401 - a fixture
 from tests.train.test_loop import arrays, position
 
 NAMES = ("multi_target_sa1b_val", "refcoco_val", "grefcoco_val", "rec_refcoco_val", "pope_popular")
@@ -60,6 +61,7 @@ def data(tmp_path):
     return root
 
 
+@pytest.mark.usefixtures("one_step_program")
 def test_six_sources_train_resume_and_are_evaluated(data, tmp_path, debug_model):
     from alto_jax.train.loop import train
 

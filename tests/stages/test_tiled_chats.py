@@ -22,6 +22,7 @@ from alto_jax.train import flops, loop
 from alto_jax.train.progress import read_metrics
 from tests.conftest import ROOT
 from tests.data.test_tiles import RECORDS, SAID, human, write
+from tests.one_step import one_step_program  # noqa: F401 - a fixture
 
 TILES, SLOTS, LENGTH = 4, 6, 160  # The wide image has 3 tiles and a thumbnail, beside another one 2 and a thumbnail.
 THREE_TURNS = [human("<image>\nWhat?"), SAID, human("And here? <image>"), SAID, human("Which is larger?")]
@@ -71,6 +72,7 @@ def full_forward(setting):
     return logits
 
 
+@pytest.mark.usefixtures("one_step_program")
 def test_stage_2_trains_on_tiles_and_goes_on_exactly(setting, tmp_path):
     config, _ = setting
     loop.train(config, tmp_path / "run")
