@@ -334,7 +334,7 @@ def test_rules_show_every_parameter_with_its_bytes():
     text = rules.describe_rules(config, options)
     head = next(line for line in text.splitlines() if line.startswith("language_model/head/kernel"))
     # 4096 x 93579 float32 over 16 devices, by its second choice.
-    assert head.split()[1:3] == ["(4096,", "93579)"] and "fsdp*tensor, -" in head and "11.2" in head
+    assert head.split()[1:3] == ["(4096,", "93579)"] and "fsdp*tensor, -" in head and "17.2" in head
     assert f"{4096 * 93579 * 4 / 16 / 2**20:.3f}" in head
     assert "batch over data x fsdp" in text
 
