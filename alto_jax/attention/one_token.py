@@ -11,14 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from alto_jax.attention import cudnn
+from alto_jax.attention import tiles
 from alto_jax.parallel.sharding import traced_device
 
 Array = jax.Array
-_NEVER = -1e30
 _KEYS = 128  # of the prompt, that one program takes
 _QUERIES = 64  # of them, at most
-_LOG2_E = 1.4426950408889634  # exponentials are powers of two there
 
 
 def why_not(q: Any, cached: Any, prefix: Any) -> str:
@@ -27,12 +25,9 @@ def why_not(q: Any, cached: Any, prefix: Any) -> str:
     Args:
       q: [R, T, N, Hd]; cached: [R, S, K, Hd]; prefix: [B, P, K, Hd], arrays or what has their shape and dtype.
     """
-    device, mesh = traced_device(), jax.sharding.get_abstract_mesh()
-    capability = cudnn.capability(device)
-    if capability is None:
-        return f"these kernels want an NVIDIA GPU, not the platform {device.platform!r}"
-    if capability < (8, 0):
-        return f"these kernels want compute capability 8.0, this device has {device.compute_capability}"
+    if reason := tiles.why_not(traced_device()):
+        return reason
+    mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
         return f"these kernels want one device, not a mesh of {mesh.size}"
     if q.shape[1] != 1:
@@ -69,7 +64,7 @@ def attention(
     (rows, _, num_heads, width), (_, size, num_kv_heads, _) = q.shape, cached[0].shape
     batch, length = prefix[0].shape[:2]
     group, ratio = rows // batch, num_heads // num_kv_heads
-    scale = width**-0.5 * _LOG2_E
+    scale = width**-0.5 * tiles.LOG2_E
     own_ratio = max(16, _power(ratio))  # a matrix unit takes no fewer rows
     parts, tile = -(-length // _KEYS), min(_QUERIES, max(16, _power(group * ratio)))
     shared = -(-group * ratio // tile)  # tiles of the queries that share a key
@@ -87,12 +82,12 @@ def attention(
         inside = key < length
         at = ((sample * length + key) * num_kv_heads + head)[:, None], columns
         wanted = triton.load(q.at[(row * num_heads + query_head)[:, None], columns], mask=exists[:, None], other=0.0)
-        score = _dot(wanted, triton.load(keys.at[at], mask=inside[:, None], other=0.0).T) * scale
+        score = tiles.dot(wanted, triton.load(keys.at[at], mask=inside[:, None], other=0.0).T) * scale
         seen = triton.load(real.at[sample * length + key], mask=inside, other=0) > 0
-        score = jnp.where(seen[None], score, _NEVER)
+        score = jnp.where(seen[None], score, tiles.NEVER)
         top = jnp.max(score, axis=1)
         weights = jnp.where(inside[None], jnp.exp2(score - top[:, None]), 0.0)
-        found = _dot(weights.astype(wanted.dtype), triton.load(values.at[at], mask=inside[:, None], other=0.0))
+        found = tiles.dot(weights.astype(wanted.dtype), triton.load(values.at[at], mask=inside[:, None], other=0.0))
         place = (part * rows + row) * num_heads + query_head
         triton.store(out.at[place[:, None], columns], found, mask=exists[:, None])
         triton.store(highest.at[place], top, mask=exists)
@@ -116,17 +111,17 @@ def attention(
             earlier = triton.load(cache.at[at, columns], mask=(inside & (key != now))[:, None], other=0.0)
             return jnp.where((key == now)[:, None], latest, earlier)
 
-        score = _dot(wanted, with_new(keys, k, new_keys).T) * scale
+        score = tiles.dot(wanted, with_new(keys, k, new_keys).T) * scale
         allowed = triton.load(seen.at[row * size + key], mask=inside, other=0) > 0
-        score = jnp.where(allowed[None], score, _NEVER)
+        score = jnp.where(allowed[None], score, tiles.NEVER)
         top = jnp.max(score, axis=1)
         weights = jnp.where(inside[None], jnp.exp2(score - top[:, None]), 0.0)
-        sums = _dot(weights.astype(wanted.dtype), with_new(values, v, new_values)), jnp.sum(weights, axis=1), top
+        sums = tiles.dot(weights.astype(wanted.dtype), with_new(values, v, new_values)), jnp.sum(weights, axis=1), top
 
         def add(part: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
             sum_, count, top = state
             there = part * (rows * num_heads) + place
-            other = triton.load(highest.at[there], mask=exists, other=_NEVER)
+            other = triton.load(highest.at[there], mask=exists, other=tiles.NEVER)
             more = triton.load(found.at[there[:, None], columns], mask=exists[:, None], other=0.0)
             new_top = jnp.maximum(top, other)
             kept, added = jnp.exp2(top - new_top), jnp.exp2(other - new_top)
@@ -164,7 +159,3 @@ def attention(
 def _power(count: int) -> int:
     """The smallest power of two that is not less."""
     return 1 << (count - 1).bit_length()
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)

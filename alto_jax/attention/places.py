@@ -16,13 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alto_jax.attention import cudnn
+from alto_jax.attention import tiles
 from alto_jax.parallel.sharding import activation_spec, traced_device
 
 Array = jax.Array
-_NEVER = -1e30
 _QUERIES = 64  # that one program takes: with more of them the H100 was slower, for want of registers
-_LOG2_E = 1.4426950408889634  # exponentials are powers of two there
 
 
 def why_not(dtype: Any, side: int, window: int, head_dim: int) -> str:
@@ -32,12 +30,8 @@ def why_not(dtype: Any, side: int, window: int, head_dim: int) -> str:
       dtype: of queries, keys and values. side: positions along a side. window: that of a window; 0: the whole square.
       head_dim: Hd.
     """
-    device = traced_device()
-    capability = cudnn.capability(device)
-    if capability is None:
-        return f"these kernels want an NVIDIA GPU, not the platform {device.platform!r}"
-    if capability < (8, 0):
-        return f"these kernels want compute capability 8.0, this device has {device.compute_capability}"
+    if reason := tiles.why_not(traced_device()):
+        return reason
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"these kernels want bfloat16 or float16, got {dtype}"
     if head_dim not in (32, 64, 128):
@@ -173,7 +167,7 @@ def _windows(
     count = max(16, 1 << (window**2 - 1).bit_length())
     key_row, key_column, keys, inside, real_key = places(0, count)
     q = rows(0, queries, real_query) + load(bias.at[of(0)])[None]
-    score = _dot(q, rows(1, keys, real_key).T) * scale
+    score = tiles.dot(q, rows(1, keys, real_key).T) * scale
     # What a query's scores have more for 16 rows, then for 16 columns.
     place = jnp.arange(32)
     is_column, key = (place >= 16)[None], (place % 16)[None]
@@ -182,10 +176,10 @@ def _windows(
     first = head * (products.shape[1] // num_heads)
     more = load(products.at[queries[:, None], first + offset], mask=exists, other=0.0)
     chosen = (place[:, None] == key_row[None]) | (place[:, None] == 16 + key_column[None])
-    score += _dot(more, chosen.astype(more.dtype))
-    score = jnp.where(inside[None], score, _NEVER)
-    weights = jnp.exp2((score - jnp.max(score, axis=1)[:, None]) * _LOG2_E)
-    found = _dot(weights.astype(q.dtype), rows(2, keys, real_key)) / jnp.sum(weights, axis=1)[:, None]
+    score += tiles.dot(more, chosen.astype(more.dtype))
+    score = jnp.where(inside[None], score, tiles.NEVER)
+    weights = jnp.exp2((score - jnp.max(score, axis=1)[:, None]) * tiles.LOG2_E)
+    found = tiles.dot(weights.astype(q.dtype), rows(2, keys, real_key)) / jnp.sum(weights, axis=1)[:, None]
     found += load(bias.at[of(2)])[None]
     store(out.at[queries[:, None], (head * head_dim + columns)[None]], found.astype(out.dtype),
           mask=real_query[:, None])  # fmt: skip
@@ -201,26 +195,22 @@ def _whole(
     of = lambda part: (part * num_heads + head) * head_dim + columns
     first = sample * (height * width)
     queries = (first + tile * _QUERIES + jnp.arange(_QUERIES))[:, None]
-    beside = load(by_column.at[queries, (head * width + jnp.arange(width))[None]]).astype(jnp.float32) * _LOG2_E
+    beside = load(by_column.at[queries, (head * width + jnp.arange(width))[None]]).astype(jnp.float32) * tiles.LOG2_E
 
     q = load(qkv.at[queries, of(0)[None]]).astype(jnp.float32) + load(bias.at[of(0)])[None].astype(jnp.float32)
-    q = (q * (scale * _LOG2_E)).astype(out.dtype)
+    q = (q * (scale * tiles.LOG2_E)).astype(out.dtype)
 
     def step(y: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
         total, highest, found = state
         keys = (first + y * width + jnp.arange(width))[:, None]
         down = load(by_row.at[queries, (head * height + y + jnp.zeros(1, jnp.int32))[None]]).astype(jnp.float32)
-        score = _dot(q, load(qkv.at[keys, of(1)[None]]).T) + beside + down * _LOG2_E
+        score = tiles.dot(q, load(qkv.at[keys, of(1)[None]]).T) + beside + down * tiles.LOG2_E
         top = jnp.maximum(highest, jnp.max(score, axis=1))
         weights, kept = jnp.exp2(score - top[:, None]), jnp.exp2(highest - top)
-        found = found * kept[:, None] + _dot(weights.astype(out.dtype), load(qkv.at[keys, of(2)[None]]))
+        found = found * kept[:, None] + tiles.dot(weights.astype(out.dtype), load(qkv.at[keys, of(2)[None]]))
         return total * kept + jnp.sum(weights, axis=1), top, found
 
-    nothing = (jnp.zeros(_QUERIES), jnp.full(_QUERIES, _NEVER), jnp.zeros((_QUERIES, head_dim)))
+    nothing = (jnp.zeros(_QUERIES), jnp.full(_QUERIES, tiles.NEVER), jnp.zeros((_QUERIES, head_dim)))
     total, _, found = jax.lax.fori_loop(0, height, step, nothing)
     found = found / total[:, None] + load(bias.at[of(2)])[None]
     store(out.at[queries, (head * head_dim + columns)[None]], found.astype(out.dtype))
-
-
-def _dot(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)

@@ -75,7 +75,7 @@ def multiply_reduce(x: Array, kernel: Array) -> Array:
     an H100 takes 28 microseconds for 14336 x 4096 as a whole, and 22 for 4096 x 14336.
     """
     outputs, inputs = kernel.shape
-    parts = next((n for n in (2, 3, 4) if inputs % (16 * n) == 0 and inputs // n <= LONG), 1) if inputs > LONG else 1
+    parts = next((n for n in range(1, 17) if inputs % (16 * n) == 0 and inputs // n <= LONG), 1)
     rows = x.reshape(-1, parts, inputs // parts).astype(jnp.float32)
     wide = kernel.reshape(outputs, parts, inputs // parts).astype(jnp.float32)
     summed = jnp.stack([jnp.sum(row * wide, axis=2) for row in rows])

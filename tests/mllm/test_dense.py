@@ -59,7 +59,9 @@ def test_a_layer_is_the_product_of_what_its_kernel_stands_for(form, kind, rows, 
     values, scale = to_8_bits(kernel, tuple(range(len(inner))), kind)
     want = np.tensordot(x, back(values, scale), len(inner))
     flat = x.reshape(*rows, -1), values.reshape(np.prod(inner), -1).T
-    np.testing.assert_allclose(form(*flat) * scale.reshape(-1), want.reshape(*rows, -1), rtol=1e-5, atol=1e-5)
+    for long in (dense.LONG, 16):  # as a whole, and in 2 or 3 parts
+        monkeypatch.setattr(dense, "LONG", long)
+        np.testing.assert_allclose(form(*flat) * scale.reshape(-1), want.reshape(*rows, -1), rtol=1e-5, atol=1e-5)
     params = {"kernel_t": turned(values, scale), "kernel_scale": scale, "bias": np.ones(outer, np.float32)}
     layer = dense.Dense(outer, num_inputs=len(inner), use_bias=True)
     got = layer.apply({"params": params}, x)
