@@ -18,7 +18,7 @@ ROOMS = (
 # A room's command stands above the rooms: it may ask any of them.
 COMMANDS = {"checkpoint.__main__", "evaluate.__main__", "lora.__main__", "plan.__main__"}
 LINEN_ROOMS = {"layers", "tokenizer", "mllm"}
-ORBAX_ROOMS = {"checkpoint"}
+ORBAX_ROOMS = {"checkpoint", "parallel"}
 CODE = ("alto_jax", "configs", "tools", "benchmarks", "experiments", "tests")
 OUR_LATE = re.compile(r"#.*\blate: \S")
 

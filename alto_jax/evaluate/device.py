@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from alto_jax import layers
-from alto_jax.parallel import sharding
+from alto_jax.parallel import distributed, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Programs:
                     return function(*args)
 
             jitted = jax.jit(sharding.on_mesh(self.mesh, told), out_shardings=sharding.replicated(self.mesh))
-            self._functions[key] = jitted
+            self._functions[key] = distributed.meeting(jitted)
         num_rows = share.batch_size(len(jax.tree.leaves(batch)[0]))
         program = self._functions[key]
         placed = jax.block_until_ready(sharding.put_batch(batch, self.mesh, num_rows, "--batch-size"))

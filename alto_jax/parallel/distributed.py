@@ -7,6 +7,7 @@ scripts that start the processes.
 from collections.abc import Callable, Iterator
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,12 @@ from typing import Any, TypeVar
 from alto_jax.config import ConfigError, differences
 
 _joined = False
+_meetings = itertools.count()
 T = TypeVar("T")
+
+# Seconds that processes wait for each other where nothing is wrong: the slowest compilation. A dead one is noticed
+# before, by its heartbeat.
+_PATIENCE = 3600
 
 
 class ProcessLost(RuntimeError):
@@ -132,11 +138,47 @@ def opening() -> Iterator[None]:
     gather(None)
 
 
+def meet() -> None:
+    """Waits until all processes are here: at the coordination service, not in a collective.
+
+    For before collectives that one process may reach long before another, which still compiles what the first found in
+    a cache: Gloo gives up after 30 seconds. All processes meet in the same order.
+    """
+    if count() == 1:
+        return
+    from orbax.checkpoint import multihost  # late: only several processes need it
+
+    multihost.get_barrier_sync_fn()(key=f"alto_jax/{next(_meetings)}", timeout_ms=_PATIENCE * 1000)
+
+
+def meeting(program: Any) -> Callable:
+    """The jitted `program`, of which every process has compiled the variant at hand before any of them runs it."""
+    if count() == 1:
+        return program
+    import jax  # late: keeps the start fast
+    import numpy as np  # late: keeps the start fast
+
+    compiled = set()
+
+    @functools.wraps(program)
+    def met(*args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        variant = (structure, *((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves))
+        if variant not in compiled:
+            program.lower(*args).compile()
+            meet()
+            compiled.add(variant)
+        return program(*args)
+
+    return met
+
+
 def _exchange(value: dict[str, Any]) -> list[dict[str, Any]]:
     """`gather` of several processes."""
     from jax.experimental import multihost_utils  # late: only several processes need it
     import numpy as np  # late: keeps the start fast
 
+    meet()
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.array([len(mine)]))).reshape(-1)
     padded = np.zeros(int(sizes.max()), np.uint8)

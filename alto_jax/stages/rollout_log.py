@@ -22,7 +22,7 @@ from alto_jax.layers import apply_module
 from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM
 from alto_jax.mllm.mask_tokens import parse_masks
-from alto_jax.parallel import sharding
+from alto_jax.parallel import distributed, sharding
 from alto_jax.stages.stage import SampleWriter
 from alto_jax.stages.tokenizer import tokenizer_apply
 from alto_jax.tokenizer.alto import ALTo
@@ -36,6 +36,7 @@ def make_writer(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) ->
     """
     tokenizer, count = config.model.tokenizer, config.grpo.log_samples
 
+    @distributed.meeting
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     @functools.partial(sharding.on_mesh, mesh)
     def describe(params: dict, rollout: Rollout) -> tuple[Rollout, dict[str, jax.Array], jax.Array]:

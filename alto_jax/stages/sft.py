@@ -20,7 +20,7 @@ from alto_jax.mllm import mask_tokens
 from alto_jax.mllm.alto_llm import ALToLLM, init_params, segment
 from alto_jax.mllm.generate import GenerateConfig
 from alto_jax.mllm.text import IGNORE
-from alto_jax.parallel import sharding
+from alto_jax.parallel import distributed, sharding
 from alto_jax.stages.stage import Stage
 from alto_jax.stages.tokenizer import mask_iou, tokenizer_apply
 from alto_jax.tokenizer.alto import ALTo
@@ -198,6 +198,7 @@ def make_text_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.M
     """
     model, special = ALToLLM(config.model), text.ids
 
+    @distributed.meeting
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     @functools.partial(sharding.on_mesh, mesh)
     def right(params: dict, batch: ChatBatch) -> tuple[jax.Array, jax.Array]:
@@ -242,6 +243,7 @@ def make_evaluate(config: ExperimentConfig, text: Any, mesh: jax.sharding.Mesh) 
     generate_cfg = GenerateConfig(max_new_tokens=config.eval.max_new_tokens)
     size = config.model.tokenizer
 
+    @distributed.meeting
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     @functools.partial(sharding.on_mesh, mesh)
     def answer(params: dict, batch: PromptBatch) -> tuple[jax.Array, ...]:

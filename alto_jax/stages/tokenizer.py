@@ -16,7 +16,7 @@ from alto_jax.data import sources
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.losses import reconstruction
 from alto_jax.mllm.alto_llm import init_params
-from alto_jax.parallel import sharding
+from alto_jax.parallel import distributed, sharding
 from alto_jax.stages.stage import Stage
 from alto_jax.tokenizer.alto import ALTo
 from alto_jax.tokenizer.length import leading_tokens
@@ -131,7 +131,8 @@ def make_evaluate(config: ExperimentConfig, model: ALTo, mesh: jax.sharding.Mesh
     """
     num_tokens = model.cfg.num_latent_tokens
     # Note: every process computes the same and must be able to read the result.
-    jit = lambda function: jax.jit(sharding.on_mesh(mesh, function), out_shardings=sharding.replicated(mesh))
+    whole = sharding.replicated(mesh)
+    jit = lambda function: distributed.meeting(jax.jit(sharding.on_mesh(mesh, function), out_shardings=whole))
 
     @jit
     def encode(params: dict, batch: MaskBatch) -> tuple[jax.Array, jax.Array, jax.Array | None]:

@@ -216,6 +216,7 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
     config, stage, path, account = run.config, run.stage, run.path, run.account
     total, start, name = config.train.steps, int(state.step), f"[{config.stage}]"
     step_fn = make_step(config, stage, run.optimizer, jax.tree.map(lambda a: a.sharding, state))
+    step_fn = distributed.meeting(step_fn)
     rollouts, repeats = None, 1
     saver = Saver(config, run.checkpointer, run.iterator, run.copy)
     logs, meter = Logs(config, path, start), Meter(config, account)
@@ -231,7 +232,8 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
 
     if stage.rollout is not None:
         log = PromptLog(path, start, run.mesh)
-        rollouts = Rollouts(config.grpo, stage, make_rollout(config, stage), next_batch, run.mesh, log)
+        rollout = distributed.meeting(make_rollout(config, stage))
+        rollouts = Rollouts(config.grpo, stage, rollout, next_batch, run.mesh, log)
         repeats = config.grpo.updates_per_rollout
 
     def evaluate(step: int) -> None:

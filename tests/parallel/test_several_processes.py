@@ -1,6 +1,8 @@
 """What several real processes (Gloo on the CPU) do equals what one does, whatever the mesh; or they say why not."""
 
+import json
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -21,17 +23,18 @@ from tests.parallel import stages_on_processes
 SECONDS = 900  # until a process that hangs is ended
 # Of 4 devices in 2 processes: a tensor axis of 4 spans both. One works in a copy of a bucket.
 # All stages and more meshes: benchmarks/processes.py.
+STAGES = "stages_on_processes.py"
 CASES = ("stage1:1,4,1:1:bucket", "stage2:1,2,2", "stage3:1,1,4")
 
 
-def run(folder, cases, processes=1, devices=1):
-    """Starts stages_on_processes.py in so many processes of a run."""
+def run(script, *arguments, processes=1, devices=1):
+    """Starts a script of this folder in so many processes of a run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         joined = {"ALTO_COORDINATOR": f"127.0.0.1:{free.getsockname()[1]}", "ALTO_NUM_PROCESSES": str(processes)}
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags} | (joined if processes > 1 else {})
-    command = [stages_on_processes.__file__, str(folder), *cases]
+    command = [str(pathlib.Path(__file__).with_name(script)), *map(str, arguments)]
     return [
         SERVER.start(command, env | ({"ALTO_PROCESS_ID": str(index)} if processes > 1 else {}))
         for index in range(processes)
@@ -45,13 +48,14 @@ def finish(started):
         for process in started:
             process.send_signal(signal.SIGKILL)
     assert not any(process.returncode for process in started), [(out + err)[-3000:] for out, err in said]
+    return said
 
 
 def test_every_stage_learns_what_one_process_learns(tmp_path):
     """Loss and gradient norm of three updates, relative to the largest (of stage 3 the loss to its advantages)."""
     write_model(tmp_path / "start", stages_on_processes.config_of("stage2", (1, 1, 1), ""))
-    alone = run(tmp_path, [f"{case.partition(':')[0]}:1,1,1" for case in CASES])
-    together = run(tmp_path, CASES, processes=2, devices=2)
+    alone = run(STAGES, tmp_path, *(f"{case.partition(':')[0]}:1,1,1" for case in CASES))
+    together = run(STAGES, tmp_path, *CASES, processes=2, devices=2)
     finish(together)
     finish(alone)
     for case in CASES:
@@ -62,6 +66,16 @@ def test_every_stage_learns_what_one_process_learns(tmp_path):
             a, b = (np.array([record[name] for record in records]) for records in (expected, found))
             largest = max(np.abs(a).max(), 1.0 if (stage, name) == ("stage3", "loss") else 0)
             assert largest > 1e-3 and np.abs(a - b).max() <= 1e-5 * largest, (case, name, a, b)
+
+
+def test_no_process_runs_a_program_that_another_still_compiles():
+    """Collectives do not wait as long as a compilation may take; each variant is compiled once."""
+    (out, _), _ = finish(run("slow_compilation.py", 1.5, processes=2))
+    told = json.loads(out.splitlines()[-1])
+    assert [[what for what, _ in each] for each in told] == [["compiled", "ran", "ran", "compiled", "ran"]] * 2
+    (quick, first, _, again, second), (slow, _, _, slow_again, _) = [[when for _, when in each] for each in told]
+    assert quick < slow - 0.5 < slow <= first and again < slow_again - 0.5 < slow_again <= second
+    assert distributed.meeting(run) is run  # alone there is nobody to wait for
 
 
 def test_damaged_saves_are_restored_or_refused(tmp_path):
