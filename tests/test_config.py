@@ -111,6 +111,9 @@ def test_workdir_belongs_to_one_configuration(tmp_path, values):
     # Nothing is trained yet: a first attempt that failed does not occupy the directory.
     claim(seed=2)
     assert json.loads((path / "config.json").read_text())["seed"] == 2
+    (path / "result.json").write_text("{}")  # of a run whose checkpoints were removed
+    with pytest.raises(ConfigError, match="seed: 2 there, 3 here"):
+        claim(seed=3)
     (path / "checkpoints" / "3").mkdir(parents=True)
     claim(seed=2)
     claim(seed=2, train={**values["train"], "log_every": 7})

@@ -7,6 +7,7 @@ then a vote on these. With one process the same happens without votes.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -99,6 +100,11 @@ def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
     return [total(leaf) for leaf in leaves]
 
 
+@functools.cache
+def _met_sums() -> Callable:
+    return distributed.meeting(_sums)
+
+
 def _sum_here(leaf: jax.Array) -> np.uint32:
     """The same of an array in this machine's memory, which needs no program."""
     array = np.asarray(leaf)
@@ -120,7 +126,7 @@ def checksums(tree: Any) -> dict[str, int]:
     if all(is_numpy(leaf) or is_in_memory(leaf) for leaf in leaves.values()):
         sums = [_sum_here(leaf) for leaf in leaves.values()]
     else:
-        sums = jax.device_get(_sums(list(leaves.values())))
+        sums = jax.device_get(_met_sums()(list(leaves.values())))
     return dict(zip(leaves, map(int, sums)))
 
 

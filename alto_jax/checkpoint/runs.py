@@ -46,7 +46,7 @@ from alto_jax.storage.bucket import checked, is_url
 from alto_jax.storage.steps import FROZEN
 
 MADE_BY = "python -m alto_jax.main --config=configs/quickstart.py --workdir=DIR"  # For who has no checkpoint yet.
-_OWN = ("checksums", "frozen", "metric", "position")  # what a step says for this room alone
+_OWN = ("checksums", "frozen", "metric", "metric_name", "position")  # what a step says for this room alone
 S = TypeVar("S")  # A dataclass of trees of arrays, such as TrainState.
 
 
@@ -201,11 +201,22 @@ class Checkpointer:
             arrays.set_aside(folder, self.directory)
         self._remove_leftovers()
 
+    def kept_best(self) -> tuple[int, float] | None:
+        """The best of the steps that are there (of equal ones the newest), with its metric, as process 0 sees them."""
+
+        def find() -> tuple[int, float | None] | None:
+            metrics = {step: self._metric(step) for step in complete_steps(self.directory)}
+            return next(((step, metrics[step]) for step in self._retention.ranked(metrics)), None)
+
+        self.wait()
+        found = distributed.from_first(find)
+        return None if found is None else (int(found[0]), float(cast(Any, found[1])))
+
     def _metric(self, step: int) -> float | None:
         """The metric that a step was saved with."""
         if step not in self._metrics:
             try:
-                self._metrics[step] = read_meta(self._folder / str(step)).get("metric")
+                self._metrics[step] = self._retention.value(read_meta(self._folder / str(step)))
             except (OSError, ValueError):
                 self._metrics[step] = None
         return self._metrics[step]

@@ -176,6 +176,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     system = loaded.meta["data"]["system"]
     programs = Programs(mesh, loaded.cfg.matmul_precision)
     tasks = make_tasks(options, loaded.cfg, loaded.params, loaded.text, system, programs)
+    distributed.require_same("benchmarks", {task.name: header_of(task) for task in tasks})
     runner = Runner(options.out, mesh, batch_size=options.batch_size, max_bad_fraction=options.max_bad_fraction,
                     threads=options.threads, num_singles=options.timed_samples)  # fmt: skip
     for task in tasks:

@@ -144,7 +144,7 @@ def meet() -> None:
     For before collectives that one process may reach long before another, which still compiles what the first found in
     a cache: Gloo gives up after 30 seconds. All processes meet in the same order.
     """
-    if count() == 1:
+    if not _joined:
         return
     from orbax.checkpoint import multihost  # late: only several processes need it
 

@@ -296,6 +296,19 @@ class Mirror:
 
 @contextlib.contextmanager
 def working_copy(place: str | os.PathLike, field: str) -> Iterator[tuple[pathlib.Path, Mirror | None]]:
+    """`_working_copy`, which all processes of a run leave together where it ends well: what process 0 has still to
+    write or to bring to the bucket may take longer than the 300 seconds that JAX waits for the last process."""
+    try:
+        with _working_copy(place, field) as found:
+            yield found
+    except cli.Stopped:
+        distributed.meet()
+        raise
+    distributed.meet()
+
+
+@contextlib.contextmanager
+def _working_copy(place: str | os.PathLike, field: str) -> Iterator[tuple[pathlib.Path, Mirror | None]]:
     """The folder on this machine to work in, for all processes of a run: `place` itself, or the copy of a URL.
 
     Args:

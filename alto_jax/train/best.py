@@ -49,6 +49,10 @@ class Watch:
         if not self.waited or value == self.best:  # Note: of equal ones the newest, as the checkpoints are kept.
             self.best, self.best_step, self.found = value, step, found
 
+    def take(self, step: int, value: float | None) -> None:
+        """Another step, of this value, serves as the best one."""
+        self.best, self.best_step, self.found = value, step, None
+
     def has(self, step: int) -> bool:
         """Whether an evaluation at a step was seen."""
         return step in self._seen

@@ -7,7 +7,7 @@ import jax
 from alto_jax.cli import Progress
 from alto_jax.experiment import ExperimentConfig
 from alto_jax.train import collapse
-from alto_jax.train.progress import MetricWriter
+from alto_jax.train.progress import NOTHING, MetricWriter
 
 
 class Logs:
@@ -18,8 +18,10 @@ class Logs:
       writer: of process 0; None in the others.
     """
 
-    def __init__(self, config: ExperimentConfig, path: pathlib.Path, start: int):
-        self.writer = MetricWriter(path, start, config) if jax.process_index() == 0 else None
+    def __init__(self, config: ExperimentConfig, path: pathlib.Path, start: int, *, is_resumed: bool = True):
+        """start: updates that the run begins after. is_resumed: with a checkpoint; else no record there is its own."""
+        kept = start if is_resumed else NOTHING
+        self.writer = MetricWriter(path, start, config, kept) if jax.process_index() == 0 else None
         self.progress = Progress(config.stage, config.train.steps, start)
         self.latest: dict[str, float] = {}
         self._steps: dict[str, int] = {}

@@ -90,7 +90,8 @@ def _train(
     measured = _name_evaluation(config)
     mesh = run_mesh(config)
     sharding.batch_share(mesh).rows(config.train.batch_size, "config.train.batch_size")
-    keep = runs.Retention(config.train.keep_checkpoints, config.train.keep_best, config.train.best_mode)
+    cfg = config.train
+    keep = runs.Retention(cfg.keep_checkpoints, cfg.keep_best, cfg.best_mode, cfg.best_metric)
     checkpointer = runs.Checkpointer(path, keep, is_apart=is_apart)
     is_resumed = checkpointer.latest_step() is not None
     optimizer = make_optimizer(config.optim, config.train.steps)
@@ -116,7 +117,8 @@ def _train(
     began = time.monotonic()
     try:
         with StopSignals() as signals:
-            run = _Run(config, stage, optimizer, checkpointer, iterator, mesh, path, signals, measured, account, copy)
+            run = _Run(config, stage, optimizer, checkpointer, iterator, mesh, path, signals, measured, is_resumed,
+                       account, copy)  # fmt: skip
             state, logs, watch = _steps(run, state)
     finally:
         iterator.close()
@@ -203,6 +205,7 @@ class _Run:
     path: pathlib.Path
     signals: StopSignals
     measured: str
+    is_resumed: bool
     account: goodput.Account
     copy: mirror.Mirror | None
 
@@ -219,7 +222,7 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
     step_fn = distributed.meeting(step_fn)
     rollouts, repeats = None, 1
     saver = Saver(config, run.checkpointer, run.iterator, run.copy)
-    logs, meter = Logs(config, path, start), Meter(config, account)
+    logs, meter = Logs(config, path, start, is_resumed=run.is_resumed), Meter(config, account)
     # Note: after Logs, which drops what a killed run wrote after its last checkpoint.
     watch = best.Watch(config.train, distributed.from_first(lambda: read_metrics(path)))
     profiler = Profiler(path / "profile", start + 3, config.train.profile_steps if jax.process_index() == 0 else 0)
@@ -287,10 +290,12 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
             evaluate(step)
         # Note: a rollout in progress is not part of the checkpoint, so saves (and stops) fall between rollouts.
         if step % repeats == 0 or step == total:
-            why = run.signals.stop_after(step)
+            why = run.signals.stop()
             is_due = saver.is_due(step)
             is_over = step == total or watch.is_over()
             is_last = why is not None or is_over
+            if is_last:
+                check_bad(config, run.checkpointer, step, metrics["in_a_row"])
             if is_over and config.train.patience:
                 state = _best_state(run, state, watch, logs)
             if is_last or is_due:
@@ -321,10 +326,18 @@ def _best_state(run: _Run, state: TrainState, watch: best.Watch, logs: Logs) -> 
         logs.say(f"[{run.config.stage}] ends at step {step}: {watch}")
     if watch.best is None or watch.best_step == step:
         return state
-    run.checkpointer.wait()
+    kept = run.checkpointer.kept_best()
+    if kept is None or kept[0] != watch.best_step:
+        rest = "the last parameters are" if kept is None else f"those of step {kept[0]} ({kept[1]:.4g}) are"
+        logs.say(f"[{run.config.stage}] warning: the parameters of step {watch.best_step}, the best evaluation"
+                 f" ({watch.best:.4g}), are not among the checkpoints; {rest} taken")  # fmt: skip
+        watch.take(*(kept or (step, None)))
+        if kept is None or kept[0] == step:
+            return state
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state.params)
     params = runs.load_params(run.path, shapes, step=watch.best_step)
     runs.require_complete(params, shapes, str(run.path))
+    assert watch.best is not None  # Note: it is kept with one.
     logs.know(step, {run.config.train.best_metric: watch.best})
     # Note: what a checkpoint gives is the average already, where a run has one.
     ema = jax.tree.map(lambda a, old: a.astype(old.dtype), params, state.ema) if state.ema else state.ema

@@ -4,11 +4,15 @@ Several processes must stop at the same step. They agree through JAX's preemptio
 it, and it takes over SIGTERM): whichever process is told, all of them stop at one step after that.
 """
 
+import itertools
 import signal
 import threading
 from types import FrameType
 
 import jax
+
+# Of the process, since JAX's service, which compares them, outlives a run.
+_questions = itertools.count(1)
 
 
 class StopSignals:
@@ -39,14 +43,12 @@ class StopSignals:
         if self._is_joined:
             signal.raise_signal(signal.SIGTERM)
 
-    def stop_after(self, step: int) -> str | None:
-        """Why the run should stop after `step`, or None; the same answer in every process.
-
-        Args:
-          step: updates done; must rise from call to call.
-        """
+    def stop(self) -> str | None:
+        """Why the run should stop here, or None; the same answer in every process. All ask equally often."""
         if not self._is_joined:
             return self._name
         from jax.experimental import multihost_utils  # late: only several processes need it
 
-        return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+        # Note: by the number of the question, not by the step: JAX answers at the very number after the greatest that a
+        # process has asked about, which steps that are not all asked about would pass over.
+        return "SIGTERM" if multihost_utils.reached_preemption_sync_point(next(_questions)) else None

@@ -21,17 +21,19 @@ from alto_jax.train import board, flops, trackers
 from alto_jax.train.goodput import DEVICE, Account
 from alto_jax.train.stragglers import Stragglers
 
+NOTHING = -1  # the step after which a log keeps no record, not even of an evaluation before the first update
+
 
 class MetricWriter:
     """Writes metrics to `metrics.jsonl` and TensorBoard files of a run's directory, and to the trackers that
     `train.writers` names; histograms to TensorBoard only.
 
-    Reopened after a restart at step s, records after s are dropped, so that the file reads as if the run
-    had never stopped.
+    Reopened after a restart at step s, records after s (after `kept`, if that is given) are dropped, so that the file
+    reads as if the run had never stopped.
     """
 
-    def __init__(self, directory: str | os.PathLike, start_step: int, config: Any):
-        self._file = going_on(pathlib.Path(directory) / "metrics.jsonl", start_step)
+    def __init__(self, directory: str | os.PathLike, start_step: int, config: Any, kept: int | None = None):
+        self._file = going_on(pathlib.Path(directory) / "metrics.jsonl", start_step if kept is None else kept)
         self._board = board.Board(pathlib.Path(directory) / "tensorboard", start_step)
         self._trackers = trackers.start(config.train.writers, directory, config, start_step)
 
@@ -59,22 +61,27 @@ class MetricWriter:
 def going_on(file: pathlib.Path, start_step: int) -> TextIO:
     """A log of lines with a "step" each, without those after `start_step`, opened to be gone on with."""
     if file.exists():
-        kept = [line for line in file.read_text().splitlines() if _step_of(line) <= start_step]
+        kept = [line for line in _lines(file) if _step_of(line) <= start_step]
         write_whole(file, "".join(line + "\n" for line in kept))
     return file.open("a")
+
+
+def _lines(file: pathlib.Path) -> list[str]:
+    """Lines of a log, whose last one a crash may have cut anywhere, within a character too."""
+    return file.read_text(errors="replace").split("\n")
 
 
 def _step_of(line: str) -> float:
     """Step of a metrics line; a line cut short by a crash counts as after everything."""
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 
 def read_metrics(directory: str | os.PathLike, name: str = "metrics.jsonl") -> list[dict]:
     """The records of a run's metrics.jsonl, or another of its logs; a line cut short by a crash is passed over."""
-    lines = (pathlib.Path(directory) / name).read_text().splitlines()
+    lines = _lines(pathlib.Path(directory) / name)
     return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
 

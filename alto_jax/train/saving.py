@@ -54,24 +54,27 @@ class Saver:
           OSError: files cannot be written, and this is the last save (or there are several processes).
         """
         self._last = time.monotonic()
-        bad = int(state.guard["in_a_row"])
-        if bad and not is_last:
+        bad, wanted = int(state.guard["in_a_row"]), self._config.train.best_metric
+        metric = logs.metric_of(step, wanted)
+        # Note: what patience may give back is saved in any case; its parameters are those of the last good update.
+        if bad and not is_last and not (self._config.train.patience and metric is not None):
             logs.say(f"[{self._config.stage}] step {step} is not saved: the last {bad} updates were skipped")
             return
-        metric = logs.metric_of(step, self._config.train.best_metric)
+        meta = {**self._meta, "step": step, "metric_name": wanted}
         if self._config.lora.rank:
             state = dataclasses.replace(state, frozen={})
         try:
             self._checkpointer.wait()
-            if self._copy is not None:
-                self._copy.settle()
-            self._checkpointer.save(step, state, self._iterator, {**self._meta, "step": step}, metric=metric)
+            copy = self._copy
+            # Note: the others wait here, not in a collective, for as long as it takes.
+            distributed.from_first(lambda: copy.settle() if copy is not None else None)
+            self._checkpointer.save(step, state, self._iterator, meta, metric=metric)
             if is_last:
                 self._checkpointer.wait()
         except OSError as error:
             # Note: several processes do not see the same files fail, and must not part.
             if is_last and jax.process_count() == 1:
-                self._checkpointer.save(step, state, self._iterator, {**self._meta, "step": step}, metric=metric)
+                self._checkpointer.save(step, state, self._iterator, meta, metric=metric)
                 self._checkpointer.wait()
             elif is_last or jax.process_count() > 1:
                 raise

@@ -60,11 +60,12 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig, *, is_tr
     path = pathlib.Path(workdir)
     if is_training:
         trackers.check(config.train.writers)
-    path.mkdir(parents=True, exist_ok=True)
+    if is_training:
+        path.mkdir(parents=True, exist_ok=True)
     file, plain = path / "config.json", to_dict(config)
     # Note: a run that failed before its first checkpoint leaves nothing to protect.
     done = max((int(p.name) for p in path.glob("checkpoints/*") if p.name.isdigit()), default=None)
-    if file.exists() and done is not None:
+    if file.exists() and (done is not None or (path / "result.json").exists()):
         try:
             old = _completed(json.loads(file.read_text()))
         except ValueError as error:
@@ -81,7 +82,7 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig, *, is_tr
                 " choose another directory or the same configuration"
             )
         if is_training and old["train"].get("steps") != config.train.steps:
-            if config.train.steps < done:
+            if config.train.steps < (done or 0):
                 raise ConfigError(
                     f"config.train.steps: expected at least the {done} updates that {workdir} has done, got"
                     f" {config.train.steps}"
@@ -91,14 +92,15 @@ def claim_workdir(workdir: str | os.PathLike, config: ExperimentConfig, *, is_tr
             old["train"]["steps"] = config.train.steps
             write_whole(file, json.dumps(old, indent=2) + "\n")
         return path
+    if not is_training:
+        return path
     text = json.dumps(plain, indent=2) + "\n"
     if not file.exists() or file.read_bytes() != text.encode():
         (path / goodput.FILE).unlink(missing_ok=True)  # Note: of another run.
     # Note: every process of a run writes the same.
     write_whole(file, text)
-    if is_training:
-        starts = {name: _identity(place) for name in _STARTS if (place := getattr(config, name))}
-        write_whole(path / STARTS, json.dumps(starts) + "\n")
+    starts = {name: _identity(place) for name in _STARTS if (place := getattr(config, name))}
+    write_whole(path / STARTS, json.dumps(starts) + "\n")
     return path
 
 

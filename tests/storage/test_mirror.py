@@ -1,10 +1,12 @@
 """A bucket and its working copy: whatever moment a process ends at, the bucket can be gone on from."""
 
+import contextlib
 import json
 import shutil
 
 import pytest
 
+from alto_jax import cli
 from alto_jax.config import ConfigError
 from alto_jax.storage import bucket, fetched, mirror, steps
 
@@ -268,3 +270,15 @@ def test_prepared_data_are_fetched_whole(url):
     found.write("manifest.json", json.dumps({}).encode())
     folder = fetched.data(url, "root", "manifest.json", "a prepared data set")
     assert files(folder) == {"shards/0": b"0123", "manifest.json": b"{}"}
+
+
+@pytest.mark.parametrize("end, met", [(None, 1), (cli.Stopped("saved"), 1), (ValueError("bad"), 0)])
+def test_processes_wait_for_what_the_first_still_brings(end, met, url, monkeypatch):
+    """JAX gives up after 300 seconds on a process that does not end; after an error nobody waits."""
+    order = []
+    monkeypatch.setattr(mirror.distributed, "meet", lambda: order.append("met"))
+    monkeypatch.setattr(mirror.Mirror, "close", lambda self, **how: order.append("closed"))
+    with pytest.raises(type(end)) if end else contextlib.nullcontext(), mirror.working_copy(url, "--workdir"):
+        if end:
+            raise end
+    assert order == ["closed"] + ["met"] * met

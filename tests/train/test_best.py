@@ -53,7 +53,7 @@ def test_before_beside_after():
     assert watch({2: 0.5}).comparison("eval", {"giou": 0.5}) == ""
 
 
-def patient(monkeypatch, tmp_path, values, **train):
+def patient(monkeypatch, tmp_path, values, spoil=lambda batch: 1.0, **train):
     """Trains the small stage with evaluations of these values, one every second update from step 0 on; its result."""
     given, seen = iter(values), []
 
@@ -61,7 +61,7 @@ def patient(monkeypatch, tmp_path, values, **train):
         seen.append(jax.device_get(params))
         return {"giou": next(given, 0.0)}
 
-    stage = fake_stage.replace(fake_stage.stage(), evaluate=evaluate)
+    stage = fake_stage.replace(fake_stage.stage(spoil), evaluate=evaluate)
     monkeypatch.setattr(loop, "make_stage", lambda *arguments: stage)
     config = fake_stage.config(train={**PATIENT, **train}, eval={"every": 2, "at_start": True, "num_samples": 4})
     return loop.train(config, tmp_path / "run"), seen
@@ -120,6 +120,47 @@ def test_a_killed_run_waits_as_long_as_one_that_never_stopped(monkeypatch, tmp_p
     files = [tmp_path / name / "run" for name in ("whole", "killed")]
     shapes = jax.tree.map(abstract, fake_stage.stage().init(jax.random.key(0)))
     jax.tree.map(np.testing.assert_array_equal, *(runs.load_params(path, shapes) for path in files))
+
+
+def test_a_first_start_that_was_killed_leaves_no_evaluation(monkeypatch, tmp_path):
+    """Neither of the same run, whose save of step 0 it would then miss, nor of another one in the same directory."""
+
+    def die(self, *arguments, **options):
+        raise KeyboardInterrupt
+
+    for changes in ({}, {"spike_sigmas": 7.0}):
+        with monkeypatch.context() as dying:
+            dying.setattr(saving.Saver, "save", die)
+            with pytest.raises(KeyboardInterrupt):
+                patient(monkeypatch, tmp_path / f"{changes}", [0.9])
+        assert [r["eval/giou"] for r in read_metrics(tmp_path / f"{changes}/run")] == [0.9]
+        result, _ = patient(monkeypatch, tmp_path / f"{changes}", [0.5, 0.4, 0.3], **changes)
+        assert result["eval_before"] == {"giou": 0.5} and result["best_step"] == 0 and result["eval"] == {"giou": 0.5}
+
+
+def test_the_best_after_a_bad_update_is_saved(monkeypatch, tmp_path):
+    spoil = lambda batch: math.nan if batch == 3 else 1.0
+    result, seen = patient(monkeypatch, tmp_path, [0.1, 0.2, 0.5, 0.4, 0.3], spoil)
+    assert result["best_step"] == 4 and result["eval"] == {"giou": 0.5}
+    saved = runs.load_params(tmp_path / "run", jax.tree.map(abstract, seen[2]))
+    jax.tree.map(np.testing.assert_array_equal, saved, seen[2])
+
+
+def test_where_the_best_is_not_among_the_checkpoints_the_next_best_is_taken(monkeypatch, tmp_path, capsys):
+    """Its save failed. Each start ends so, and says it."""
+    save = runs.Checkpointer.save
+
+    def fail(self, step, *arguments, **options):
+        if step == 4:
+            raise OSError("a checkpoint could not be written")
+        save(self, step, *arguments, **options)
+
+    monkeypatch.setattr(runs.Checkpointer, "save", fail)
+    result, seen = patient(monkeypatch, tmp_path, [0.1, 0.2, 0.5, 0.4, 0.3, 0.25])
+    assert result["best_step"] == 6 and result["eval"] == {"giou": 0.25}  # evaluated once more
+    said = "step 4, the best evaluation (0.5), are not among the checkpoints; those of step 6 (0.4) are taken"
+    assert said in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, seen[3], seen[5])
 
 
 def test_a_run_that_is_over_takes_no_further_step(monkeypatch, tmp_path):

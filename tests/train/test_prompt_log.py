@@ -9,7 +9,7 @@ import pytest
 from alto_jax.batch import KEY_BYTES, PromptBatch, Rollout, key_of, key_row
 from alto_jax.checkpoint import runs
 from alto_jax.train import loop
-from alto_jax.train.progress import read_metrics
+from alto_jax.train.progress import going_on, read_metrics
 from alto_jax.train.prompt_log import FILE
 from tests import fake_stage
 
@@ -105,3 +105,11 @@ def test_keys_in_batches():
         assert key_row(key).shape == (KEY_BYTES,) and key_of(key_row(key)) == key
     assert key_of(key_row("start/" + "x" * KEY_BYTES + ".json:17")).endswith("xx.json:17")
     assert key_of(key_row("start/" + "x" * KEY_BYTES + ".json:17")).startswith("…x")
+
+
+def test_a_line_cut_within_a_character_is_dropped(tmp_path):
+    whole = '{"step": 1, "keys": ["a\u2028b…"]}\n'
+    (tmp_path / FILE).write_bytes((whole + '{"step": 2, "keys": ["b…').encode()[:-1])
+    assert [line["step"] for line in read_metrics(tmp_path, FILE)] == [1]
+    going_on(tmp_path / FILE, 2).close()
+    assert (tmp_path / FILE).read_text() == whole

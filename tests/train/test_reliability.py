@@ -180,9 +180,30 @@ cli.run(main)
 def test_second_interrupt_is_at_once():
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
-        assert signals.stop_after(1) == "SIGINT"
+        assert signals.stop() == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_several_processes_ask_by_numbers_without_gaps(monkeypatch):
+    """JAX agrees on the number after the greatest that was asked about, and answers at exactly that one: a run that may
+    stop at every second update alone would else never hear of it."""
+    from jax.experimental import multihost_utils
+
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: asked.append(n) or len(asked) == 5)
+    for wanted in ([None] * 3, [None, "SIGTERM"]):  # two runs of a process
+        with StopSignals() as signals:
+            assert [signals.stop() for _ in wanted] == wanted
+    assert asked == list(range(asked[0], asked[0] + 5))
+
+
+def test_bad_updates_at_the_very_end(tmp_path, use):
+    use(fake_stage.stage(lambda batch: np.nan if batch >= 10 else 1.0))
+    with pytest.raises(FloatingPointError, match="2 updates in a row were skipped up to step 12"):
+        loop.train(fake_stage.config(train={"max_bad_steps": 2}), tmp_path)
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_bad_numbers(tmp_path, use, capfd):
@@ -248,6 +269,10 @@ def test_retention():
     assert Retention(1, best=3).keep(metrics) == {4, 8, 12}
     assert Retention(1, best=2, mode="max").keep(metrics) == {2, 8, 12}
     assert Retention(3, best=2).keep({}) == set()
+    named = {"metric": 100.0, "metric_name": "loss"}
+    assert Retention(metric="loss").value(named) == Retention().value(named) == 100.0
+    assert Retention(metric="eval/giou").value(named) is None  # kept by another metric until the run was started again
+    assert Retention(metric="eval/giou").value({"metric": 0.5}) == 0.5
 
 
 def test_retention_by_metric_in_a_run(tmp_path, use):
