@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 import dataclasses
+import os
 import pathlib
 import re
 from typing import Any
@@ -80,15 +81,30 @@ def beginning(
         flat = traverse_util.flatten_dict(stage.init(key), sep="/")
         return {p: v.astype(wanted[p].dtype) for p, v in flat.items() if p not in inherited}
 
+    quickly = _quick_compilation(mesh)
     return Beginning(
         wanted,
-        jax.jit(fresh, out_shardings={p: leaf.sharding for p, leaf in wanted.items() if p not in inherited}),
+        jax.jit(
+            fresh,
+            out_shardings={p: leaf.sharding for p, leaf in wanted.items() if p not in inherited},
+            compiler_options=quickly,
+        ),
         jax.jit(
             lambda params, key: _complete(config, stage, optimizer, params, key),
             out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
             donate_argnums=0,
+            compiler_options=quickly,
         ),
     )
+
+
+def _quick_compilation(mesh: Any) -> dict[str, Any] | None:
+    """Compiler options for programs that run once: on a CPU, optimizing what draws each parameter takes far longer than
+    it saves, and changes no bit. What XLA_FLAGS says of it holds."""
+    name = "xla_backend_optimization_level"
+    if mesh.devices.flat[0].platform != "cpu" or name in os.environ.get("XLA_FLAGS", ""):
+        return None
+    return {name: 1}
 
 
 def inherited_paths(stage: Stage, paths: Collection[str]) -> set[str]:

@@ -101,3 +101,14 @@ def test_plan_of_the_start_as_compiled():
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(programs.state_shapes(state)))
     assert fresh.hbm["what it adds"] == pytest.approx(complete.hbm["what it is given"], abs=1024)
     assert complete.hbm["what it is given"] + complete.hbm["what it adds"] == pytest.approx(held, rel=0.01)
+
+
+def test_what_runs_once_is_compiled_quickly_to_the_same_bits(mesh, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    assert start._quick_compilation(mesh) is None
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    quickly = start._quick_compilation(mesh)
+    assert quickly == {"xla_backend_optimization_level": 1}
+    draw = lambda key: (jax.random.truncated_normal(key, -2, 2, (65, 7)) * 0.02, jax.random.normal(key, (33,)))
+    compiled = (jax.jit(draw, compiler_options=how) for how in (quickly, {"xla_backend_optimization_level": 3}))
+    jax.tree.map(np.testing.assert_array_equal, *(program(jax.random.key(3)) for program in compiled))
