@@ -46,7 +46,7 @@ from alto_jax.storage.bucket import checked, is_url
 from alto_jax.storage.steps import FROZEN
 
 MADE_BY = "python -m alto_jax.main --config=configs/quickstart.py --workdir=DIR"  # For who has no checkpoint yet.
-_OWN = ("checksums", "frozen", "metric", "metric_name", "position")  # what a step says for this room alone
+_OWN = ("checksums", "frozen", "metric", "metric_name", "position", "unlogged")  # what a step says for this room alone
 S = TypeVar("S")  # A dataclass of trees of arrays, such as TrainState.
 
 
@@ -359,6 +359,11 @@ def load_meta(directory: str | os.PathLike, step: int | None = None) -> dict:
     root, _ = find_run(directory, step=step)
     found, _ = newest_readable(root, lambda folder: Found(plain=read_meta(folder)), step)
     return described(found)
+
+
+def load_unlogged(directory: str | os.PathLike, step: int) -> list[dict[str, float]]:
+    """Metrics of the updates up to a step that were in no record of metrics.jsonl when it was saved."""
+    return read_meta(pathlib.Path(directory) / CHECKPOINTS / str(step)).get("unlogged", [])
 
 
 def described(found: Found) -> dict:

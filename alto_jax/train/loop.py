@@ -218,6 +218,7 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
     """
     config, stage, path, account = run.config, run.stage, run.path, run.account
     total, start, name = config.train.steps, int(state.step), f"[{config.stage}]"
+    timed = start
     step_fn = make_step(config, stage, run.optimizer, jax.tree.map(lambda a: a.sharding, state))
     step_fn = distributed.meeting(step_fn)
     rollouts, repeats = None, 1
@@ -227,6 +228,8 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
     watch = best.Watch(config.train, distributed.from_first(lambda: read_metrics(path)))
     profiler = Profiler(path / "profile", start + 3, config.train.profile_steps if jax.process_index() == 0 else 0)
     pending: list[dict] = []
+    if run.is_resumed:
+        pending += distributed.from_first(lambda: runs.load_unlogged(path, start))
     counters: collections.deque = collections.deque(maxlen=2)
 
     def next_batch() -> Any:
@@ -268,16 +271,17 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
             logs.progress.restart_clock(step)
             account.enter("step")
             meter.restart()
+            timed = step
         elif step % config.train.log_every == 0 or step == total:
             with account.during(goodput.DEVICE):
                 jax.block_until_ready(metrics)
-            meter.count(len(pending))
+            meter.count(step - timed)
         if step % config.train.log_every == 0 or step in (1, total):
             means = mean_metrics(pending)
             pending = []
             if stage.check is not None:
                 stage.check(means)
-            speed = meter.flush()
+            speed, timed = meter.flush(), step
             logs.write(step, means | (speed and speed | account.metrics()), stage.headline)
             if meter.news:
                 logs.say(f"{name} warning: {meter.news}")
@@ -304,7 +308,7 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
                 with account.during(goodput.DEVICE):
                     jax.block_until_ready(metrics)
                 with account.during("save"):
-                    saver.save(step, state, logs, is_last=is_last)
+                    saver.save(step, state, logs, unlogged=pending, is_last=is_last)
                 account.note(step)
             if is_over:
                 break
@@ -347,6 +351,8 @@ def _best_state(run: _Run, state: TrainState, watch: best.Watch, logs: Logs) -> 
 def mean_metrics(pending: list[dict]) -> dict[str, float]:
     """Means over the updates that were not skipped (NaN if there is none), and the number of those that were."""
     pending = jax.device_get(pending)
+    # Note: those that a checkpoint gives are plain numbers.
+    pending = [{name: np.float32(value) for name, value in m.items()} for m in pending]
     good = [m for m in pending if not m["skipped"]]
     names = [name for name in pending[0] if name not in ("skipped", "in_a_row")]
     means = {name: float(np.mean([m[name] for m in good])) for name in names} if good else {}

@@ -1,5 +1,6 @@
 """When a run saves, what it does when that fails, and the end of a run whose updates are all skipped."""
 
+from collections.abc import Sequence
 import dataclasses
 import time
 from typing import Any
@@ -47,8 +48,15 @@ class Saver:
             return False
         return distributed.from_first(lambda: time.monotonic() - self._last >= 60 * cfg.checkpoint_minutes)
 
-    def save(self, step: int, state: TrainState, logs: Logs, *, is_last: bool = False) -> None:
+    def save(
+        self, step: int, state: TrainState, logs: Logs, *, unlogged: Sequence[Any] = (), is_last: bool = False
+    ) -> None:
         """Saves the state of `step`; the last one of a run also waits for it.
+
+        Args:
+          step, state, logs: of the run.
+          unlogged: metrics of the updates that are in no record yet, which a run that goes on from here begins with.
+          is_last: of the run, or of this start.
 
         Raises:
           OSError: files cannot be written, and this is the last save (or there are several processes).
@@ -61,6 +69,7 @@ class Saver:
             logs.say(f"[{self._config.stage}] step {step} is not saved: the last {bad} updates were skipped")
             return
         meta = {**self._meta, "step": step, "metric_name": wanted}
+        meta["unlogged"] = [{name: float(v) for name, v in one.items()} for one in jax.device_get(list(unlogged))]
         if self._config.lora.rank:
             state = dataclasses.replace(state, frozen={})
         try:

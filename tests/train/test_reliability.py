@@ -165,6 +165,20 @@ def test_signal_saves_and_resumes(number, undisturbed, tmp_path, use):
     assert_same_end(run, undisturbed)
 
 
+def test_a_save_between_two_log_steps_loses_no_metrics(tmp_path, use, monkeypatch):
+    """The record after the resume is the mean over the updates before the save too, of which one was skipped."""
+    config, asked, stop = fake_stage.config(train={"log_every": 5}), [], StopSignals.stop
+    use(fake_stage.stage(lambda batch: np.nan if batch == 6 else 1.0))
+    loop.train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignals, "stop", lambda self: "SIGTERM" if asked.append(1) or len(asked) == 8 else stop(self))
+        with pytest.raises(Stopped, match="saved step 8"):
+            loop.train(config, tmp_path / "stopped")
+    loop.train(config, tmp_path / "stopped")
+    assert_same_end(tmp_path / "stopped", tmp_path / "whole")
+    assert [(r["step"], r["skipped"]) for r in read_metrics(tmp_path / "whole")] == [(1, 0), (5, 0), (10, 1), (12, 0)]
+
+
 def test_exit_code_of_a_stopped_run():
     script = """
 from alto_jax import cli
