@@ -9,9 +9,11 @@ import pytest
 
 from alto_jax.config import ConfigError
 from alto_jax.data import rle
+from alto_jax.data.bad_data import RecordError
 from alto_jax.data.conversations import Conversations
 from alto_jax.data.convert import __main__ as command
 from alto_jax.data.convert.coco import read_coco
+from alto_jax.data.convert.cvat import read_cvat
 from alto_jax.data.convert.pairs import read_pairs
 from alto_jax.data.convert.writing import write
 from alto_jax.data.convert.yolo import read_names
@@ -119,6 +121,40 @@ def test_masks_are_those_of_the_tool(write_files, images, tmp_path):
     for key, drawn in found.items():
         # Polygons are filled by COCO's rule, LabelMe's corners are pixel centres: an edge of one pixel may differ.
         assert (drawn & wanted[key]).sum() / (drawn | wanted[key]).sum() > 0.9, key
+
+
+def cvat_masks(folder, images, shapes):
+    """What one image with these shapes gives: masks by label, and errors."""
+    xml = f'<annotations><image name="a.png" width="{WIDTH}" height="{HEIGHT}">{shapes}</image></annotations>'
+    (folder / "annotations.xml").write_text(xml)
+    found = list(read_cvat(folder / "annotations.xml", images))
+    return {e.label: e.draw(HEIGHT, WIDTH) for e in found if not isinstance(e, RecordError)}, [
+        str(e) for e in found if isinstance(e, RecordError)
+    ]
+
+
+def test_shapes_of_cvat_are_turned_as_it_shows_them(images, tmp_path):
+    shapes = """<box label="quarter" xtl="10" ytl="15" xbr="30" ybr="25" rotation="90"/>
+      <box label="eighth" xtl="20" ytl="18" xbr="40" ybr="22" rotation="45"/><tag label="outdoors"/>
+      <ellipse label="ellipse" cx="30" cy="20" rx="20" ry="10"/>
+      <ellipse label="turned" cx="30" cy="20" rx="15" ry="5" rotation="90.0"/>"""
+    found, bad = cvat_masks(tmp_path, images, shapes)
+    assert not bad and found.keys() == {"quarter", "eighth", "ellipse", "turned"}
+    wanted = mask((slice(10, 30), slice(15, 25)))
+    assert (found["quarter"] & wanted).sum() / (found["quarter"] | wanted).sum() > 0.9
+    down = found["eighth"]  # Clockwise: its right end lies lower in the picture.
+    assert down[25, 35] and down[15, 25] and not down[15, 35] and not down[25, 25]
+    y, x = np.mgrid[:HEIGHT, :WIDTH] + 0.5
+    for name, rx, ry in (("ellipse", 20, 10), ("turned", 5, 15)):
+        wanted = ((x - 30) / rx) ** 2 + ((y - 20) / ry) ** 2 <= 1
+        assert (found[name] & wanted).sum() / (found[name] | wanted).sum() > 0.9, name
+
+
+@pytest.mark.parametrize("kind", ["polyline", "points", "cuboid", "skeleton"])
+def test_a_kind_of_cvat_that_has_no_mask_is_named(kind, images, tmp_path):
+    shapes = f'<box label="cat" xtl="1" ytl="1" xbr="9" ybr="9"/><{kind} label="dog" points="1,1;5,5;9,1"/>'
+    found, (bad,) = cvat_masks(tmp_path, images, shapes)
+    assert not found and re.search(f"annotations.xml image 'a.png': shape '{kind}' of 'dog'", bad)
 
 
 def test_pairs_and_the_share_of_adaptive_requests(tmp_path):

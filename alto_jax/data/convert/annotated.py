@@ -45,12 +45,17 @@ def as_polygon(kind: str, points: np.ndarray) -> list[float]:
         (x1, y1), (x2, y2) = points
         points = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
     elif kind == "circle" and len(points) == 2:
-        turn = np.linspace(0, 2 * math.pi, _CIRCLE, endpoint=False)
         radius = float(np.hypot(*(points[1] - points[0])))
-        points = points[0] + radius * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+        points = points[0] + radius * unit_circle()
     elif kind != "polygon" or len(points) < 3:
         raise RecordError(f"shape {kind!r} of {len(points)} points: expected a polygon, rectangle or circle")
     return points.reshape(-1).tolist()
+
+
+def unit_circle() -> np.ndarray:
+    """Points [n, 2] around (0, 0) at a distance of 1."""
+    turn = np.linspace(0, 2 * math.pi, _CIRCLE, endpoint=False)
+    return np.stack([np.cos(turn), np.sin(turn)], axis=1)
 
 
 def read_json(file: pathlib.Path) -> Any:
