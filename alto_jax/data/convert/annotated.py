@@ -4,14 +4,19 @@ from collections.abc import Callable
 import dataclasses
 import math
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from alto_jax.data import coco, images, masks
 from alto_jax.data.bad_data import RecordError, parse_json
+from alto_jax.data.reading import Photo, Reading
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _CIRCLE = 64  # corners of a circle's polygon
+# What annotations were drawn on, by data/reading.py; None: not said, so that only one of both may be possible.
+Frame = Literal["stored", "masks_upright"] | None
+FRAMES = ("stored", "masks_upright")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,70 @@ class Annotated:
     where: str
     content: bytes | None = None
     is_phrase: bool = False
+
+
+def drawn(entry: Annotated, path: pathlib.Path, exif: Frame) -> tuple[Photo, np.ndarray]:
+    """The picture as a reader with this `exif` gives it, and the entry's mask bool[H, W] of it.
+
+    Args:
+      entry: whose objects.
+      path: the image's file.
+      exif: of the annotations; None: of the picture as stored, if they fit no other.
+
+    Raises:
+      RecordError: the picture cannot be read, the annotations are no mask of it, or it has an EXIF orientation and
+        nothing says whether they were drawn on it as stored or upright.
+    """
+    photo = Reading(exif or "stored").photo(path)
+    size, turn = photo.annotated_size, f"{path} has the EXIF orientation {photo.orientation}"
+    other = size[::-1] if photo.orientation >= 5 else size  # Shape: of the picture in the frame that is not read.
+    try:
+        coco.check_stated_size(size, entry.size)
+        mask = entry.draw(*size)
+    except RecordError as error:
+        if other == size or not _fits(entry, other):
+            raise
+        frame = "stored" if exif == "masks_upright" else "masks_upright"
+        raise RecordError(f"{error}: {turn}, see --exif={frame}", error.kind) from error
+    if exif is None and photo.orientation != 1 and (other == size or _fits(entry, other)):
+        raise RecordError(
+            f"{turn}: were its annotations drawn on the picture as stored (--exif=stored) or upright "
+            "(--exif=masks_upright)?",
+            "size of mask and image",
+        )
+    return photo, mask
+
+
+def _fits(entry: Annotated, size: tuple[int, int]) -> bool:
+    """Whether annotations can be of a picture of (height, width)."""
+    if entry.size is not None:
+        return entry.size == size
+    try:
+        entry.draw(*size)
+    except ValueError:
+        return False
+    return True
+
+
+def file_mask(loaded: images.Loaded, name: str, rule: str, exif: Frame) -> np.ndarray:
+    """The mask bool[H, W] of a mask file that is decoded.
+
+    Args:
+      loaded: the file; name: for messages.
+      rule: which values are foreground (data/masks.py).
+      exif: of the annotations.
+
+    Raises:
+      RecordError: as `masks.mask_of`, or the file has an EXIF orientation and `exif` does not say whether it counts.
+    """
+    if exif is None and loaded.orientation != 1:
+        raise RecordError(
+            f"mask {name} has the EXIF orientation {loaded.orientation}: is it to be read as stored (--exif=stored) or "
+            "turned upright (--exif=masks_upright)?",
+            "size of mask and image",
+        )
+    mask = masks.mask_of(loaded, name, rule) > 0
+    return images.turn(mask, loaded.orientation) if exif == "masks_upright" else mask
 
 
 def as_polygon(kind: str, points: np.ndarray) -> list[float]:

@@ -5,13 +5,13 @@ import pathlib
 
 import numpy as np
 
-from alto_jax.data import masks
+from alto_jax.data import images
 from alto_jax.data.bad_data import RecordError
-from alto_jax.data.convert.annotated import PICTURES, Annotated, pictures
+from alto_jax.data.convert.annotated import PICTURES, Annotated, Frame, file_mask, pictures
 
 
 def read_pairs(
-    folder: pathlib.Path, of_masks: pathlib.Path, label: str, rule: str
+    folder: pathlib.Path, of_masks: pathlib.Path, label: str, rule: str, exif: Frame = None
 ) -> Iterator[Annotated | RecordError]:
     """Mask files that are named as their images are, up to the ending.
 
@@ -20,6 +20,7 @@ def read_pairs(
       of_masks: the masks' folder.
       label: what they show.
       rule: which values are foreground (data/masks.py).
+      exif: whether mask files are turned by an EXIF orientation of their own.
 
     Raises:
       RecordError: when a mask is drawn, that cannot be read or has another size than its image.
@@ -32,7 +33,7 @@ def read_pairs(
             continue
 
         def draw(height: int, width: int, mask: pathlib.Path = mask) -> np.ndarray:
-            drawn = masks.open_mask(mask, rule) > 0
+            drawn = file_mask(images.load(mask, "mask"), str(mask), rule, exif)
             if drawn.shape != (height, width):
                 raise RecordError(f"{mask}: {drawn.shape[1]}x{drawn.shape[0]}, but its image is {width}x{height}")
             return drawn

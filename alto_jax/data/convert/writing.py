@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from alto_jax.config import ConfigError, write_whole
-from alto_jax.data import coco, images, phrases
+from alto_jax.data import phrases
 from alto_jax.data.bad_data import RecordError, at
-from alto_jax.data.convert.annotated import PICTURES, Annotated
+from alto_jax.data.convert.annotated import PICTURES, Annotated, Frame, drawn
 from alto_jax.mllm import text
 
 # Of image files that have no name; Pillow tells all others by their content too.
@@ -21,7 +21,12 @@ _BEGINNINGS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp"}
 
 
 def write(
-    found: Iterator[Annotated | RecordError], out: pathlib.Path, *, adaptive: float, max_bad_fraction: float
+    found: Iterator[Annotated | RecordError],
+    out: pathlib.Path,
+    *,
+    adaptive: float,
+    max_bad_fraction: float,
+    exif: Frame = None,
 ) -> tuple[int, list[str]]:
     """Writes masks, data.jsonl and meta.json; and images, where the annotations hold them.
 
@@ -31,6 +36,7 @@ def write(
       adaptive: share of the requests for as many mask tokens as needed; the others ask for all. By the mask's name,
         so that it is the same in every run.
       max_bad_fraction: share of entries that may be bad.
+      exif: what pictures with an EXIF orientation were annotated on, for meta.json; None: see `annotated.drawn`.
 
     Returns:
       The number of records, and what was left out, a line each.
@@ -46,9 +52,7 @@ def write(
             if isinstance(entry, RecordError):
                 raise entry
             path = entry.image if entry.content is None else held.write(entry.image.name, entry.content)
-            image = images.open_image(path)
-            coco.check_stated_size(image.shape[:2], entry.size)
-            mask = entry.draw(*image.shape[:2])
+            _, mask = drawn(entry, path, exif)
             if not mask.any():
                 raise RecordError(f"{entry.where}: an empty mask", "empty mask")
             if not entry.label.strip():
@@ -86,6 +90,7 @@ def write(
         raise ConfigError(f"{len(bad)} of {total} entries are bad{first}; {limit}" if bad else "no entries were found")
     write_whole(out / "data.jsonl", "\n".join(lines) + "\n")
     about = {"root": ".", "annotation": "data.jsonl", "data_augment": False, "repeat_time": 1, "length": len(lines)}
+    about["exif"] = exif or "stored"
     write_whole(out / "meta.json", json.dumps({out.resolve().name: about}, indent=1) + "\n")
     return len(lines), bad
 
