@@ -14,7 +14,7 @@ from alto_jax.data.conversations import Conversations
 from alto_jax.data.convert import __main__ as command
 from alto_jax.data.convert.coco import read_coco
 from alto_jax.data.convert.cvat import read_cvat
-from alto_jax.data.convert.pairs import read_pairs
+from alto_jax.data.convert.pairs import match, read_pairs
 from alto_jax.data.convert.writing import write
 from alto_jax.data.convert.yolo import read_names
 from tests.conftest import run_python
@@ -171,6 +171,35 @@ def test_pairs_and_the_share_of_adaptive_requests(tmp_path):
     assert records == 60 and bad == [] and 15 < sum(adaptive) < 45
     assert "<ref>the crack</ref>" in lines[0]["conversations"][0]["value"]
     np.testing.assert_array_equal(Conversations(tmp_path / "out" / "meta.json")[0]["masks"][0] > 127, mask(CAT))
+
+
+@pytest.mark.parametrize(
+    "of_images, of_masks, wanted",
+    [
+        ("a/1.png b/1.png", "a/1.png b/1.bmp", {"a/1.png": "a/1.png", "b/1.png": "b/1.bmp"}),
+        ("a/1.png b/2.png", "1.png c/2.png", {"a/1.png": "1.png", "b/2.png": "c/2.png"}),
+        ("a/1.png b/1.png", "1.png", {"a/1.png": "1.png, which .*i/b/1.png may", "b/1.png": ".*i/a/1.png may"}),
+        ("1.png", "1.bmp 1.png", {"1.png": "i/1.png: which mask is its own.* .*m/1.bmp or .*m/1.png"}),
+        ("1.bmp 1.png", "1.png", {"1.bmp": "m/1.png, which .*i/1.png may", "1.png": "which .*i/1.bmp may"}),
+        ("1.png", "a/1.png b/1.png", {"1.png": "m/a/1.png or .*m/b/1.png"}),
+        ("1.png", "2.png", {"1.png": "i/1.png: no mask"}),
+        ("1.png", "../i/masks/1.png", {"1.png": "../i/masks/1.png"}),
+    ],
+)
+def test_images_and_masks_of_equal_names(of_images, of_masks, wanted, tmp_path):
+    roots = tmp_path / "i", tmp_path / "m"
+    for root, names in zip(roots, (of_images, of_masks)):
+        for name in names.split():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).resolve().touch()
+    masks = tmp_path / "i/masks" if ".." in of_masks else roots[1]
+    found = {str(path.relative_to(roots[0])): mask for path, mask in match(roots[0], masks)}
+    assert found.keys() == wanted.keys()
+    for name, mask in found.items():
+        if isinstance(mask, RecordError):
+            assert re.search(wanted[name], str(mask)), mask
+        else:
+            assert mask.resolve() == (roots[1] / wanted[name]).resolve()
 
 
 def spoiled(folder, change):
