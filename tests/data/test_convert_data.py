@@ -47,13 +47,12 @@ def images(tmp_path):
 
 
 def write_coco(folder):
-    """Image a: a cat and a dog; image b: two cats, one as run lengths, and a crowd that does not count."""
+    """Image a: a cat and a dog; image b: a cat and a crowd of cats, as run lengths."""
     entries = [
         {"image_id": 1, "category_id": 7, "segmentation": [corners(CAT)], "iscrowd": 0},
         {"image_id": 1, "category_id": 9, "segmentation": [corners(DOG)], "iscrowd": 0},
         {"image_id": 2, "category_id": 7, "segmentation": [corners(CAT)], "iscrowd": 0},
-        {"image_id": 2, "category_id": 7, "segmentation": rle.encode(mask(DOG)), "iscrowd": 0},
-        {"image_id": 2, "category_id": 7, "segmentation": rle.encode(mask((slice(0, 40), slice(0, 60)))), "iscrowd": 1},
+        {"image_id": 2, "category_id": 7, "segmentation": rle.encode(mask(DOG)), "iscrowd": 1},
     ]
     content = {
         "images": [
@@ -202,6 +201,14 @@ def test_images_and_masks_of_equal_names(of_images, of_masks, wanted, tmp_path):
             assert mask.resolve() == (roots[1] / wanted[name]).resolve()
 
 
+def test_a_crowd_is_several(images, tmp_path):
+    spoiled(tmp_path, lambda content: content["annotations"][2].update(image_id=1))
+    found = {(entry.image.stem, entry.label): entry for entry in read_coco(tmp_path / "instances.json", images)}
+    assert {key: entry.count > 1 for key, entry in found.items()} == {
+        ("a", "cat"): True, ("a", "dog"): False, ("b", "cat"): True}  # fmt: skip
+    np.testing.assert_array_equal(found["b", "cat"].draw(HEIGHT, WIDTH), mask(DOG))
+
+
 def spoiled(folder, change):
     arguments = write_coco(folder)
     content = json.loads((folder / "instances.json").read_text())
@@ -216,8 +223,23 @@ def spoiled(folder, change):
         (lambda c: c["images"][0].update(width=61), "a.png.*annotations are for 61x40 pixels"),
         (lambda c: c["annotations"][0].update(category_id=8), "category 8: not among the categories"),
         (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3]]), "category 7: .*polygon"),
-        (lambda c: c["annotations"][0].pop("segmentation"), "category 7"),
-        (lambda c: c["images"][0].pop("file_name"), "expected an entry with file_name"),
+        (lambda c: c["annotations"][3].pop("segmentation"), "category 7: .*annotation 3: no field segmentation"),
+        (lambda c: c["annotations"][0].pop("segmentation"), "category 7: .*annotation 0: no field segmentation"),
+        (
+            lambda c: c["annotations"][0].update(segmentation=None),
+            "annotation 0: expected a list or .* as segmentation",
+        ),
+        (lambda c: c["annotations"][0].update(image_id=[1]), "annotation 0: expected a whole .* as image_id, got .1."),
+        (lambda c: c["annotations"][0].update(category_id={}), "annotation 0: expected .* as category_id, got {}"),
+        (lambda c: c["images"][0].update(id=[1]), "image 0: expected .* as id, got .1."),
+        (lambda c: c["categories"][1].update(id=[9]), "category 1: expected .* as id, got .9."),
+        (lambda c: c["images"].append({**c["images"][0], "file_name": "b.png"}), "image 2: id 1 is that of .*image 0"),
+        (lambda c: c["annotations"].append(3), "annotation 4: expected an entry with image_id, got 3"),
+        (lambda c: c["annotations"][2].update(image_id=5), "annotation 2: image_id 5 is that of no image"),
+        (lambda c: c["images"].pop(0), "annotation 0: image_id 1 is that of no image"),
+        (lambda c: c["images"].pop(), "annotation 2 and 1 more of category 7: image_id 2 is that of no image"),
+        (lambda c: c["images"][0].pop("file_name"), "image 0: no field file_name"),
+        (lambda c: c.update(categories=7), "expected COCO's list 'categories'"),
         (lambda c: c["images"][0].update(file_name="gone.png"), "gone.png"),
         (lambda c: c.pop("annotations"), "expected COCO's lists"),
     ],
@@ -228,9 +250,11 @@ def test_a_bad_entry_is_named(change, message, images, tmp_path):
     with pytest.raises(ValueError, match=message):
         write(found(), tmp_path / "out", adaptive=0.5, max_bad_fraction=0.0)
     assert not list((tmp_path / "out").rglob("*.*")), arguments
-    if "lists" not in message:
+    if "expected COCO's list" not in message:
         count, bad = write(found(), tmp_path / "out", adaptive=0.5, max_bad_fraction=0.9)
-        assert count in (1, 2) and bad
+        assert count in (1, 2, 3) and len(bad) <= 3 and re.search(message, " ".join(bad))
+        assert {line.split("<ref>")[1].split("</ref>")[0] for line in (tmp_path / "out/data.jsonl").open()} <= {
+            "the cat", "the dog", "all cats"}  # fmt: skip
 
 
 def test_wrong_requests_are_one_line(images, tmp_path, refused):

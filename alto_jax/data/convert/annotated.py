@@ -16,6 +16,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _CIRCLE = 64  # corners of a circle's polygon
 # What annotations were drawn on, by data/reading.py; None: not said, so that only one of both may be possible.
 Frame = Literal["stored", "masks_upright"] | None
+_TYPES = {int: "a whole number", str: "text", list: "a list", dict: "an object"}
 FRAMES = ("stored", "masks_upright")
 
 
@@ -26,7 +27,7 @@ class Annotated:
     Attributes:
       image: the file; with `content`, the name that it had where the data come from, or nothing.
       label: as the annotations have it.
-      count: how many objects.
+      count: how many objects; of a crowd, more than one.
       draw: (height, width) → bool[H, W], all of them.
       size: (height, width) that the annotations are for, None if they do not say.
       where: file and entry, for messages.
@@ -125,6 +126,18 @@ def unit_circle() -> np.ndarray:
     """Points [n, 2] around (0, 0) at a distance of 1."""
     turn = np.linspace(0, 2 * math.pi, _CIRCLE, endpoint=False)
     return np.stack([np.cos(turn), np.sin(turn)], axis=1)
+
+
+def field(entry: Any, name: str, kinds: tuple[type, ...], where: object) -> Any:
+    """The value of a field of a JSON object, of one of these types; RecordError, which names both, if there is none."""
+    if not isinstance(entry, dict):
+        raise RecordError(f"{where}: expected an entry with {name}, got {entry!r:.60}")
+    value = entry.get(name)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        words = " or ".join(_TYPES[kind] for kind in kinds)
+        raise RecordError(f"{where}: expected {words} as {name}, got {value!r:.60}" if name in entry else
+                          f"{where}: no field {name}, expected {words}")  # fmt: skip
+    return value
 
 
 def read_json(file: pathlib.Path) -> Any:
