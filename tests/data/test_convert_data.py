@@ -1,5 +1,6 @@
 """What annotation tools write becomes records with the same masks; what is wrong is named and leaves nothing behind."""
 
+import dataclasses
 import json
 import re
 
@@ -12,6 +13,7 @@ from alto_jax.data import rle
 from alto_jax.data.bad_data import RecordError
 from alto_jax.data.conversations import Conversations
 from alto_jax.data.convert import __main__ as command
+from alto_jax.data.convert.annotated import Annotated
 from alto_jax.data.convert.coco import read_coco
 from alto_jax.data.convert.cvat import read_cvat
 from alto_jax.data.convert.pairs import match, read_pairs
@@ -122,6 +124,31 @@ def test_masks_are_those_of_the_tool(write_files, images, tmp_path):
         assert (drawn & wanted[key]).sum() / (drawn | wanted[key]).sum() > 0.9, key
 
 
+def test_files_of_one_name_in_several_folders(tmp_path):
+    """The first has the name that it had alone; moved as a whole, all keep theirs; what is there twice is named."""
+    names, root = [], tmp_path / "here"
+    for clip, box in (("clip1", CAT), ("clip2", DOG)):
+        (root / clip).mkdir(parents=True)
+        Image.fromarray(np.full((HEIGHT, WIDTH, 3), len(names), np.uint8)).save(root / clip / "0001.png")
+        draw = lambda height, width, box=box: mask(box)
+        names.append(Annotated(root / clip / "0001.png", "cat", 1, draw, None, clip))
+    found = {}
+    for number, entries in enumerate([names[:1], names, [*names, names[1]]]):
+        count, bad = write(iter(entries), tmp_path / f"{number}", adaptive=0.5, max_bad_fraction=0.5, root=root)
+        assert (count, len(bad)) == [(1, 0), (2, 0), (2, 1)][number]
+        found[number] = sorted(path.name for path in (tmp_path / f"{number}/masks").iterdir())
+    assert bad == ["clip2: a second entry of this image and name"]
+    assert found[0] == ["0001_abab100437.png"] and found[0][0] in found[1] and found[1] == found[2]
+    records = [Conversations(tmp_path / "1" / "meta.json")[index] for index in range(2)]
+    for record, value, box in zip(records, (0, 1), (CAT, DOG)):
+        assert record["image"].max() == value
+        np.testing.assert_array_equal(record["masks"][0] > 127, mask(box))
+    root = root.rename(tmp_path / "there")
+    moved = [dataclasses.replace(e, image=root / e.where / "0001.png") for e in names]
+    write(iter(moved), tmp_path / "moved", adaptive=0.5, max_bad_fraction=0, root=root)
+    assert sorted(path.name for path in (tmp_path / "moved/masks").iterdir()) == found[1]
+
+
 def cvat_masks(folder, images, shapes):
     """What one image with these shapes gives: masks by label, and errors."""
     xml = f'<annotations><image name="a.png" width="{WIDTH}" height="{HEIGHT}">{shapes}</image></annotations>'
@@ -229,7 +256,10 @@ def spoiled(folder, change):
             lambda c: c["annotations"][0].update(segmentation=None),
             "annotation 0: expected a list or .* as segmentation",
         ),
-        (lambda c: c["annotations"][0].update(image_id=[1]), "annotation 0: expected a whole .* as image_id, got .1."),
+        (
+            lambda c: c["annotations"][0].update(image_id=[1]),
+            "annotation 0: expected a number or text as image_id, got .1.",
+        ),
         (lambda c: c["annotations"][0].update(category_id={}), "annotation 0: expected .* as category_id, got {}"),
         (lambda c: c["images"][0].update(id=[1]), "image 0: expected .* as id, got .1."),
         (lambda c: c["categories"][1].update(id=[9]), "category 1: expected .* as id, got .9."),

@@ -92,7 +92,8 @@ def main() -> int:
         raise ConfigError(f"--out={options.out}: holds data.jsonl already")
     found = _read(options)
     shares = {"adaptive": options.adaptive, "max_bad_fraction": options.max_bad_fraction}
-    count, bad = write(found, out, **shares, exif=options.exif)
+    root = pathlib.Path(options.images or options.annotations)
+    count, bad = write(found, out, **shares, exif=options.exif, root=root)
     for line in bad:
         sys.stderr.write(f"left out: {line}\n")
     print(f"{count} records in {out / 'data.jsonl'}, {len(bad)} left out; --config.data.meta={out / 'meta.json'}")

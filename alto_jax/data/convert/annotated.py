@@ -16,7 +16,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _CIRCLE = 64  # corners of a circle's polygon
 # What annotations were drawn on, by data/reading.py; None: not said, so that only one of both may be possible.
 Frame = Literal["stored", "masks_upright"] | None
-_TYPES = {int: "a whole number", str: "text", list: "a list", dict: "an object"}
+_TYPES = {int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
 FRAMES = ("stored", "masks_upright")
 
 
@@ -134,7 +134,7 @@ def field(entry: Any, name: str, kinds: tuple[type, ...], where: object) -> Any:
         raise RecordError(f"{where}: expected an entry with {name}, got {entry!r:.60}")
     value = entry.get(name)
     if not isinstance(value, kinds) or isinstance(value, bool):
-        words = " or ".join(_TYPES[kind] for kind in kinds)
+        words = " or ".join(dict.fromkeys(_TYPES[kind] for kind in kinds))
         raise RecordError(f"{where}: expected {words} as {name}, got {value!r:.60}" if name in entry else
                           f"{where}: no field {name}, expected {words}")  # fmt: skip
     return value

@@ -8,7 +8,7 @@ from alto_jax.data import coco
 from alto_jax.data.bad_data import RecordError, at
 from alto_jax.data.convert.annotated import Annotated, field, read_json
 
-_ID = (int, str)
+_ID = (int, float, str)
 
 
 def read_coco(annotations: pathlib.Path, folder: pathlib.Path) -> Iterator[Annotated | RecordError]:
@@ -50,7 +50,8 @@ def read_coco(annotations: pathlib.Path, folder: pathlib.Path) -> Iterator[Annot
             crowds = sum(bool(entry.get("iscrowd")) for entry in entries.values())
             draw = coco.union(drawn)
             yield Annotated(path, names[category][1]["name"], len(entries) + crowds, draw, size, place)
-    known = [info.get("id") for info in content["images"] if isinstance(info, dict)]  # Note: the bad ones, too.
+    # Note: of the bad ones, too.
+    known = {info["id"] for info in content["images"] if isinstance(info, dict) and isinstance(info.get("id"), _ID)}
     for image_id, by_category in of_image.items():
         if image_id in known:
             continue

@@ -27,6 +27,7 @@ def write(
     adaptive: float,
     max_bad_fraction: float,
     exif: Frame = None,
+    root: pathlib.Path = pathlib.Path(),
 ) -> tuple[int, list[str]]:
     """Writes masks, data.jsonl and meta.json; and images, where the annotations hold them.
 
@@ -37,6 +38,7 @@ def write(
         so that it is the same in every run.
       max_bad_fraction: share of entries that may be bad.
       exif: what pictures with an EXIF orientation were annotated on, for meta.json; None: see `annotated.drawn`.
+      root: of the images; of those that have one name, all but the first are told apart by their paths below it.
 
     Returns:
       The number of records, and what was left out, a line each.
@@ -44,7 +46,8 @@ def write(
     Raises:
       ConfigError: more than that is bad, or nothing was found. Nothing is left behind.
     """
-    lines, bad, names = [], [], set()
+    lines, bad = [], []
+    names: dict[str, tuple[pathlib.Path, str]] = {}
     held = _HeldImages(out / "images")
     (out / "masks").mkdir(parents=True, exist_ok=True)
     for entry in found:
@@ -60,8 +63,9 @@ def write(
             phrase = f"the {entry.label}" if entry.count == 1 else f"all {phrases.plural(entry.label)}"
             is_phrase = entry.is_phrase or entry.label.startswith(("the ", "all "))
             phrase = entry.label if is_phrase else phrase
-            digest = hashlib.blake2b(f"{path.name}|{entry.label}".encode(), digest_size=8).digest()
-            name = f"{path.stem}_{digest[:5].hex()}"
+            name, digest = _name(path, path.name, entry.label)
+            if names.get(name, (path, entry.label)) != (path, entry.label):
+                name, digest = _name(path, pathlib.Path(os.path.relpath(path, root)).as_posix(), entry.label)
             is_adaptive = int.from_bytes(digest, "big") < adaptive * 2**64
             question = text.question(phrase, adaptive=is_adaptive)
         except ValueError as error:
@@ -70,7 +74,7 @@ def write(
         if name in names:
             bad.append(f"{entry.where}: a second entry of this image and name")
             continue
-        names.add(name)
+        names[name] = path, entry.label
         held.used.add(path)
         Image.fromarray(mask.astype(np.uint8) * 255).save(out / "masks" / f"{name}.png")
         turns = [{"from": "human", "value": f"{text.IMAGE}\n{question}"},
@@ -93,6 +97,12 @@ def write(
     about["exif"] = exif or "stored"
     write_whole(out / "meta.json", json.dumps({out.resolve().name: about}, indent=1) + "\n")
     return len(lines), bad
+
+
+def _name(path: pathlib.Path, known_as: str, label: str) -> tuple[str, bytes]:
+    """The name of a mask's file, and the hash in it."""
+    digest = hashlib.blake2b(f"{known_as}|{label}".encode(), digest_size=8).digest()
+    return f"{path.stem}_{digest[:5].hex()}", digest
 
 
 class _HeldImages:
