@@ -180,7 +180,7 @@ def test_shapes_of_cvat_are_turned_as_it_shows_them(images, tmp_path):
 def test_a_kind_of_cvat_that_has_no_mask_is_named(kind, images, tmp_path):
     shapes = f'<box label="cat" xtl="1" ytl="1" xbr="9" ybr="9"/><{kind} label="dog" points="1,1;5,5;9,1"/>'
     found, (bad,) = cvat_masks(tmp_path, images, shapes)
-    assert not found and re.search(f"annotations.xml image 'a.png': shape '{kind}' of 'dog'", bad)
+    assert not found and re.search(f"annotations.xml image 'a.png': shape 1 .{kind}. of 'dog'", bad)
 
 
 def test_pairs_and_the_share_of_adaptive_requests(tmp_path):
@@ -285,6 +285,35 @@ def test_a_bad_entry_is_named(change, message, images, tmp_path):
         assert count in (1, 2, 3) and len(bad) <= 3 and re.search(message, " ".join(bad))
         assert {line.split("<ref>")[1].split("</ref>")[0] for line in (tmp_path / "out/data.jsonl").open()} <= {
             "the cat", "the dog", "all cats"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "write_files, file, old, new, message",
+    [
+        (write_labelme, "images/a.json", r"^.*$", "[1]", "a.json: expected an entry with shapes, got .1."),
+        (write_labelme, "images/a.json", r'"shapes"', '"x"', "a.json: no field shapes, expected a list"),
+        (write_labelme, "images/a.json", r'"a.png"', "3", "a.json: expected text as imagePath, got 3"),
+        (write_labelme, "images/a.json", r": 40", ': "x"', "a.json: imageHeight is missing or .*got 'x'"),
+        (write_labelme, "images/a.json", r'"points"', '"x"', "a.json shape 0: no field points"),
+        (write_labelme, "images/a.json", r"\[10, 5\]", '["x", 5]', "a.json shape 0: expected points .*'x'"),
+        (write_labelme, "images/a.json", r'"polygon"', '"line"', "a.json shape 1: shape 'line' of 4 points"),
+        (write_cvat, "annotations.xml", 'label="dog"', "", "image 'a.png': shape 1 .polygon.: no attribute 'label'"),
+        (write_cvat, "annotations.xml", 'xtl="10"', "", "shape 0 .box.: no attribute 'xtl'"),
+        (write_cvat, "annotations.xml", 'xtl="10"', 'xtl="x"', "shape 0 .box.: expected numbers as 'xtl', got 'x'"),
+        (write_cvat, "annotations.xml", 'rle="', 'rle="nan,', "shape 1 .mask.: expected numbers as 'rle'"),
+        (write_cvat, "annotations.xml", 'left="35"', 'left="inf"', "shape 1 .mask.: expected numbers as 'left'"),
+        (write_cvat, "annotations.xml", f'height="{HEIGHT}"', 'height="x"', "'a.png': expected numbers as 'height'"),
+        (write_yolo, "labels/b.txt", r"\n1?0", "\nx", "b.txt: line 2: expected numbers, got 'x"),
+    ],
+)
+def test_a_malformed_field_is_named(write_files, file, old, new, message, images, tmp_path, refused):
+    arguments = write_files(tmp_path)
+    content = (tmp_path / file).read_text()
+    changed = re.sub(old, new, content, count=1)
+    assert changed != content
+    (tmp_path / file).write_text(changed)
+    line = refused(command.main, *arguments, "--out", tmp_path / "out")
+    assert re.search(message, line), line
 
 
 def test_wrong_requests_are_one_line(images, tmp_path, refused):
