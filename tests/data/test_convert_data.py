@@ -19,6 +19,7 @@ from alto_jax.data.convert.cvat import read_cvat
 from alto_jax.data.convert.pairs import match, read_pairs
 from alto_jax.data.convert.writing import write
 from alto_jax.data.convert.yolo import read_names
+from alto_jax.mllm import literals, text
 from tests.conftest import run_python
 
 HEIGHT, WIDTH = 40, 60
@@ -234,6 +235,33 @@ def test_a_crowd_is_several(images, tmp_path):
     assert {key: entry.count > 1 for key, entry in found.items()} == {
         ("a", "cat"): True, ("a", "dog"): False, ("b", "cat"): True}  # fmt: skip
     np.testing.assert_array_equal(found["b", "cat"].draw(HEIGHT, WIDTH), mask(DOG))
+
+
+def converted(label, images, out, is_phrase=False):
+    """(question, None) or (None, what is wrong) with a name."""
+    entry = Annotated(images / "a.png", label, 1, lambda *_: mask(CAT), None, "entry", is_phrase=is_phrase)
+    try:
+        write(iter([entry]), out, adaptive=0, max_bad_fraction=0)
+    except ConfigError as error:
+        return None, str(error)
+    return json.loads((out / "data.jsonl").read_text())["conversations"][0]["value"], None
+
+
+def test_names_with_special_tokens_are_refused(images, tmp_path):
+    tok = text.TextTokenizer.train_builtin(["the red apple on the left", "all frogs"] * 20, 400, 64)
+    tokens = [tok.decode([i]) for i in sorted(tok.reserved_ids)]
+    assert {"<IMG_CONTEXT>", "<|im_end|>", "<TOK_63>"} <= {*tokens}
+    for token in [*tokens, "<|endoftext|>", "<s>", "<image>"]:
+        for is_phrase in (False, True):
+            assert f"holds {token!r}" in converted(f"a {token} b", images, tmp_path / "out", is_phrase)[1]
+    for label in ("cat</ref>dog", "<ref>cat</ref>", "the <box>", "cat <quad>"):
+        assert "entry: the name" in converted(label, images, tmp_path / "out")[1]
+    for phrase in ("the cat</ref>", "<ref>cat", "the <box> cat"):
+        assert "expected whole <ref>" in converted(phrase, images, tmp_path / "out", True)[1]
+    for number, phrase in enumerate(("the cat <3", "a < b | c > d", "<ref>the cat</ref><box>[[1,2,3,4]]</box>")):
+        question, wrong = converted(phrase, images, tmp_path / f"{number}", True)
+        assert wrong is None and phrase in question
+        literals.check_turn(tok, "human", question)
 
 
 def spoiled(folder, change):

@@ -18,6 +18,18 @@ from alto_jax.mllm import text
 
 # Of image files that have no name; Pillow tells all others by their content too.
 _BEGINNINGS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp"}
+_TOKENS = (
+    *text.MASK_TOKENS,
+    *text.PAD_CANDIDATES,
+    text.IMAGE,
+    text.IMG,
+    text.IMG_END,
+    text.IMG_CONTEXT,
+    text.BOS,
+    "<unk>",
+)
+# Those of the template, of masks, and the like of other vocabularies (<|im_end|>, <|eot_id|>).
+_SPECIAL = re.compile(rf"{'|'.join(map(re.escape, _TOKENS))}|<TOK_\d+>|<\|[^<>|\s]+\|>")
 
 
 def write(
@@ -67,6 +79,7 @@ def write(
             if names.get(name, (path, entry.label)) != (path, entry.label):
                 name, digest = _name(path, pathlib.Path(os.path.relpath(path, root)).as_posix(), entry.label)
             is_adaptive = int.from_bytes(digest, "big") < adaptive * 2**64
+            _check_name(phrase, text.MARKUP if not entry.is_phrase else ())
             question = text.question(phrase, adaptive=is_adaptive)
         except ValueError as error:
             bad.append(str(error if isinstance(entry, RecordError) else at(entry.where, error)))
@@ -97,6 +110,21 @@ def write(
     about["exif"] = exif or "stored"
     write_whole(out / "meta.json", json.dumps({out.resolve().name: about}, indent=1) + "\n")
     return len(lines), bad
+
+
+def _check_name(phrase: str, also: Collection[str]) -> None:
+    """Refuses a name with special tokens, those in `also`, or marks that do not enclose a reference; RecordError.
+
+    Which tokens a model has is known in training alone, where such a record is bad (mllm/literals.py): so all of every
+    vocabulary that is read.
+    """
+    found = _SPECIAL.search(phrase) or next((token for token in also if token in phrase), None)
+    if found:
+        token = found if isinstance(found, str) else found[0]
+        raise RecordError(f"the name {phrase!r:.80} holds {token!r}, which the model reads as more than text")
+    marks = re.findall("|".join((text.REF, text.REF_END, text.BOX, text.BOX_END)), text.reference(phrase))
+    if [begin.replace("<", "</") for begin in marks[::2]] != marks[1::2]:
+        raise RecordError(f"the phrase {phrase!r:.80}: expected whole {text.REF}…{text.REF_END} or none")
 
 
 def _name(path: pathlib.Path, known_as: str, label: str) -> tuple[str, bytes]:
