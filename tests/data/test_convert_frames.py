@@ -4,13 +4,17 @@ import json
 
 import numpy as np
 from PIL import Image
+import pyarrow
+from pyarrow import parquet
 import pytest
 
 from alto_jax.config import ConfigError
 from alto_jax.data import images
 from alto_jax.data.conversations import Conversations
+from alto_jax.data.convert import __main__ as command
 from alto_jax.data.convert.labelme import read_labelme
 from alto_jax.data.convert.pairs import read_pairs
+from alto_jax.data.convert.parquet import read_parquet
 from alto_jax.data.convert.writing import write
 from alto_jax.data.convert.yolo import read_yolo
 from alto_jax.inference.shapes import OfFolders
@@ -90,6 +94,30 @@ def test_mask_files_that_have_an_orientation_themselves(tmp_path):
     Image.fromarray(OBJECT).save(tmp_path / "b" / "other" / "a.png", exif=with_orientation(3))
     with pytest.raises(ConfigError, match="mask .*a.png has the EXIF orientation 3: .*--exif=masks_upright"):
         convert(tmp_path / "b", "pairs", None)
+
+
+def test_the_command_takes_the_frame(tmp_path, monkeypatch, refused):
+    write_files(tmp_path / "a", "pairs", "masks_upright", 3)
+    given = ["pairs", "--label", "cat", "--images", tmp_path / "a/images", "--masks", tmp_path / "a/other"]
+    given += ["--out", tmp_path / "out"]
+    assert "--exif=masks_upright" in refused(command.main, *given)
+    monkeypatch.setattr("sys.argv", ["convert", *map(str, given), "--exif", "masks_upright"])
+    assert command.main() == 0
+    (record,) = Conversations(tmp_path / "out/meta.json")
+    np.testing.assert_array_equal(record["masks"][0] > 127, record["image"][..., 0] > 127)
+
+
+def test_tables_that_hold_photos(tmp_path):
+    write_files(tmp_path / "a", "pairs", "masks_upright", 3)
+    read = lambda path: {"bytes": path.read_bytes(), "path": path.name}
+    row = {"image": read(tmp_path / "a/images/a.png"), "mask": read(tmp_path / "a/other/a.png")}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    found = lambda exif: read_parquet(tmp_path / "a.parquet", label="cat", exif=exif)
+    with pytest.raises(ConfigError, match="a.png has the EXIF orientation 3: .*--exif=stored"):
+        write(found(None), tmp_path / "out", adaptive=0.5, max_bad_fraction=0)
+    write(found("masks_upright"), tmp_path / "out", adaptive=0.5, max_bad_fraction=0, exif="masks_upright")
+    (record,) = Conversations(tmp_path / "out/meta.json")
+    np.testing.assert_array_equal(record["masks"][0] > 127, record["image"][..., 0] > 127)
 
 
 def test_what_the_tokenizer_is_checked_on(tmp_path):
