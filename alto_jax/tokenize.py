@@ -66,6 +66,8 @@ def main() -> int:
     check.add_argument("--images", metavar="DIR", help="in place of --meta, with --masks: files of equal names")
     check.add_argument("--masks", metavar="DIR")
     check.add_argument("--mask_rule", default=AUTO, metavar="RULE", help=f"of --masks: {RULES} (docs/data.md)")
+    check.add_argument("--exif", choices=("stored", "masks_upright"), help="--images with an EXIF orientation have "
+                       "--masks as stored, or upright; needed where both may be (docs/data.md)")  # fmt: skip
     check.add_argument("--samples", type=int, default=1000, metavar="N", help="the first N masks")
     check.add_argument("--worst", type=int, default=12, metavar="N", help="masks that are shown")
     for action in (encode, decode, check):
@@ -168,6 +170,7 @@ def _check(options: argparse.Namespace) -> None:
     by_folders = bool(options.images and options.masks)
     if bool(options.meta) == by_folders or bool(options.images) != bool(options.masks):
         raise ConfigError("tokenize check: expected either --meta=FILE or both --images=DIR and --masks=DIR")
+    require(by_folders or options.exif is None, "--exif", options.exif, "it with --images; --meta has its own")
     for name in ("images", "masks"):
         folder = getattr(options, name)
         require(not folder or pathlib.Path(folder).is_dir(), f"--{name}", folder, "a folder")
@@ -175,7 +178,7 @@ def _check(options: argparse.Namespace) -> None:
     require(not out.exists() or out.is_dir(), "--out", options.out, "a folder")
     source: shapes.OfFolders | shapes.OfConversations
     if by_folders:
-        source = shapes.OfFolders(options.images, options.masks, options.mask_rule, options.samples)
+        source = shapes.OfFolders(options.images, options.masks, options.mask_rule, options.samples, options.exif)
     else:
         source = shapes.OfConversations(options.meta, options.samples)
     model = alto_jax.load(options.checkpoint, step=options.step)

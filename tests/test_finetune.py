@@ -159,6 +159,7 @@ def test_folders_and_their_jsonl_are_the_same_masks(mine):
         (["--images", "."], "expected either --meta=FILE or both"),
         (["--meta", "none.json", "--samples", 0], "--samples: expected at least 1, got 0"),
         (["--images", "none", "--masks", "."], "--images: expected a folder, got 'none'"),
+        (["--meta", "none.json", "--exif", "stored"], "--exif: expected it with --images; --meta has its own"),
         (["--meta", "none.json"], "meta file none.json cannot be read"),
     ],
 )

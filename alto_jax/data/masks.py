@@ -110,11 +110,6 @@ def open_mask(path: str | os.PathLike, rule: str = AUTO, *, min_side: int = imag
     return mask_of(images.load(path, "mask"), path, rule, min_side=min_side)
 
 
-def read_mask(content: bytes, name: str, rule: str = AUTO) -> np.ndarray:
-    """`open_mask` of a file's content; name: for messages ("mask NAME …")."""
-    return mask_of(images.load_bytes(content, name, "mask"), name, rule)
-
-
 def mask_of(
     loaded: images.Loaded,
     path: str | os.PathLike,

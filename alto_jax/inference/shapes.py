@@ -14,10 +14,9 @@ import numpy as np
 
 from alto_jax import metrics, report
 from alto_jax.config import ConfigError
-from alto_jax.data import images
 from alto_jax.data.bad_data import RecordError
 from alto_jax.data.conversations import Conversations
-from alto_jax.data.convert.annotated import Annotated
+from alto_jax.data.convert.annotated import Annotated, Frame, drawn
 from alto_jax.data.convert.pairs import read_pairs
 from alto_jax.data.reading import AS_STORED
 from alto_jax.data.source import Records
@@ -58,22 +57,23 @@ class OfConversations:
 class OfFolders:
     """Random access to MaskRecords of image files and the mask files that are named as they are."""
 
-    def __init__(self, of_images: str, of_masks: str, rule: str, limit: int):
-        """The first `limit` images. ConfigError: an image without a mask, or no image at all."""
-        found = list(read_pairs(pathlib.Path(of_images), pathlib.Path(of_masks), "mask", rule))
+    def __init__(self, of_images: str, of_masks: str, rule: str, limit: int, exif: Frame = None):
+        """The first `limit` images, `exif` as in `drawn`. ConfigError: an image without a mask, or no image at all."""
+        found = list(read_pairs(pathlib.Path(of_images), pathlib.Path(of_masks), "mask", rule, exif))
         bad = [entry for entry in found if isinstance(entry, RecordError)]
         if bad or not found:
             raise ConfigError(f"--images={of_images}: {bad[0] if bad else 'no images there'}")
         self._found = [entry for entry in found if isinstance(entry, Annotated)][:limit]
+        self._exif = exif
 
     def __len__(self) -> int:
         return len(self._found)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self._found[index]
-        image = images.open_image(entry.image)
-        mask = entry.draw(*image.shape[:2]).astype(np.uint8) * 255
-        return {"key": str(entry.image), "image": image, "image_name": entry.image.stem, "mask": mask}
+        photo, mask = drawn(entry, entry.image, self._exif)
+        record = {"key": str(entry.image), "image": photo.image, "image_name": entry.image.stem}
+        return record | {"mask": mask.astype(np.uint8) * 255}
 
 
 def token_counts(num_latent_tokens: int) -> list[int]:

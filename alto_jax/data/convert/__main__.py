@@ -23,7 +23,7 @@ from alto_jax import cli
 from alto_jax.config import ConfigError
 from alto_jax.data import masks
 from alto_jax.data.bad_data import RecordError
-from alto_jax.data.convert.annotated import Annotated
+from alto_jax.data.convert.annotated import FRAMES, Annotated
 from alto_jax.data.convert.coco import read_coco
 from alto_jax.data.convert.cvat import read_cvat
 from alto_jax.data.convert.labelme import read_labelme
@@ -67,6 +67,8 @@ def main() -> int:
         "--columns", default="", metavar="KEY=NAME,…", help="(parquet) of image, mask, label or caption"
     )
     parser.add_argument("--mask-rule", default=masks.AUTO, help=f"(pairs, parquet) {masks.RULES} (docs/data.md)")
+    parser.add_argument("--exif", choices=FRAMES, help="pictures with an EXIF orientation were annotated as stored, or "
+                        "upright; if not said, a picture that may be either is left out (docs/data.md)")  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--adaptive", type=float, default=0.5, metavar="X", help="share of adaptive-length requests")
     parser.add_argument("--max-bad-fraction", type=float, default=0.0, metavar="X")
@@ -89,7 +91,9 @@ def main() -> int:
     if (out / "data.jsonl").exists():
         raise ConfigError(f"--out={options.out}: holds data.jsonl already")
     found = _read(options)
-    count, bad = write(found, out, adaptive=options.adaptive, max_bad_fraction=options.max_bad_fraction)
+    shares = {"adaptive": options.adaptive, "max_bad_fraction": options.max_bad_fraction}
+    root = pathlib.Path(options.images or options.annotations)
+    count, bad = write(found, out, **shares, exif=options.exif, root=root)
     for line in bad:
         sys.stderr.write(f"left out: {line}\n")
     print(f"{count} records in {out / 'data.jsonl'}, {len(bad)} left out; --config.data.meta={out / 'meta.json'}")
@@ -102,7 +106,7 @@ def _read(options: argparse.Namespace) -> Iterator[Annotated | RecordError]:
     if options.form == "coco":
         return read_coco(path("annotations"), path("images"))
     if options.form == "pairs":
-        return read_pairs(path("images"), path("masks"), options.label, options.mask_rule)
+        return read_pairs(path("images"), path("masks"), options.label, options.mask_rule, options.exif)
     if options.form == "labelme":
         return read_labelme(path("annotations"))
     if options.form == "yolo":
@@ -116,6 +120,7 @@ def _read(options: argparse.Namespace) -> Iterator[Annotated | RecordError]:
         names=read_names(options.names) if options.names else (),
         folder=path("images") if options.images else None,
         rule=options.mask_rule,
+        exif=options.exif,
     )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from alto_jax.config import ConfigError
-from alto_jax.data import masks, rle
+from alto_jax.data import images, masks, rle
 from alto_jax.data.bad_data import RecordError, at, one_line, parse_json
-from alto_jax.data.convert.annotated import Annotated
+from alto_jax.data.convert.annotated import Annotated, Frame, file_mask
 
 _ROWS = 16  # read at a time; an image may have megabytes
 # What columns are called where nothing is said.
@@ -52,6 +52,7 @@ def read_parquet(
     names: Sequence[str] = (),
     folder: pathlib.Path | None = None,
     rule: str = masks.AUTO,
+    exif: Frame = None,
 ) -> Iterator[Annotated | RecordError]:
     """Tables of images with their masks; a row is one image, with one mask or several.
 
@@ -65,6 +66,7 @@ def read_parquet(
       names: of numbered labels; (): those of the table.
       folder: of the files that are named, not held; None: the table's own.
       rule: which values of mask files are foreground (data/masks.py).
+      exif: whether mask files are turned by an EXIF orientation of their own.
 
     Raises:
       ConfigError: no pyarrow, no table, or no such column.
@@ -76,7 +78,7 @@ def read_parquet(
         raise ConfigError(f"--annotations={place}: no *.parquet in it")
     opened = {file: _open(file) for file in files}  # Note: all of them, so that a wrong one is known at the start.
     wanted = {file: choose_columns(table.schema_arrow.names, columns, label, file) for file, table in opened.items()}
-    return _rows(opened, wanted, label, names, folder, rule)
+    return _rows(opened, wanted, label, names, folder, rule, exif)
 
 
 def choose_columns(there: Sequence[str], columns: str, label: str, file: pathlib.Path) -> Columns:
@@ -132,6 +134,7 @@ def _rows(
     names: Sequence[str],
     folder: pathlib.Path | None,
     rule: str,
+    exif: Frame,
 ) -> Iterator[Annotated | RecordError]:
     for file, table in opened.items():
         columns = wanted[file]
@@ -142,6 +145,7 @@ def _rows(
             names=names or _class_names(table.schema_arrow, columns.label),
             folder=folder or file.parent,
             rule=rule,
+            exif=exif,
         )
         heads = dict.fromkeys(c.partition(".")[0] for c in dataclasses.astuple(columns) if c)
         number = 0
@@ -168,6 +172,7 @@ def _row(
     names: Sequence[str],
     folder: pathlib.Path,
     rule: str,
+    exif: Frame,
     where: str,
 ) -> list[Annotated]:
     """The objects of a row, by their names."""
@@ -192,7 +197,7 @@ def _row(
             path,
             name,
             len(given),
-            functools.partial(_draw, given, folder, rule, where),
+            functools.partial(_draw, given, folder, rule, exif, where),
             None,
             f"{where}, {name!r}",
             content,
@@ -233,7 +238,9 @@ def _is_numbers(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(number, int | float) for number in value)
 
 
-def _draw(objects: Sequence[Any], folder: pathlib.Path, rule: str, where: str, height: int, width: int) -> np.ndarray:
+def _draw(
+    objects: Sequence[Any], folder: pathlib.Path, rule: str, exif: Frame, where: str, height: int, width: int
+) -> np.ndarray:
     """All objects, bool[H, W]."""
     drawn = np.zeros((height, width), bool)
     for given in objects:
@@ -241,11 +248,12 @@ def _draw(objects: Sequence[Any], folder: pathlib.Path, rule: str, where: str, h
             drawn |= rle.decode(given, height, width, where)
             continue
         content, path = _file(given, folder, "mask")
-        mask = masks.open_mask(path, rule) if content is None else masks.read_mask(content, where, rule)
+        loaded = images.load(path, "mask") if content is None else images.load_bytes(content, where, "mask")
+        mask = file_mask(loaded, where if content is not None else str(path), rule, exif)
         if mask.shape != (height, width):
             message = f"{where}: a mask of {mask.shape[1]}x{mask.shape[0]}, but its image is {width}x{height}"
             raise RecordError(message, "size of mask and image")
-        drawn |= mask > 0
+        drawn |= mask
     return drawn
 
 

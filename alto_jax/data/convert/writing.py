@@ -11,17 +11,35 @@ import numpy as np
 from PIL import Image
 
 from alto_jax.config import ConfigError, write_whole
-from alto_jax.data import coco, images, phrases
+from alto_jax.data import phrases
 from alto_jax.data.bad_data import RecordError, at
-from alto_jax.data.convert.annotated import PICTURES, Annotated
+from alto_jax.data.convert.annotated import PICTURES, Annotated, Frame, drawn
 from alto_jax.mllm import text
 
 # Of image files that have no name; Pillow tells all others by their content too.
 _BEGINNINGS = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp"}
+_TOKENS = (
+    *text.MASK_TOKENS,
+    *text.PAD_CANDIDATES,
+    text.IMAGE,
+    text.IMG,
+    text.IMG_END,
+    text.IMG_CONTEXT,
+    text.BOS,
+    "<unk>",
+)
+# Those of the template, of masks, and the like of other vocabularies (<|im_end|>, <|eot_id|>).
+_SPECIAL = re.compile(rf"{'|'.join(map(re.escape, _TOKENS))}|<TOK_\d+>|<\|[^<>|\s]+\|>")
 
 
 def write(
-    found: Iterator[Annotated | RecordError], out: pathlib.Path, *, adaptive: float, max_bad_fraction: float
+    found: Iterator[Annotated | RecordError],
+    out: pathlib.Path,
+    *,
+    adaptive: float,
+    max_bad_fraction: float,
+    exif: Frame = None,
+    root: pathlib.Path = pathlib.Path(),
 ) -> tuple[int, list[str]]:
     """Writes masks, data.jsonl and meta.json; and images, where the annotations hold them.
 
@@ -31,6 +49,8 @@ def write(
       adaptive: share of the requests for as many mask tokens as needed; the others ask for all. By the mask's name,
         so that it is the same in every run.
       max_bad_fraction: share of entries that may be bad.
+      exif: what pictures with an EXIF orientation were annotated on, for meta.json; None: see `annotated.drawn`.
+      root: of the images; of those that have one name, all but the first are told apart by their paths below it.
 
     Returns:
       The number of records, and what was left out, a line each.
@@ -38,7 +58,8 @@ def write(
     Raises:
       ConfigError: more than that is bad, or nothing was found. Nothing is left behind.
     """
-    lines, bad, names = [], [], set()
+    lines, bad = [], []
+    names: dict[str, tuple[pathlib.Path, str]] = {}
     held = _HeldImages(out / "images")
     (out / "masks").mkdir(parents=True, exist_ok=True)
     for entry in found:
@@ -46,9 +67,7 @@ def write(
             if isinstance(entry, RecordError):
                 raise entry
             path = entry.image if entry.content is None else held.write(entry.image.name, entry.content)
-            image = images.open_image(path)
-            coco.check_stated_size(image.shape[:2], entry.size)
-            mask = entry.draw(*image.shape[:2])
+            _, mask = drawn(entry, path, exif)
             if not mask.any():
                 raise RecordError(f"{entry.where}: an empty mask", "empty mask")
             if not entry.label.strip():
@@ -56,9 +75,11 @@ def write(
             phrase = f"the {entry.label}" if entry.count == 1 else f"all {phrases.plural(entry.label)}"
             is_phrase = entry.is_phrase or entry.label.startswith(("the ", "all "))
             phrase = entry.label if is_phrase else phrase
-            digest = hashlib.blake2b(f"{path.name}|{entry.label}".encode(), digest_size=8).digest()
-            name = f"{path.stem}_{digest[:5].hex()}"
+            name, digest = _name(path, path.name, entry.label)
+            if names.get(name, (path, entry.label)) != (path, entry.label):
+                name, digest = _name(path, pathlib.Path(os.path.relpath(path, root)).as_posix(), entry.label)
             is_adaptive = int.from_bytes(digest, "big") < adaptive * 2**64
+            _check_name(phrase, text.MARKUP if not entry.is_phrase else ())
             question = text.question(phrase, adaptive=is_adaptive)
         except ValueError as error:
             bad.append(str(error if isinstance(entry, RecordError) else at(entry.where, error)))
@@ -66,7 +87,7 @@ def write(
         if name in names:
             bad.append(f"{entry.where}: a second entry of this image and name")
             continue
-        names.add(name)
+        names[name] = path, entry.label
         held.used.add(path)
         Image.fromarray(mask.astype(np.uint8) * 255).save(out / "masks" / f"{name}.png")
         turns = [{"from": "human", "value": f"{text.IMAGE}\n{question}"},
@@ -86,8 +107,30 @@ def write(
         raise ConfigError(f"{len(bad)} of {total} entries are bad{first}; {limit}" if bad else "no entries were found")
     write_whole(out / "data.jsonl", "\n".join(lines) + "\n")
     about = {"root": ".", "annotation": "data.jsonl", "data_augment": False, "repeat_time": 1, "length": len(lines)}
+    about["exif"] = exif or "stored"
     write_whole(out / "meta.json", json.dumps({out.resolve().name: about}, indent=1) + "\n")
     return len(lines), bad
+
+
+def _check_name(phrase: str, also: Collection[str]) -> None:
+    """Refuses a name with special tokens, those in `also`, or marks that do not enclose a reference; RecordError.
+
+    Which tokens a model has is known in training alone, where such a record is bad (mllm/literals.py): so all of every
+    vocabulary that is read.
+    """
+    found = _SPECIAL.search(phrase) or next((token for token in also if token in phrase), None)
+    if found:
+        token = found if isinstance(found, str) else found[0]
+        raise RecordError(f"the name {phrase!r:.80} holds {token!r}, which the model reads as more than text")
+    marks = re.findall("|".join((text.REF, text.REF_END, text.BOX, text.BOX_END)), text.reference(phrase))
+    if [begin.replace("<", "</") for begin in marks[::2]] != marks[1::2]:
+        raise RecordError(f"the phrase {phrase!r:.80}: expected whole {text.REF}…{text.REF_END} or none")
+
+
+def _name(path: pathlib.Path, known_as: str, label: str) -> tuple[str, bytes]:
+    """The name of a mask's file, and the hash in it."""
+    digest = hashlib.blake2b(f"{known_as}|{label}".encode(), digest_size=8).digest()
+    return f"{path.stem}_{digest[:5].hex()}", digest
 
 
 class _HeldImages:

@@ -29,7 +29,10 @@ def read_yolo(folder: pathlib.Path, of_images: pathlib.Path, names: list[str]) -
         found: dict[str, list[np.ndarray]] = {}
         try:
             for number, line in enumerate(file.read_text().splitlines(), 1):
-                values = [float(word) for word in line.split()]
+                try:
+                    values = [float(word) for word in line.split()]
+                except ValueError as error:
+                    raise RecordError(f"line {number}: expected numbers, got {line!r:.60}") from error
                 if not values:
                     continue
                 if len(values) < 7 or len(values) % 2 == 0:
