@@ -57,30 +57,34 @@ class SegmentWork:
         # Note: what people draw on their own photo they draw on what they see.
         self._reading = Reading("masks_upright" if exif == "upright" else "stored")
         self._masks, self._overlays = save_masks, save_overlays
-        self._photos: OrderedDict[str, Future] = OrderedDict()
+        self._photos: OrderedDict[pathlib.Path, Future] = OrderedDict()
         self._lock = threading.Lock()
         self.options = {"command": self.name, "checkpoint": model.identity, **asked, "exif": exif, "masks": save_masks,
                         "overlays": save_overlays}  # fmt: skip
 
+    def source(self, request: Request) -> pathlib.Path:
+        """The image's file."""
+        return self._root / request.given["image"]
+
     def read(self, request: Request) -> Any:
         """The image at the model's sizes with the question's ids, and itself if it is drawn on."""
         given = request.given
-        image, inputs = self._photo(given["image"])
+        image, inputs = self._photo(self.source(request))
         phrase = self._model.box_phrase(given["boxes"], image.shape[:2]) if "boxes" in given else given.get("text")
         question = given["prompt"] if phrase is None else self._settings.question(phrase)
         return self._model.prepare(inputs, question, self._settings), image if self._overlays else None
 
-    def _photo(self, name: str) -> tuple[np.ndarray, ImageInputs]:
+    def _photo(self, path: pathlib.Path) -> tuple[np.ndarray, ImageInputs]:
         """An image uint8[H, W, 3], and itself at the model's sizes; one that was read lately is not read again."""
         with self._lock:
-            found, is_new = self._photos.get(name, Future()), name not in self._photos
-            self._photos[name] = found
-            self._photos.move_to_end(name)
+            found, is_new = self._photos.get(path, Future()), path not in self._photos
+            self._photos[path] = found
+            self._photos.move_to_end(path)
             if len(self._photos) > self.batch_size:
                 self._photos.popitem(last=False)
         if is_new:  # Note: other threads wait for this one.
             try:
-                image = self._reading.photo(self._root / name).image
+                image = self._reading.photo(path).image
                 found.set_result((image, self._model.inputs(image)))
             except Exception as error:
                 found.set_exception(error)
@@ -137,9 +141,13 @@ class EncodeWork:
         self.batch_size = batch_size
         self.options = {"command": self.name, "checkpoint": model.identity, "length": length, "mask_rule": rule}
 
+    def source(self, request: Request) -> pathlib.Path:
+        """The mask's file."""
+        return self._root / request.given["mask"]
+
     def read(self, request: Request) -> Any:
         """The mask at the model's size, and its own size."""
-        mask = masks.open_mask(self._root / request.given["mask"], self._rule)
+        mask = masks.open_mask(self.source(request), self._rule)
         return self._model.small_mask(mask), mask.shape
 
     def answer(self, requests: Sequence[Request], items: Sequence[Any], folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -158,14 +166,18 @@ class DecodeWork:
         self._model, self._root, self._exif, self.batch_size = model, root, exif, batch_size
         self.options = {"command": self.name, "checkpoint": model.identity, "images": root is not None, "exif": exif}
 
+    def source(self, request: Request) -> pathlib.Path | None:
+        """The image's file, if masks are decoded with images."""
+        return None if self._root is None else pathlib.Path(self._root) / request.given["image"]
+
     def read(self, request: Request) -> Any:
         """The codes and size, checked, and the image at the model's size or None."""
         given = request.given
         self._model.check_codes(given["codes"], given["size"])
-        if self._root is None:
+        path = self.source(request)
+        if path is None:
             return None
-        image = images.open_image(pathlib.Path(self._root) / given["image"], upright=self._exif == "upright")
-        return self._model.small_image(image)
+        return self._model.small_image(images.open_image(path, upright=self._exif == "upright"))
 
     def answer(self, requests: Sequence[Request], items: Sequence[Any], folder: pathlib.Path) -> list[dict[str, Any]]:
         """The lines: "file" and "rle" of the mask."""

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -181,6 +182,9 @@ class Counting:
     def __init__(self, die_at=None, **options):
         self.options, self.batches, self._die_at = {"command": "count", **options}, [], die_at
 
+    def source(self, request):
+        return None
+
     def read(self, request):
         if request.given["n"] % 10 == 7:
             raise RecordError(f"request {request.id} is bad", "truncated file")
@@ -225,6 +229,52 @@ def test_killed_and_run_again(tmp_path):
     assert bulk.run(counted(20), idle, out).answered == 0 and idle.batches == []
     more = Counting()
     assert bulk.run(counted(22), more, out).answered == 2 and more.batches == [["20", "21"]]
+
+
+def test_other_files_of_the_same_names(command, photos, scenes, tmp_path, capsys):
+    """A folder of results knows the files that were read by their content, wherever they are now."""
+    folder, names = photos
+    (tmp_path / "masks").mkdir()
+    for name in names[:2]:
+        Image.fromarray(scenes[0]["mask"]).save(tmp_path / "masks" / name)
+    (folder / "requests.jsonl").write_text(json.dumps({"image": names[0], "text": "a"}))
+    codes = tmp_path / "codes" / bulk.RESULTS
+    commands = {
+        "answers": (predict, ("--text", "a", "--length", 2, "--images"), folder),
+        "lines": (predict, ("--length", 2, "--requests"), folder / "requests.jsonl"),
+        "codes": (tokenize, ("encode", "--masks"), tmp_path / "masks"),
+        "again": (tokenize, ("decode", "--codes", codes, "--images"), folder),
+    }
+    for out, (module, arguments, source) in commands.items():
+        assert command(module, *arguments, source, "--out", tmp_path / out) == 0
+    # The size and digest are those that other tools give.
+    read = (folder / names[0]).read_bytes()
+    [line] = lines_of(tmp_path / "lines")
+    assert line["input"] == {"bytes": len(read), "sha256": hashlib.sha256(read).hexdigest()}
+    # A folder that has moved goes on.
+    for name in ("photos", "masks"):
+        (tmp_path / name).rename(tmp_path / f"moved {name}")
+    for out, (module, arguments, source) in commands.items():
+        moved = tmp_path / f"moved {source.relative_to(tmp_path)}"
+        assert command(module, *arguments, moved, "--out", tmp_path / out) == 0
+        commands[out] = module, arguments, moved
+    assert capsys.readouterr().out.count("goes on after") == len(commands)
+    # Others of these names do not, of the same size neither; and nothing is touched.
+    for file in (tmp_path / "moved photos" / names[0], tmp_path / "moved masks" / names[0]):
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    for out, (module, arguments, source) in commands.items():
+        before = (tmp_path / out / bulk.RESULTS).read_bytes()
+        told = rf"--out=.*{out}: request '.*' was answered for another content of .*{names[0]} \(\d+ bytes\); choose"
+        with pytest.raises(ConfigError, match=told):
+            command(module, *arguments, source, "--out", tmp_path / out)
+        assert (tmp_path / out / bulk.RESULTS).read_bytes() == before
+        # Lines of earlier versions, which do not say it, go on.
+        lines = [
+            {name: value for name, value in line.items() if name != "input"}
+            for line in map(json.loads, before.splitlines())
+        ]
+        (tmp_path / out / bulk.RESULTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert command(module, *arguments, source, "--out", tmp_path / out) == 0
 
 
 def test_a_folder_of_somebody_else(tmp_path):
