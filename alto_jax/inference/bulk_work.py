@@ -53,7 +53,8 @@ class SegmentWork:
     ):
         """Takes where images lie, options of `Segmenter.segment_batch`, and the rest of the command's."""
         self._model, self._root, self.batch_size = model, pathlib.Path(root), batch_size
-        self._settings = Settings.of(model.cfg.tokenizer.num_latent_tokens, prompt, dict(asked))
+        of = lambda own: Settings.of(model.cfg.tokenizer.num_latent_tokens, own, dict(asked))
+        self._settings = {False: of(None), True: of(prompt)}  # Note: a line with its own text has the built-in wording.
         # Note: what people draw on their own photo they draw on what they see.
         self._reading = Reading("masks_upright" if exif == "upright" else "stored")
         self._masks, self._overlays = save_masks, save_overlays
@@ -71,8 +72,9 @@ class SegmentWork:
         given = request.given
         image, inputs = self._photo(self.source(request))
         phrase = self._model.box_phrase(given["boxes"], image.shape[:2]) if "boxes" in given else given.get("text")
-        question = given["prompt"] if phrase is None else self._settings.question(phrase)
-        return self._model.prepare(inputs, question, self._settings), image if self._overlays else None
+        settings = self._settings[phrase is None]
+        question = given["prompt"] if phrase is None else settings.question(phrase)
+        return self._model.prepare(inputs, question, settings), image if self._overlays else None
 
     def _photo(self, path: pathlib.Path) -> tuple[np.ndarray, ImageInputs]:
         """An image uint8[H, W, 3], and itself at the model's sizes; one that was read lately is not read again."""
@@ -92,9 +94,15 @@ class SegmentWork:
 
     def answer(self, requests: Sequence[Request], items: Sequence[Any], folder: pathlib.Path) -> list[dict[str, Any]]:
         """The lines; each has the fields of `Prediction.to_json` (its "text" is "answer"), and "size"."""
-        found = self._model.answer_batch([prepared for prepared, _ in items], self._settings, self.batch_size)
+        found: dict[int, Prediction] = {}
+        for is_prompt, settings in self._settings.items():  # Note: a batch of the model has one of them.
+            rows = [row for row, request in enumerate(requests) if ("prompt" in request.given) == is_prompt]
+            prepared = [items[row][0] for row in rows]
+            answers = self._model.answer_batch(prepared, settings, self.batch_size) if rows else []
+            found |= dict(zip(rows, answers, strict=True))
         lines = []
-        for request, (_, image), prediction in zip(requests, items, found, strict=True):
+        for row, (request, (_, image)) in enumerate(zip(requests, items, strict=True)):
+            prediction = found[row]
             line = {"size": list(prediction.mask.shape), "answer": prediction.text} | prediction.to_json()
             for name in ("text", "seconds", "iou"):
                 del line[name]

@@ -24,6 +24,7 @@ from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import SceneMasks
 from alto_jax.inference import bulk, requests, segmenter
 from alto_jax.inference.requests import Request
+from alto_jax.mllm import text as words
 from tests.conftest import ROOT
 
 
@@ -172,6 +173,19 @@ def test_lines_of_requests(command, model, photos, scenes, tmp_path, monkeypatch
     # Without --text each line must say what is meant.
     assert command(predict, "--requests", file, "--out", tmp_path / "other") == bulk.EXIT_LEFT_OUT
     assert "expected text, box or boxes" in lines_of(tmp_path / "other", "bad.jsonl")[0]["error"]
+
+
+def test_a_prompt_for_all_lines_leaves_those_with_their_own_text(command, model, photos, scenes, tmp_path):
+    """They begin with a mask as without it, whichever batch they are in."""
+    _, names = photos
+    own, other = ({"image": f"photos/{names[0]}", "text": "the cup"}, {"image": f"photos/{names[0]}"})
+    file, out = tmp_path / "requests.jsonl", tmp_path / "out"
+    file.write_text("\n".join(map(json.dumps, (other, own))))
+    assert command(predict, "--requests", file, "--prompt", "Where?", "--length", 2, "--out", out) == 0
+    image = scenes[0]["image"]
+    wanted = [model.segment(image, **asked, length=2) for asked in ({"prompt": "Where?"}, {"text": "the cup"})]
+    assert [line["answer"] for line in lines_of(out)] == [one.text for one in wanted]
+    assert wanted[1].text.startswith(words.FORCED_ANSWER_PREFIX)
 
 
 class Counting:
