@@ -232,7 +232,9 @@ def _run(
                     of_bad.write(json.dumps(told) + "\n")
                     of_bad.flush()
                 if bad.total() <= _NAMED:
-                    cli.tell(f"[{work.name}] left out: {message}")
+                    # Note: what is no request says itself where it stands.
+                    place = f"{request.id}: " if request.error is None else ""
+                    cli.tell(f"[{work.name}] left out: {place}{message}")
             else:
                 batch.append((request, item, own))
             if len(batch) == work.batch_size:

@@ -77,7 +77,7 @@ def test_a_folder_is_its_images_one_by_one(command, model, photos, scenes, tmp_p
     asked = ("--images", folder, "--text", "the red apple", "--length", 5, "--out", out, "--batch_size", 4)
     assert command(predict, *asked, "--save_masks", "--save_overlays") == bulk.EXIT_LEFT_OUT
     printed = capsys.readouterr()
-    assert "left out: image" in printed.err and "broken.jpg cannot be read" in printed.err
+    assert "left out: broken.jpg: image" in printed.err and "broken.jpg cannot be read" in printed.err
     assert f"2 of 8 left out (1 file of 0 bytes, 1 unreadable file); {out / 'bad.jsonl'} names them" in printed.err
     assert [line["id"] for line in lines_of(out, "bad.jsonl")] == ["broken.jpg", "empty.png"]
     assert "requests/s" in printed.out or "s/request" in printed.out
@@ -211,6 +211,43 @@ class Counting:
         if self._die_at is not None and asked[0].given["n"] >= self._die_at:
             os._exit(9)
         return [{"square": item} for item in items]
+
+
+def test_what_was_left_out_is_named(tmp_path, capsys):
+    unfit = Request("line 9", {}, RecordError("requests.jsonl line 9: no id"))
+    assert bulk.run([*counted(8), unfit], Counting(), tmp_path).left_out == {"truncated file": 1, "malformed entry": 1}
+    told = capsys.readouterr().err
+    assert "left out: 7: request 7 is bad\n" in told and "left out: requests.jsonl line 9: no id\n" in told
+
+
+def test_results_in_the_folder_of_images_are_none_of_them(tmp_path):
+    for name in ("a.png", "inner/b.png", "answers/masks/a.png.png", "answers 2/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "answers")
+    ids = lambda out: [one.id for one in requests.of_folder(str(tmp_path), "--images", "image", {}, out)]
+    others = ["a.png", "answers 2/c.png", "inner/b.png"]
+    for out in (tmp_path / "answers", str(tmp_path / "inner/../answers"), tmp_path / "link"):
+        assert ids(out) == others
+    assert ids(tmp_path / "inner")[1:] == ["answers 2/c.png", "answers/masks/a.png.png"]
+    assert len(ids(tmp_path.parent)) == len(ids(tmp_path.parent / "else")) == 4
+    with pytest.raises(ConfigError, match="--out=.*: expected another folder than that of --images"):
+        ids(tmp_path)
+
+
+def test_names_that_no_file_can_have_are_bad_requests(tmp_path):
+    """Bytes count, and the ending of what is written."""
+    file, longest = tmp_path / "requests.jsonl", "苹" * 83 + "ab"  # 251 bytes
+    asked = [longest, longest + "c", f"{longest}c/b", "苹" * 90, f"{'苹' * 86}/b"]
+    file.write_text("\n".join(json.dumps({"image": "a.png", "text": "a", "id": name}) for name in asked))
+    found = requests.of_jsonl(str(file), "--requests", {})
+    assert [one.error is None for one in found] == [True, False, True, False, False]
+    assert "line 4: id: expected names that end in .png in 255 bytes, got 274: '苹苹" in str(found[3].error)
+    for name in ("x" * 247, "x" * 248):
+        (tmp_path / f"{name}.png").write_bytes(b"x")
+    kept, bad = requests.of_folder(str(tmp_path), "--images", "image", {"text": "a"})
+    assert kept.error is None and (tmp_path / f"{kept.id}.png").write_bytes(b"x")
+    assert "image: expected names that end in .png in 255 bytes, got 256" in str(bad.error)
 
 
 def counted(count):
@@ -355,6 +392,8 @@ def test_what_does_not_go_together(command, photos, tmp_path):
         ((*many, "--out", tmp_path, "--json", "x.json"), "--json: expected it with --image alone"),
         ((*many, "--out", tmp_path, "--box", "1,2,3,4"), "--text, --box: expected one of them"),
         (("--images", folder, "--out", tmp_path), "--text='': expected the name"),
+        (("--images", folder, "--out", tmp_path, "--box", " "), "--box='': expected x1,y1,x2,y2 in pixels"),
+        (("--images", folder, "--text", "a", "--out", folder), "--out=.*photos: expected another folder than that of"),
         (("--images", folder, "--out", tmp_path, "--box", "1,2,3"), "--box: expected x1,y1,x2,y2 in pixels"),
         (("--images", folder, "--out", tmp_path, "--box", "1,2,.,4"), "--box: expected x1,y1,x2,y2 in pixels"),
         (("--images", tmp_path / "no", "--text", "a", "--out", tmp_path), "--images=.*no: expected a folder"),
