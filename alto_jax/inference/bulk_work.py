@@ -27,11 +27,11 @@ COCO, MASKS, OVERLAYS = "coco.json", "masks", "overlays"
 
 
 def _save(folder: pathlib.Path, name: str, pixels: np.ndarray) -> str:
-    """Writes ID.png (or ID.2.png, …) below a folder; returns its name there."""
+    """Writes ID.png below a folder; returns its name beside that folder."""
     path = folder / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, compress_level=3)
-    return path.name
+    return path.relative_to(folder.parent).as_posix()
 
 
 class SegmentWork:
@@ -107,7 +107,7 @@ class SegmentWork:
             for name in ("text", "seconds", "iou"):
                 del line[name]
             if self._masks:
-                line["files"] = list(_save_masks(folder / MASKS, request.id, prediction))
+                line["files"] = list(_save_masks(folder, request.id, prediction))
             if image is not None:
                 _save(folder / OVERLAYS, request.id, prediction.overlay(image))
             lines.append(line)
@@ -115,9 +115,10 @@ class SegmentWork:
 
 
 def _save_masks(folder: pathlib.Path, name: str, prediction: Prediction) -> Iterator[str]:
-    """Writes ID.png, and ID.2.png … of further masks; yields their names."""
+    """Writes masks/ID.png, and masks_2/ID.png … of further masks; yields their names."""
     for number, mask in enumerate([one.mask for one in prediction.masks] or [prediction.mask], 1):
-        yield _save(folder, name if number == 1 else f"{name}.{number}", mask.astype(np.uint8) * 255)
+        # Note: in folders of their own, since any other name in this one may be another request's.
+        yield _save(folder / (MASKS if number == 1 else f"{MASKS}_{number}"), name, mask.astype(np.uint8) * 255)
 
 
 def write_coco(folder: str | pathlib.Path) -> int:
@@ -131,7 +132,10 @@ def write_coco(folder: str | pathlib.Path) -> int:
             lines += [common | {"mask": one["rle"], "score": line["token_probability"] * one["confidence"]}
                       for one in line["masks"]] or [common]  # fmt: skip
     stems = {line["image"]: pathlib.PurePosixPath(line["image"]).stem for line in lines}
-    by_stem = len(set(stems.values())) == len(stems) and all(stem.isdigit() for stem in stems.values())
+    # Note: 7.png and 007.png are two images, but one number.
+    by_stem = all(s.isascii() and s.isdigit() for s in stems.values()) and len(set(map(int, stems.values()))) == len(
+        stems
+    )
     names = [line | {"image": stems[line["image"]] if by_stem else line["image"], "file_name": line["image"]}
              for line in lines]  # fmt: skip
     write_whole(pathlib.Path(folder) / COCO, coco.coco_results(names))
@@ -192,7 +196,6 @@ class DecodeWork:
         codes, sizes = [r.given["codes"] for r in requests], [r.given["size"] for r in requests]
         found = self._model.decode_batch(codes, sizes, None if items[0] is None else items, self.batch_size)
         return [
-            {"file": f"{MASKS}/{request.id}.png", "rle": rle.encode(mask)}
+            {"file": _save(folder / MASKS, request.id, mask.astype(np.uint8) * 255), "rle": rle.encode(mask)}
             for request, mask in zip(requests, found, strict=True)
-            if _save(folder / MASKS, request.id, mask.astype(np.uint8) * 255)
         ]
