@@ -169,8 +169,12 @@ def _boxes(options: argparse.Namespace) -> list[tuple[float, float, float, float
     """Those of --box; ConfigError."""
     from alto_jax.inference.requests import parse_boxes  # late: keeps the start fast
 
+    if options.box is None:
+        return None
+    if not all(map(str.strip, options.box)):
+        raise ConfigError("--box='': expected x1,y1,x2,y2 in pixels")
     try:
-        return [box for written in options.box for box in parse_boxes(written, "--box")] if options.box else None
+        return [box for written in options.box for box in parse_boxes(written, "--box")]
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -234,7 +238,7 @@ def _many(options: argparse.Namespace) -> int:
     given = {"text": options.text, "prompt": options.prompt, "boxes": [list(box) for box in boxes or ()]}
     default = {name: value for name, value in given.items() if value}
     if options.images is not None:
-        root, found = options.images, requests.of_folder(options.images, "--images", "image", default)
+        root, found = options.images, requests.of_folder(options.images, "--images", "image", default, options.out)
     else:
         root = pathlib.Path(options.requests).parent
         found = requests.of_jsonl(options.requests, "--requests", default)

@@ -102,7 +102,7 @@ def _encode_many(options: argparse.Namespace) -> int:
     masks.parse_rule(options.mask_rule, "--mask_rule")
     length = predict.parse_length(options.length)
     predict.describe(options.checkpoint, options.step, length)
-    found = requests.of_folder(options.masks, "--masks", "mask", {})
+    found = requests.of_folder(options.masks, "--masks", "mask", {}, options.out)
     model = alto_jax.load(options.checkpoint, step=options.step)
     work = bulk_work.EncodeWork(model, options.masks, length, options.mask_rule, options.batch_size)
     outcome = bulk.run(found, work, options.out)
@@ -117,7 +117,7 @@ def _decode_many(options: argparse.Namespace) -> int:
     require(options.image is None, "--image", options.image, f"--images with {options.codes}")
     own = (pathlib.Path(options.out) / bulk.RESULTS).resolve() == pathlib.Path(options.codes).resolve()
     require(not own, "--out", options.out, "another folder than that of --codes")
-    found = requests.of_codes(options.codes, "--codes", options.images)
+    found = requests.of_codes(options.codes, "--codes", options.images, options.out)
     predict.describe(options.checkpoint, options.step, "adaptive")
     model = alto_jax.load(options.checkpoint, step=options.step)
     outcome = bulk.run(

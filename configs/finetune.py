@@ -3,8 +3,8 @@
     python -m alto_jax.main --config=configs/finetune.py --config.data.meta=FILE --workdir=runs/finetuned
 
 FILE is the meta.json that `python -m alto_jax.data.convert` writes. Sizes: small (alto-tiny, on a CPU or any GPU;
-a name that it was never taught from gIoU 0.20 to 0.43 in 276 processor seconds, docs/finetune.md), 2b, 8b (a converted
-checkpoint, --config.init_from=DIR, on one GPU; not yet run), debug.
+a name that it was never taught from gIoU 0.183 to 0.509 in 319 processor seconds, docs/finetune.md), 2b, 8b (a
+converted checkpoint, --config.init_from=DIR, on one GPU; not yet run), debug.
 """
 
 from configs import common, stage2

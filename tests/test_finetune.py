@@ -1,6 +1,7 @@
 """configs/finetune.py, small: from a user's files to a table of before and after, and back (docs/finetune.md)."""
 
 import json
+import re
 
 import numpy as np
 from PIL import Image
@@ -30,6 +31,14 @@ def mine(tmp_path_factory):
     found = read_pairs(folder / "images", folder / "masks", "the umbrella", "auto")
     assert write(found, folder, adaptive=0.5, max_bad_fraction=0.0) == (8, [])
     return folder
+
+
+def test_the_configuration_states_the_figures_of_its_document():
+    stated = " ".join((ROOT / "configs/finetune.py").read_text().split('"""')[1].split())
+    document = (ROOT / "docs/finetune.md").read_text()
+    [(before, after)] = re.findall(r"\| gIoU, umbrellas \| ([\d.]+) \| ([\d.]+) \|", document)
+    [seconds] = re.findall(r"\((\d+) processor seconds\)", document)
+    assert f"from gIoU {before} to {after} in {seconds} processor seconds" in stated
 
 
 def config_of(model, meta, **groups):

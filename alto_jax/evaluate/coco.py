@@ -9,10 +9,15 @@ _LARGEST = 2**53  # JSON's whole numbers, as most readers keep them.
 
 
 def image_ids(lines: Sequence[Mapping[str, Any]]) -> list[int]:
-    """A number for the image of each sample: COCO's own where all images have one for a name, else 1, 2, … in order."""
+    """A number for the image of each sample: COCO's own where all images have one for a name, else 1, 2, … in order.
+
+    Names that differ and are one number ("7", "007") are counted, too.
+    """
     names = [str(line["image"]) for line in lines]
     if all(name.isascii() and name.isdigit() and int(name) < _LARGEST for name in names):
-        return [int(name) for name in names]
+        found = [int(name) for name in names]
+        if len(set(found)) == len(set(names)):
+            return found
     numbers: dict[str, int] = {}
     return [numbers.setdefault(name, len(numbers) + 1) for name in names]
 

@@ -114,13 +114,15 @@ class Exported:
         """Codes of a mask.
 
         Args:
-          mask: bool or uint8[H, W], not zero in the mask; any size.
+          mask: bool[H, W], or non-negative integers that are not zero in the mask; any size.
           length: "adaptive" (as many as are needed), "full", or a number.
 
         Raises:
-          ExportError: an empty mask, or a length out of range.
+          ExportError: an empty mask, numbers of another type, or a length out of range.
         """
         mask = np.asarray(mask)
+        if mask.dtype.kind not in "bui" or mask.min(initial=0) < 0:
+            raise ExportError(f"mask: expected bool or integers of at least 0, got {mask.dtype}")
         if mask.ndim != 2 or not mask.any():
             raise ExportError(f"mask: expected an array [H, W] that is not empty, got shape {mask.shape}")
         count = self._count(length)

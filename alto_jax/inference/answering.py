@@ -1,8 +1,9 @@
 """Questions answered in words: about an image in tiles, about several images, after earlier turns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import functools
+import sys
 import time
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from alto_jax.batch import PromptBatch
 from alto_jax.data import images, tiles
+from alto_jax.inference.decoding import EncodedImage
+from alto_jax.inference.tokenizer import is_whole
 from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ModelConfig
 from alto_jax.mllm.answers import answer
@@ -66,11 +69,14 @@ def reply(
     """
     began = time.monotonic()
     for name, value in (("max_tiles", max_tiles), ("max_new_tokens", max_new_tokens)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_whole(value, 1, sys.maxsize):
             raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    turns = [{"from": "human", "value": question}] if isinstance(question, str) else list(question)
+    max_tiles, max_new_tokens = int(max_tiles), int(max_new_tokens)
+    turns = [{"from": "human", "value": question}] if isinstance(question, str) else _check_turns(question)
     if not turns or not turns[-1]["value"].strip():
         raise ValueError(f"question: expected some text, got {question!r:.80}")
+    if any(isinstance(picture, EncodedImage) for picture in pictures):
+        raise ValueError("pictures: expected images, got an EncodedImage, which holds no tiles")
     shown = [images.as_array(picture) for picture in pictures]
     num_masks = sum(turn["value"].count(words.MASK_START) for turn in turns)
     each, size = max_tiles if tiles.has_tiles(turns, num_masks) else 1, cfg.need_vision().image_size
@@ -91,6 +97,19 @@ def reply(
     chosen = found.ids[0][found.mask[0]].tolist()
     said = words.answer_text(tokenizer, chosen)
     return Reply(said, chosen, counts, round(time.monotonic() - began, 4))
+
+
+def _check_turns(turns: Any) -> list[Mapping[str, str]]:
+    """The turns as a list; ValueError names the first that is none."""
+    if isinstance(turns, Mapping) or not isinstance(turns, Iterable):
+        raise ValueError(f"question: expected text, or a list of turns, got {turns!r:.80}")
+    found = list(turns)
+    for index, turn in enumerate(found):
+        fits = isinstance(turn, Mapping) and turn.get("from") in ("human", "gpt") and isinstance(turn.get("value"), str)
+        if not fits:
+            expected = '{"from": "human" | "gpt", "value": text}'
+            raise ValueError(f"question[{index}]: expected {expected}, got {turn!r:.80}")
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -2,14 +2,16 @@
 
 The folder gets results.jsonl (a line for each request that was answered, in their order), options.json (what all lines
 depend on) and bad.jsonl (what could not be read in the last run; the next one tries again). A line is there when all
-files of its request are.
+files of its request are, and it knows the file that was read by size and digest: folders may move, but not change.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 import dataclasses
 import fcntl
+import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -25,6 +27,8 @@ from alto_jax.inference.requests import Request
 RESULTS, OPTIONS, BAD = "results.jsonl", "options.json", "bad.jsonl"
 EXIT_LEFT_OUT = 1  # All that can be answered is, but some requests could not be read.
 _NAMED = 10  # bad requests that are named on the terminal
+_THREADS = min(4, os.cpu_count() or 1)
+_KNOWN_FILES = 1024  # whose digest is kept, since several requests may read one
 _VERSION = 1  # Of the lines; those of another one are not continued.
 
 
@@ -40,6 +44,9 @@ class Work(Protocol):
     name: str
     batch_size: int
     options: dict[str, Any]
+
+    def source(self, request: Request) -> pathlib.Path | None:
+        """The file that `read` opens; None: none."""
 
     def read(self, request: Request) -> Any:
         """What of a request goes into the model; in a thread. ValueError or OSError: it cannot be read."""
@@ -67,6 +74,7 @@ class ResultLines:
 
     Attributes:
       asked: id → what was asked, of all lines.
+      inputs: id → what `describe_file` said of the file that was read, of the lines that have it.
     """
 
     def __init__(self, folder: pathlib.Path, options: Mapping[str, Any]):
@@ -91,9 +99,11 @@ class ResultLines:
             raise ConfigError(f"--out={folder}: holds a {RESULTS}, but no {OPTIONS}; choose another folder")
         else:
             write_whole(kept, wanted)
-        self.asked = dict(self._read())
+        self.asked: dict[str, Any] = {}
+        self.inputs: dict[str, Any] = {}
+        self._read()
 
-    def _read(self) -> Iterator[tuple[str, Any]]:
+    def _read(self) -> None:
         whole = 0
         self._file.seek(0)
         for number, line in enumerate(self._file, 1):
@@ -101,8 +111,10 @@ class ResultLines:
                 break
             try:
                 value = json.loads(line)
-                yield value["id"], value["request"]
-            except (ValueError, KeyError, TypeError) as error:
+                self.asked[value["id"]] = value["request"]
+                if (given := value.get("input")) is not None:  # Compat: lines of earlier versions have none.
+                    self.inputs[value["id"]] = given
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ConfigError(f"--out: {self._path} line {number} is none of a result: {line[:60]!r}") from error
             whole += len(line)
         self._file.truncate(whole)
@@ -120,6 +132,12 @@ class ResultLines:
             self._file.close()
 
 
+def describe_file(path: str | os.PathLike) -> dict[str, Any]:
+    """{"bytes": its size, "sha256": of its content}; OSError."""
+    with open(path, "rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 def run(requests: Sequence[Request], work: Work, folder: str | os.PathLike) -> Outcome:
     """Answers what has no line yet.
 
@@ -129,8 +147,10 @@ def run(requests: Sequence[Request], work: Work, folder: str | os.PathLike) -> O
       folder: for lines and files; made if it is not there.
 
     Raises:
-      ConfigError: the folder holds results of other options, or of another request of the same id.
+      ConfigError: the folder holds results of other options, or of another request of the same id, or of a file that
+        has another content now.
     """
+    describe = functools.lru_cache(_KNOWN_FILES)(describe_file)
     out = pathlib.Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     lines = ResultLines(out, work.options)
@@ -141,12 +161,43 @@ def run(requests: Sequence[Request], work: Work, folder: str | os.PathLike) -> O
             if (before := lines.asked.get(request.id, request.given)) != request.given:
                 what = difference(json.dumps(before), json.dumps(request.given))
                 raise ConfigError(f"--out={out}: request {request.id!r} was answered for {what}; choose another folder")
-        return _run(todo, len(requests) - len(todo), work, out, lines)
+        _check_inputs(good, work, out, lines.inputs, describe)
+        return _run(todo, len(requests) - len(todo), work, out, lines, describe)
     finally:
         lines.close()
 
 
-def _run(todo: Sequence[Request], before: int, work: Work, out: pathlib.Path, lines: ResultLines) -> Outcome:
+def _check_inputs(
+    requests: Sequence[Request], work: Work, out: pathlib.Path, before: Mapping[str, Any], describe: Callable
+) -> None:
+    """Raises ConfigError if the file of an answered request has another content now; one that is gone has not."""
+
+    def changed(request: Request) -> str:
+        try:
+            path = work.source(request)
+            now = None if path is None else describe(path)
+        except (ValueError, OSError):
+            return ""
+        return f"{path} ({now['bytes']} bytes)" if now is not None and now != before[request.id] else ""
+
+    known = [request for request in requests if request.id in before]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(known), _KNOWN_FILES):
+            part = known[start : start + _KNOWN_FILES]
+            for request, file in zip(part, pool.map(changed, part), strict=True):
+                if file:
+                    told = f"--out={out}: request {request.id!r} was answered for another content of {file}"
+                    raise ConfigError(f"{told}; choose another folder for other files")
+
+
+def _run(
+    todo: Sequence[Request],
+    before: int,
+    work: Work,
+    out: pathlib.Path,
+    lines: ResultLines,
+    describe: Callable,
+) -> Outcome:
     total, answered, shown, batch = before + len(todo), 0, 0.0, []  # type: ignore[var-annotated]
     bad: Counter[str] = Counter()
     if before:
@@ -155,9 +206,11 @@ def _run(todo: Sequence[Request], before: int, work: Work, out: pathlib.Path, li
 
     def finish() -> None:
         nonlocal answered, shown
-        asked, items = [request for request, _ in batch], [item for _, item in batch]
+        asked, items = [request for request, *_ in batch], [item for _, item, _ in batch]
         found = work.answer(asked, items, out) if batch else []
-        lines.append([{"id": r.id, "request": r.given, **line} for r, line in zip(asked, found, strict=True)])
+        lines.append(
+            [{"id": r.id, "request": r.given, **own, **line} for (r, _, own), line in zip(batch, found, strict=True)]
+        )
         now, is_first = time.monotonic(), not answered
         answered += len(batch)
         batch.clear()
@@ -169,7 +222,7 @@ def _run(todo: Sequence[Request], before: int, work: Work, out: pathlib.Path, li
             shown = now
 
     with (out / BAD).open("w") as of_bad:
-        for request, item in _read_ahead(todo, work):
+        for request, item, own in _read_ahead(todo, work, describe):
             if isinstance(item, Exception):
                 kind = bad_data.kind_of(item)
                 bad[kind] += 1
@@ -179,9 +232,11 @@ def _run(todo: Sequence[Request], before: int, work: Work, out: pathlib.Path, li
                     of_bad.write(json.dumps(told) + "\n")
                     of_bad.flush()
                 if bad.total() <= _NAMED:
-                    cli.tell(f"[{work.name}] left out: {message}")
+                    # Note: what is no request says itself where it stands.
+                    place = f"{request.id}: " if request.error is None else ""
+                    cli.tell(f"[{work.name}] left out: {place}{message}")
             else:
-                batch.append((request, item))
+                batch.append((request, item, own))
             if len(batch) == work.batch_size:
                 finish()
         if batch or bad:
@@ -192,28 +247,32 @@ def _run(todo: Sequence[Request], before: int, work: Work, out: pathlib.Path, li
     return Outcome(answered, before, dict(bad))
 
 
-def _read_ahead(todo: Sequence[Request], work: Work) -> Iterator[tuple[Request, Any]]:
-    """What was read of each request, or the exception; the next two batches are read in threads meanwhile."""
+def _read_ahead(
+    todo: Sequence[Request], work: Work, describe: Callable
+) -> Iterator[tuple[Request, Any, dict[str, Any]]]:
+    """What was read of each request, or the exception, and {"input": what its file is}; the next two batches are read
+    in threads meanwhile."""
 
-    def read(request: Request) -> Any:
+    def read(request: Request) -> tuple[Any, dict[str, Any]]:
         try:
             if request.error is not None:
                 raise request.error
-            return work.read(request)
+            item, path = work.read(request), work.source(request)
+            return item, {} if path is None else {"input": describe(path)}
         except (ValueError, OSError) as error:
-            return error
+            return error, {}
 
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         waiting: deque[tuple[Request, Future]] = deque()
         try:
             for request in todo:
                 waiting.append((request, pool.submit(read, request)))
                 if len(waiting) > 2 * work.batch_size:
                     first, item = waiting.popleft()
-                    yield first, item.result()
+                    yield first, *item.result()
             while waiting:
                 first, item = waiting.popleft()
-                yield first, item.result()
+                yield first, *item.result()
         finally:
             for _, item in waiting:
                 item.cancel()

@@ -31,21 +31,22 @@ class ImageInputs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A request ready for the model: the image at its sizes, and the prompt's ids as `Segmenter.prompt` gives them."""
-
-    inputs: ImageInputs
-    beginning: tuple[int, ...]
-    ids: list[int]
-
-
-@dataclasses.dataclass(frozen=True)
 class EncodedImage:
     """An image that the model has seen: size (height, width), image_tokens float[I, D], features float[g, g, F]."""
 
     size: tuple[int, int]
     image_tokens: jax.Array = dataclasses.field(repr=False)
     features: jax.Array | None = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A request ready for the model: the image at its sizes, or seen already, and the prompt's ids as
+    `Segmenter.prompt` gives them."""
+
+    inputs: ImageInputs | EncodedImage
+    beginning: tuple[int, ...]
+    ids: list[int]
 
 
 class Decoding:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from alto_jax import metrics, report
-from alto_jax.data import rle
+from alto_jax.data import images, rle
 from alto_jax.mllm import text as words
 
 
@@ -85,8 +85,13 @@ class Prediction:
         """The answer as a message of a conversation, for `Segmenter.chat`: {"role": "assistant", "content": text}."""
         return {"role": "assistant", "content": self.text}
 
-    def overlay(self, image: np.ndarray) -> np.ndarray:
-        """The image uint8[H, W, 3] with the masks drawn on it, likewise."""
+    def overlay(self, image: Any) -> np.ndarray:
+        """The image (as for `Segmenter.encode_image`) with the masks drawn on it, uint8[H, W, 3].
+
+        Raises:
+          ValueError: no image, or one of another size.
+        """
+        image = images.as_array(image)
         for mask in [one.mask for one in self.masks] or [self.mask]:
             image = report.overlay(image, mask)
         return image

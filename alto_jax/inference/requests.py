@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import math
+import os
 import pathlib
 import re
 from typing import Any
@@ -14,7 +15,8 @@ from alto_jax.data.bad_data import RecordError
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jp2", ".avif", ".ppm", ".pgm")
 FIELDS = ("id", "image", "text", "box", "boxes")
 _BOX = re.compile(r"\(?\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*\)?")
-_LONGEST_ID = 200
+_LONGEST_ID = 200  # characters
+_LONGEST_NAME = 255  # bytes of a part of a path, as most file systems have them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,25 +34,40 @@ class Request:
     error: RecordError | None = None
 
 
-def of_folder(folder: str, option: str, field: str, given: Mapping[str, Any]) -> list[Request]:
+def of_folder(
+    folder: str, option: str, field: str, given: Mapping[str, Any], out: str | os.PathLike | None = None
+) -> list[Request]:
     """A request for each picture in a folder and those in it, by name; hidden files are passed over.
 
     Args:
       folder: given with `option`, for messages.
       field: of the request that gets the file's name, relative to the folder; it is the id as well.
       given: the other fields.
+      out: the folder of results, which is passed over where it lies in that of pictures.
 
     Raises:
-      ConfigError: no folder, or no picture in it.
+      ConfigError: no folder, no picture in it, or it is that of results.
     """
     root = pathlib.Path(folder)
     if not root.is_dir():
         raise ConfigError(f"{option}={folder}: expected a folder")
+    own = None if out is None else pathlib.Path(os.path.relpath(os.path.realpath(out), os.path.realpath(root)))
+    if own == pathlib.Path("."):
+        raise ConfigError(f"--out={out}: expected another folder than that of {option}")
     names = (path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
-    found = sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+    seen = (name for name in names if own is None or not name.is_relative_to(own))
+    found = sorted(name.as_posix() for name in seen if not any(part.startswith(".") for part in name.parts))
     if not found:
         raise ConfigError(f"{option}={folder}: no pictures there ({', '.join(PICTURES)})")
-    return [Request(name, {field: name, **given}) for name in found]
+    return [Request(name, {field: name, **given}, _too_long(name, f"{option}={folder}: {field}")) for name in found]
+
+
+def _too_long(name: str, where: str) -> RecordError | None:
+    """Why no file can be named as an id and its ending; None: it can."""
+    most = max(len(os.fsencode(part)) for part in f"{name}.png".split("/"))
+    if most <= _LONGEST_NAME:
+        return None
+    return RecordError(f"{where}: expected names that end in .png in {_LONGEST_NAME} bytes, got {most}: {name!r:.60}")
 
 
 def of_jsonl(file: str, option: str, default: Mapping[str, Any]) -> list[Request]:
@@ -126,6 +143,8 @@ def check_id(value: Any, where: str) -> str:
     good = isinstance(value, str) and 0 < len(value) <= _LONGEST_ID and value.isprintable() and "\\" not in value
     if not good or any(part.strip() in ("", ".", "..") for part in value.split("/")):
         raise RecordError(f"{where}: expected a number, or a name such as 'a' or 'a/b', got {value!r:.60}")
+    if error := _too_long(value, where):
+        raise error
     return value
 
 
@@ -154,19 +173,20 @@ def parse_boxes(written: str, name: str = "boxes") -> list[tuple[float, float, f
     return found
 
 
-def of_codes(file: str, option: str, images: str | None) -> list[Request]:
+def of_codes(file: str, option: str, images: str | None, out: str | os.PathLike | None = None) -> list[Request]:
     """A request for each line that `tokenize encode` wrote of a folder: its codes, size, and image.
 
     Args:
       file: results.jsonl, given with `option`, for messages.
       images: the folder of images that are named as the masks were, up to the ending; None: masks without images.
+      out: as for `of_folder`.
 
     Raises:
       ConfigError: the file or the folder cannot be read, or has no line.
     """
     beside: dict[str, str] = {}
     if images is not None:
-        for request in of_folder(images, "--images", "image", {}):
+        for request in of_folder(images, "--images", "image", {}, out):
             beside.setdefault(_stem(request.id), request.id)
 
     def make(value: Any, where: str, number: str) -> Request:

@@ -9,7 +9,7 @@ for event in model.stream(image, "the red apple"): ...        # event.mask grows
 said = model.chat([{"role": "user", "content": "What is it?", "image": image}])    # said.text, said.masks
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import os
 import time
@@ -26,11 +26,10 @@ from alto_jax.inference.answering import Reply, reply
 from alto_jax.inference.chat import read_messages
 from alto_jax.inference.decoding import AT_ONCE, Decoding, EncodedImage, ImageInputs, Prepared
 from alto_jax.inference.prediction import Answers, Prediction
-from alto_jax.inference.settings import Settings
+from alto_jax.inference.settings import Settings, box_phrase
 from alto_jax.inference.streaming import Growth, StreamEvent, events
-from alto_jax.inference.tokenizer import TokenizerModel, is_whole
+from alto_jax.inference.tokenizer import TokenizerModel, as_mask, is_whole
 from alto_jax.layers import apply_module, told_precision
-from alto_jax.mllm import boxes as box_text
 from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM
 
@@ -52,7 +51,7 @@ class Segmenter(TokenizerModel):
         Raises:
           ValueError: it is no such image.
         """
-        return self.encode_inputs([self.inputs(images.as_array(image))])[0]
+        return self.encoded(self.seen_or_array(image))
 
     def segment(
         self,
@@ -71,7 +70,7 @@ class Segmenter(TokenizerModel):
           text: the object ("the red apple"); several, in a list, are answered together, each with a mask of its own.
           boxes: (x1, y1, x2, y2) in pixels, instead of `text`: all that is meant, as one mask.
           prompt: the whole question instead of the built-in wording.
-          target: bool or uint8[H, W], the true mask of a single request, for `iou`.
+          target: bool[H, W], or non-negative integers, the true mask of a single request, for `iou`.
           **options: those of `segment_batch`.
 
         Returns:
@@ -89,6 +88,7 @@ class Segmenter(TokenizerModel):
             raise ValueError("text: expected at least one request, and no target beside several")
         if target is not None and np.shape(target) != tuple(size):
             raise ValueError(f"target: expected the image's size {tuple(size)}, got {np.shape(target)}")
+        truth = None if target is None else as_mask(target, "target")
         found: dict[int, Prediction] = {}
         groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for index, question in enumerate(questions):
@@ -102,8 +102,8 @@ class Segmenter(TokenizerModel):
                 found |= {index: answers.at(0, column, size) for column, (index, _) in enumerate(rows)}
         seconds = round((time.monotonic() - began) / len(found), 4)
         done = [dataclasses.replace(found[index], seconds=seconds) for index in range(len(found))]
-        if target is not None:
-            done[0] = dataclasses.replace(done[0], iou=_iou(done[0].mask, np.asarray(target) > 0))
+        if truth is not None:
+            done[0] = dataclasses.replace(done[0], iou=_iou(done[0].mask, truth))
         return done if several else done[0]
 
     def stream(
@@ -202,7 +202,7 @@ class Segmenter(TokenizerModel):
         """Segments one object in each of many images, in batches.
 
         Args:
-          pictures: as for `encode_image`; a file is opened when its batch comes.
+          pictures: as for `segment`; a file is opened when its batch comes.
           texts: the object of each.
           batch_size: images at once.
           length: "adaptive", "full" (all mask tokens), or an exact number of mask tokens.
@@ -219,8 +219,9 @@ class Segmenter(TokenizerModel):
         Raises:
           ValueError: as for `segment`.
         """
-        if len(pictures) != len(texts):
-            raise ValueError(f"texts: expected {len(pictures)}, one of each image, got {len(texts)}")
+        if isinstance(texts, str) or len(pictures) != len(texts):
+            got = repr(texts) if isinstance(texts, str) else len(texts)
+            raise ValueError(f"texts: expected {len(pictures)}, one of each image, got {got}")
         if not is_whole(batch_size, 1, 1 << 16):
             raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
         options = {"length": length, "max_new_tokens": max_new_tokens, "min_length": min_length,
@@ -231,11 +232,12 @@ class Segmenter(TokenizerModel):
             self.prompt(question, settings)  # Note: what is wrong is told before anything is computed.
         for start in range(0, len(questions), batch_size):
             rows = range(start, min(start + batch_size, len(questions)))
-            seen = [self.inputs(images.as_array(pictures[row])) for row in rows]
+            seen = [self.seen_or_array(pictures[row]) for row in rows]
+            seen = [one if isinstance(one, EncodedImage) else self.inputs(one) for one in seen]
             prepared = [self.prepare(image, questions[row], settings) for image, row in zip(seen, rows)]
             yield from self.answer_batch(prepared, settings, batch_size)
 
-    def prepare(self, inputs: ImageInputs, question: str, settings: Settings) -> Prepared:
+    def prepare(self, inputs: ImageInputs | EncodedImage, question: str, settings: Settings) -> Prepared:
         """A question about an image, for `answer_batch`; ValueError as `prompt`."""
         return Prepared(inputs, *self.prompt(question, settings))
 
@@ -245,15 +247,24 @@ class Segmenter(TokenizerModel):
         An image that several have (the same `inputs`) is encoded once.
         """
         began = time.monotonic()
-        distinct = list({id(one.inputs): one.inputs for one in prepared}.values())
-        rows = next(n for n in sorted({1, -(-batch_size // 4), batch_size}) if n >= len(distinct))
-        seen = {id(image): found for image, found in zip(distinct, self.encode_inputs(distinct, rows))}
+        given = {id(one.inputs): one.inputs for one in prepared}
+        seen = {key: image for key, image in given.items() if isinstance(image, EncodedImage)}
+        if new := {key: image for key, image in given.items() if not isinstance(image, EncodedImage)}:
+            rows = next(n for n in sorted({1, -(-batch_size // 4), batch_size}) if n >= len(new))
+            seen |= dict(zip(new, self.encode_inputs(list(new.values()), rows)))
         encoded = [seen[id(one.inputs)] for one in prepared]
         asked = [[one.ids] for one in prepared]
         answers = self.ask(encoded, prepared[0].beginning, asked, [settings] * len(asked), batch_size)
         done = [answers.at(row, 0, image.size) for row, image in enumerate(encoded)]
         seconds = round((time.monotonic() - began) / len(done), 4)
         return [dataclasses.replace(answer, seconds=seconds) for answer in done]
+
+    def decode(self, codes: list[int], size: tuple[int, int], image: Any = None) -> np.ndarray:
+        """`TokenizerModel.decode`, whose image may be an EncodedImage, too."""
+        if not isinstance(image, EncodedImage):
+            return super().decode(codes, size, image)
+        self.check_codes(codes, size)
+        return metrics.resize_probability(self.drawn([codes], image.features)[0], *size) > 0.5
 
     def answer(
         self,
@@ -266,7 +277,8 @@ class Segmenter(TokenizerModel):
         """Answers a question in words.
 
         Args:
-          pictures: an image as for `encode_image`, a list of them, or () for a question about none.
+          pictures: an image as for `encode_image`, a list of them, or () for a question about none; no EncodedImage,
+            since it holds no tiles.
           question: about them, or turns {"from": "human" | "gpt", "value"} that end with one. Each `<image>` in it is
             the next picture; without any, the pictures come first.
           max_tiles: up to so many tiles of all pictures together and a thumbnail of each, as InternVL 2.5 sees them (it
@@ -309,6 +321,8 @@ class Segmenter(TokenizerModel):
         settings = Settings.of(self.cfg.tokenizer.num_latent_tokens, prompt, options)
         if boxes is not None:
             return [settings.question(self.box_phrase(boxes, size))], settings
+        if not isinstance(text, Iterable):
+            raise ValueError(f"text: expected an object or a list of them, got {text!r:.80}")
         requests = [text] if isinstance(text, str) else list(text)
         return [settings.question(request) if prompt is None else prompt for request in requests], settings
 
@@ -318,13 +332,7 @@ class Segmenter(TokenizerModel):
         Raises:
           ValueError: none, or one that is not inside of the image.
         """
-        height, width = size
-        for box in boxes:
-            x1, y1, x2, y2 = box if len(box) == 4 else (0, 0, 0, 0)
-            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-                raise ValueError(f"boxes: expected x1 < x2 <= {width} and y1 < y2 <= {height} in pixels, got {box!r}")
-        corners = [(x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes]
-        return box_text.format_boxes(corners, size, self._box_step)
+        return box_phrase(boxes, size, self._box_step)
 
     def prompt(self, question: str, settings: Settings) -> tuple[tuple[int, ...], list[int]]:
         """The ids of a prompt, up to the end of its image and from there.

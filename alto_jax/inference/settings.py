@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 from alto_jax.inference.tokenizer import is_whole, token_count
+from alto_jax.mllm import boxes as box_text
 from alto_jax.mllm import text as words
 from alto_jax.mllm.generate import GenerateConfig
 
@@ -35,14 +37,14 @@ class Settings:
         if unknown := options.keys() - default.keys():
             raise TypeError(f"segment() got an unexpected keyword argument {min(unknown)!r}")
         given = default | options
-        if prompt is not None and not prompt.strip():
+        if prompt is not None and not (isinstance(prompt, str) and prompt.strip()):
             raise ValueError(f"prompt: expected a question, got {prompt!r}")
         exact = token_count(given["length"], num_tokens)
         limits = {"max_new_tokens": 1 << 16, "min_length": num_tokens, "max_length": num_tokens}
         for name, most in limits.items():
             if given[name] is not None and not is_whole(given[name], 1, most):
                 raise ValueError(f"{name}: expected a whole number in 1..{most}, got {given[name]!r}")
-        if not math.isfinite(given["end_bias"]):
+        if not isinstance(given["end_bias"], numbers.Real) or not math.isfinite(given["end_bias"]):
             raise ValueError(f"end_bias: expected a finite number, got {given['end_bias']!r}")
         forced = prompt is None if given["forced_prefix"] is None else bool(given["forced_prefix"])
         longest = num_tokens + (1 if forced else 32)
@@ -52,7 +54,7 @@ class Settings:
             min_length=int(given["min_length"]),
             max_length=num_tokens if given["max_length"] is None else int(given["max_length"]),
             forced_length=exact,
-            end_logit_bias=given["end_bias"],
+            end_logit_bias=float(given["end_bias"]),
             stop_at_mask_end=forced,
         )
         return cls(generate, forced, given["length"] == "full")
@@ -63,6 +65,32 @@ class Settings:
         Raises:
           ValueError: no object named.
         """
-        if not any(c.isalnum() for c in phrase):
-            raise ValueError(f"text: expected the name or description of an object, got {phrase!r}")
+        if not isinstance(phrase, str) or not any(c.isalnum() for c in phrase):
+            raise ValueError(f"text: expected the name or description of an object, got {phrase!r:.80}")
         return words.question(phrase, adaptive=not self.fixed)
+
+
+def box_phrase(boxes: Any, size: tuple[int, int], step: int) -> str:
+    """Boxes as the model reads them.
+
+    Args:
+      boxes: (x1, y1, x2, y2) each, in pixels.
+      size: (height, width) of the image.
+      step: coordinates are rounded to multiples of so many thousandths.
+
+    Raises:
+      ValueError: none, or one that is not inside of the image.
+    """
+    height, width = size
+    corners = []
+    try:
+        given = [(box, tuple(map(float, box))) for box in boxes]
+    except (TypeError, ValueError) as error:
+        message = f"boxes: expected a list of boxes (x1, y1, x2, y2), got {boxes!r:.80}"
+        raise ValueError(message) from error
+    for box, four in given:
+        x1, y1, x2, y2 = four if len(four) == 4 else (0, 0, 0, 0)
+        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+            raise ValueError(f"boxes: expected x1 < x2 <= {width} and y1 < y2 <= {height} in pixels, got {box!r}")
+        corners.append((x1, y1, x2 - x1, y2 - y1))
+    return box_text.format_boxes(corners, size, step)

@@ -48,22 +48,20 @@ class TokenizerModel:
         """Codes of a mask.
 
         Args:
-          mask: bool or uint8[H, W], not zero in the mask; any size.
+          mask: bool[H, W], or non-negative integers that are not zero in the mask; any size.
           length: "adaptive" (the predictor's), "full", or a number of leading codes.
 
         Raises:
-          ValueError: an empty mask, or a length out of range.
+          ValueError: no such mask, an empty one, or a length out of range.
         """
         return self.encode_batch([self.small_mask(mask)], length)[0]
 
     def small_mask(self, mask: np.ndarray) -> np.ndarray:
         """A mask as for `encode` at the model's size, float32[m, m]; ValueError as there."""
-        mask = np.asarray(mask)
-        if mask.ndim != 2:
-            raise ValueError(f"mask: expected an array [H, W], got shape {mask.shape}")
+        mask = as_mask(mask, "mask")
         if not mask.any():
             raise ValueError("mask: it is empty, there is nothing to encode")
-        return transforms.soft_mask((mask > 0).astype(np.uint8) * 255, self.cfg.tokenizer.mask_size)
+        return transforms.soft_mask(mask.astype(np.uint8) * 255, self.cfg.tokenizer.mask_size)
 
     def encode_batch(self, small: Sequence[np.ndarray], length: str | int, rows: int = 1) -> list[list[int]]:
         """Codes of masks of `small_mask`, `rows` at most; fewer are filled up, so that one program serves."""
@@ -154,6 +152,26 @@ class TokenizerModel:
 def _filled(arrays: Sequence[np.ndarray], rows: int) -> np.ndarray:
     """Arrays as one of `rows` rows, the last of them repeated."""
     return np.stack([*arrays, *[arrays[-1]] * (rows - len(arrays))])
+
+
+def as_mask(mask: Any, name: str) -> np.ndarray:
+    """A mask of a caller as bool[H, W].
+
+    Args:
+      mask: bool[H, W], or non-negative integers that are not zero in the mask.
+      name: of the argument, for messages.
+
+    Raises:
+      ValueError: something else, such as probabilities, of which nearly all are above zero.
+    """
+    mask = np.asarray(mask)
+    if mask.ndim != 2:
+        raise ValueError(f"{name}: expected an array [H, W], got shape {mask.shape}")
+    if mask.dtype.kind not in "bui":
+        raise ValueError(f"{name}: expected bool or integers, got {mask.dtype}; of probabilities give {name} > 0.5")
+    if mask.min(initial=0) < 0:
+        raise ValueError(f"{name}: expected values of at least 0, got {mask.min()}")
+    return mask > 0
 
 
 def is_whole(value: Any, low: int, high: int) -> bool:

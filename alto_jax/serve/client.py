@@ -10,6 +10,8 @@ png = base64.b64decode(answer["results"][0]["png"])
 import argparse
 import base64
 from collections.abc import Iterator
+import email.utils
+import http.client
 import json
 import os
 import pathlib
@@ -32,7 +34,13 @@ class Client:
     """Asks a service."""
 
     def __init__(self, url: str = "http://127.0.0.1:8000", key: str | None = None, timeout: float = 60.0):
-        """Takes where it is, its API key, and the seconds to wait for an answer."""
+        """Takes where it is, its API key, and the seconds to wait for an answer.
+
+        Raises:
+          ValueError: the URL does not begin with http:// or https://.
+        """
+        if not url.lower().startswith(("http://", "https://")):
+            raise ValueError(f"url: expected one that begins with http:// or https://, got {url!r}")
         self.url, self.key, self.timeout = url.rstrip("/"), key, timeout
 
     def segment(self, image: str | os.PathLike | bytes, *, retries: int = 0, **asked: Any) -> dict[str, Any]:
@@ -52,7 +60,7 @@ class Client:
         while True:
             try:
                 with self._open("/v1/segment", _body(image, asked)) as response:
-                    return json.load(response)
+                    return _answer(response)
             except ServiceError as error:
                 if not retries or error.status != 503:
                     raise
@@ -82,7 +90,7 @@ class Client:
     def model(self) -> dict[str, Any]:
         """What answers, and its limits."""
         with self._open("/v1/model") as response:
-            return json.load(response)
+            return _answer(response)
 
     def is_ready(self) -> bool:
         """Whether the service takes requests; False also where nothing listens."""
@@ -106,11 +114,34 @@ class Client:
                 told = json.loads(content)
             except ValueError:  # such as a proxy's own page
                 told = {}
-            raise _error(error.code, told, None if after is None else float(after)) from error
+            raise _error(error.code, told, _seconds(after)) from error
 
 
-def _error(status: int, told: dict[str, Any], after: float | None = None) -> ServiceError:
-    found = told.get("error", {})
+def _answer(response: Any) -> dict[str, Any]:
+    """The JSON of a response; ServiceError if it has none."""
+    try:
+        return json.load(response)
+    except ValueError as error:  # such as a page to log in
+        message = f"HTTP status {response.status}, but no JSON"
+        raise ServiceError(response.status, "unknown", message, None) from error
+
+
+def _seconds(after: str | None) -> float | None:
+    """The header Retry-After in seconds from now: a number, or a date (proxies); None if it says nothing."""
+    after = (after or "").strip()
+    if after.isascii() and after.isdigit():
+        return float(after)
+    date = email.utils.parsedate_tz(after)
+    try:
+        return None if date is None else max(email.utils.mktime_tz(date) - time.time(), 0.0)
+    except (ValueError, OverflowError):  # such as the 99th of a month
+        return None
+
+
+def _error(status: int, told: Any, after: float | None = None) -> ServiceError:
+    """What the service told; a proxy in front of it may tell anything."""
+    found = told.get("error") if isinstance(told, dict) else None
+    found = found if isinstance(found, dict) else {"message": f"HTTP status {status}: {found}"} if found else {}
     return ServiceError(status, found.get("code", "unknown"), found.get("message", f"HTTP status {status}"),
                         found.get("field"), after)  # fmt: skip
 
@@ -129,14 +160,14 @@ def main() -> int:
     parser.add_argument("--key", default=os.environ.get("ALTO_API_KEY"), help="(default: ALTO_API_KEY)")
     parser.add_argument("--stream", action="store_true", help="token by token")
     options = parser.parse_args()
-    client = Client(options.url, options.key)
     try:
+        client = Client(options.url, options.key)
         if options.stream:
             for event, value in client.stream(options.image, phrase=options.phrase):
                 print(event, json.dumps(value))
         else:
             print(json.dumps(client.segment(options.image, phrase=options.phrase), indent=1))
-    except (ServiceError, OSError) as error:
+    except (ServiceError, OSError, ValueError, http.client.HTTPException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -183,7 +183,9 @@ def test_arguments_that_do_not_fit_are_named(exported, scene, monkeypatch):
         (lambda: model.call("encode"), "encode: expected mask, got 0 arrays"),
         (lambda: model.call("encode", np.zeros((1, side, side))), rf"mask: expected float32\[b, {side}, {side}\], got"),
         (lambda: model.call("decode", np.zeros((2, tokens), np.int32), np.zeros(1, np.int32)), r"got int32\[1\]"),
-        (lambda: model.encode(np.zeros((9, 9))), "mask: expected an array"),
+        (lambda: model.encode(np.zeros((9, 9), bool)), "mask: expected an array"),
+        (lambda: model.encode(np.full((9, 9), 0.2)), "mask: expected bool or integers of at least 0, got float64"),
+        (lambda: model.encode(np.full((9, 9), -1)), "mask: expected bool or integers of at least 0, got int64"),
         (lambda: model.encode(scene.mask, 99), r"length: expected 'adaptive', 'full' or a whole number in 1\.\."),
         (lambda: model.decode([9999], (9, 9)), r"codes: expected 1\.\.\d+ codes in 0\.\.\d+, got \[9999\]"),
         (lambda: model.decode([1], (9, 9), np.zeros((9, 9))), r"image: expected uint8\[H, W, 3\]"),
@@ -236,7 +238,7 @@ def test_a_mask_tokenizer_alone(exported, tmp_path, monkeypatch):
     model = loader.load(tmp_path / "out")
     side = manifest["model"]["mask_size"]
     with pytest.raises(loader.ExportError, match="exported for tpu, but this machine has cpu"):
-        model.encode(np.ones((side, side)))
+        model.encode(np.ones((side, side), bool))
     with pytest.raises(loader.ExportError, match="a mask tokenizer alone"):
         model.prompt("the cup")
 

@@ -35,6 +35,25 @@ def test_the_command_answers_as_the_call_does(asked, debug_model, capsys):
     assert found["text"] == expected.text and shown.startswith(f"{expected.text}\ntiles: 4  ")
 
 
+def test_what_the_call_takes_and_refuses(debug_model):
+    model, image = alto_jax.load(debug_model.path), np.zeros((56, 56, 3), np.uint8)
+    given = model.answer(image, "What?", max_tiles=np.int64(1), max_new_tokens=np.int32(2))
+    assert given.token_ids == model.answer(image, "What?", max_new_tokens=2).token_ids
+    turn = {"from": "human", "value": "What?"}
+    for question, message in [
+        ([{"role": "user", "content": "What?"}], r'question\[0\]: expected {"from": "human"'),
+        ([turn, {"from": "gpt", "value": None}], r"question\[1\]: expected"), (["What?"], r"question\[0\]: expected"),
+        (None, "question: expected text, or a list of turns, got None"), (turn, "question: expected text, or a list"),
+        ([], "question: expected some text"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            model.answer(image, question)
+    for name in ("max_tiles", "max_new_tokens"):
+        for value in (True, 0, 1.5, "2"):
+            with pytest.raises(ValueError, match=f"{name}: expected a whole number of at least 1"):
+                model.answer(image, "What?", **{name: value})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

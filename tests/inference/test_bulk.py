@@ -2,9 +2,9 @@
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
-import pathlib
 import shlex
 import subprocess
 import sys
@@ -23,6 +23,7 @@ from alto_jax.data.composition import ScenesConfig
 from alto_jax.data.scenes import SceneMasks
 from alto_jax.inference import bulk, requests, segmenter
 from alto_jax.inference.requests import Request
+from alto_jax.mllm import text as words
 from tests.conftest import ROOT
 
 
@@ -75,7 +76,7 @@ def test_a_folder_is_its_images_one_by_one(command, model, photos, scenes, tmp_p
     asked = ("--images", folder, "--text", "the red apple", "--length", 5, "--out", out, "--batch_size", 4)
     assert command(predict, *asked, "--save_masks", "--save_overlays") == bulk.EXIT_LEFT_OUT
     printed = capsys.readouterr()
-    assert "left out: image" in printed.err and "broken.jpg cannot be read" in printed.err
+    assert "left out: broken.jpg: image" in printed.err and "broken.jpg cannot be read" in printed.err
     assert f"2 of 8 left out (1 file of 0 bytes, 1 unreadable file); {out / 'bad.jsonl'} names them" in printed.err
     assert [line["id"] for line in lines_of(out, "bad.jsonl")] == ["broken.jpg", "empty.png"]
     assert "requests/s" in printed.out or "s/request" in printed.out
@@ -91,7 +92,7 @@ def test_a_folder_is_its_images_one_by_one(command, model, photos, scenes, tmp_p
         mask = rle.decode(line["masks"][0]["rle"], 40, 40, "test")
         assert (mask == wanted.mask).mean() > 0.999  # batches and single images may differ in the last bits
         np.testing.assert_array_equal(np.asarray(Image.open(out / f"masks/{line['id']}.png")) > 0, mask)
-        assert line["files"] == [pathlib.PurePath(line["id"]).name + ".png"]
+        assert line["files"] == [f"masks/{line['id']}.png"]
         drawn = np.asarray(Image.open(out / f"overlays/{line['id']}.png"))
         assert (drawn != image).any(-1)[mask].mean() > 0.9
 
@@ -173,6 +174,19 @@ def test_lines_of_requests(command, model, photos, scenes, tmp_path, monkeypatch
     assert "expected text, box or boxes" in lines_of(tmp_path / "other", "bad.jsonl")[0]["error"]
 
 
+def test_a_prompt_for_all_lines_leaves_those_with_their_own_text(command, model, photos, scenes, tmp_path):
+    """They begin with a mask as without it, whichever batch they are in."""
+    _, names = photos
+    own, other = ({"image": f"photos/{names[0]}", "text": "the cup"}, {"image": f"photos/{names[0]}"})
+    file, out = tmp_path / "requests.jsonl", tmp_path / "out"
+    file.write_text("\n".join(map(json.dumps, (other, own))))
+    assert command(predict, "--requests", file, "--prompt", "Where?", "--length", 2, "--out", out) == 0
+    image = scenes[0]["image"]
+    wanted = [model.segment(image, **asked, length=2) for asked in ({"prompt": "Where?"}, {"text": "the cup"})]
+    assert [line["answer"] for line in lines_of(out)] == [one.text for one in wanted]
+    assert wanted[1].text.startswith(words.FORCED_ANSWER_PREFIX)
+
+
 class Counting:
     """Work without a model: a line says what was read; a file is written first."""
 
@@ -180,6 +194,9 @@ class Counting:
 
     def __init__(self, die_at=None, **options):
         self.options, self.batches, self._die_at = {"command": "count", **options}, [], die_at
+
+    def source(self, request):
+        return None
 
     def read(self, request):
         if request.given["n"] % 10 == 7:
@@ -195,6 +212,13 @@ class Counting:
         return [{"square": item} for item in items]
 
 
+def test_what_was_left_out_is_named(tmp_path, capsys):
+    unfit = Request("line 9", {}, RecordError("requests.jsonl line 9: no id"))
+    assert bulk.run([*counted(8), unfit], Counting(), tmp_path).left_out == {"truncated file": 1, "malformed entry": 1}
+    told = capsys.readouterr().err
+    assert "left out: 7: request 7 is bad\n" in told and "left out: requests.jsonl line 9: no id\n" in told
+
+
 def counted(count):
     return [Request(str(n), {"n": n}) for n in range(count)]
 
@@ -203,10 +227,7 @@ def test_killed_and_run_again(tmp_path):
     """By a signal that nothing can catch, in a batch; then with a torn line; the result is that of one run."""
     whole = bulk.run(counted(20), Counting(), tmp_path / "whole")
     assert (whole.answered, whole.before, whole.left_out) == (18, 0, {"truncated file": 2}) and whole.exit_code == 1
-    code = (
-        "import sys; from tests.inference.test_bulk import *;"
-        " bulk.run(counted(20), Counting(die_at=9), pathlib.Path(sys.argv[1]))"
-    )
+    code = "import sys; from tests.inference.test_bulk import *; bulk.run(counted(20), Counting(die_at=9), sys.argv[1])"
     out = tmp_path / "killed"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code, out], cwd=ROOT, env=environment, capture_output=True)
@@ -225,6 +246,52 @@ def test_killed_and_run_again(tmp_path):
     assert bulk.run(counted(20), idle, out).answered == 0 and idle.batches == []
     more = Counting()
     assert bulk.run(counted(22), more, out).answered == 2 and more.batches == [["20", "21"]]
+
+
+def test_other_files_of_the_same_names(command, photos, scenes, tmp_path, capsys):
+    """A folder of results knows the files that were read by their content, wherever they are now."""
+    folder, names = photos
+    (tmp_path / "masks").mkdir()
+    for name in names[:2]:
+        Image.fromarray(scenes[0]["mask"]).save(tmp_path / "masks" / name)
+    (folder / "requests.jsonl").write_text(json.dumps({"image": names[0], "text": "a"}))
+    codes = tmp_path / "codes" / bulk.RESULTS
+    commands = {
+        "answers": (predict, ("--text", "a", "--length", 2, "--images"), folder),
+        "lines": (predict, ("--length", 2, "--requests"), folder / "requests.jsonl"),
+        "codes": (tokenize, ("encode", "--masks"), tmp_path / "masks"),
+        "again": (tokenize, ("decode", "--codes", codes, "--images"), folder),
+    }
+    for out, (module, arguments, source) in commands.items():
+        assert command(module, *arguments, source, "--out", tmp_path / out) == 0
+    # The size and digest are those that other tools give.
+    read = (folder / names[0]).read_bytes()
+    [line] = lines_of(tmp_path / "lines")
+    assert line["input"] == {"bytes": len(read), "sha256": hashlib.sha256(read).hexdigest()}
+    # A folder that has moved goes on.
+    for name in ("photos", "masks"):
+        (tmp_path / name).rename(tmp_path / f"moved {name}")
+    for out, (module, arguments, source) in commands.items():
+        moved = tmp_path / f"moved {source.relative_to(tmp_path)}"
+        assert command(module, *arguments, moved, "--out", tmp_path / out) == 0
+        commands[out] = module, arguments, moved
+    assert capsys.readouterr().out.count("goes on after") == len(commands)
+    # Others of these names do not, of the same size neither; and nothing is touched.
+    for file in (tmp_path / "moved photos" / names[0], tmp_path / "moved masks" / names[0]):
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    for out, (module, arguments, source) in commands.items():
+        before = (tmp_path / out / bulk.RESULTS).read_bytes()
+        told = rf"--out=.*{out}: request '.*' was answered for another content of .*{names[0]} \(\d+ bytes\); choose"
+        with pytest.raises(ConfigError, match=told):
+            command(module, *arguments, source, "--out", tmp_path / out)
+        assert (tmp_path / out / bulk.RESULTS).read_bytes() == before
+        # Lines of earlier versions, which do not say it, go on.
+        lines = [
+            {name: value for name, value in line.items() if name != "input"}
+            for line in map(json.loads, before.splitlines())
+        ]
+        (tmp_path / out / bulk.RESULTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert command(module, *arguments, source, "--out", tmp_path / out) == 0
 
 
 def test_a_folder_of_somebody_else(tmp_path):
@@ -291,6 +358,8 @@ def test_what_does_not_go_together(command, photos, tmp_path):
         ((*many, "--out", tmp_path, "--json", "x.json"), "--json: expected it with --image alone"),
         ((*many, "--out", tmp_path, "--box", "1,2,3,4"), "--text, --box: expected one of them"),
         (("--images", folder, "--out", tmp_path), "--text='': expected the name"),
+        (("--images", folder, "--out", tmp_path, "--box", " "), "--box='': expected x1,y1,x2,y2 in pixels"),
+        (("--images", folder, "--text", "a", "--out", folder), "--out=.*photos: expected another folder than that of"),
         (("--images", folder, "--out", tmp_path, "--box", "1,2,3"), "--box: expected x1,y1,x2,y2 in pixels"),
         (("--images", folder, "--out", tmp_path, "--box", "1,2,.,4"), "--box: expected x1,y1,x2,y2 in pixels"),
         (("--images", tmp_path / "no", "--text", "a", "--out", tmp_path), "--images=.*no: expected a folder"),

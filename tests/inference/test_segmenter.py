@@ -1,6 +1,7 @@
 """Requests answered together are those answered alone; what results hold; what is refused."""
 
 import numpy as np
+from PIL import Image
 import pytest
 
 import alto_jax
@@ -61,12 +62,31 @@ def test_a_box_is_a_request(model, images):
         model.segment(images[1], boxes=[])
 
 
-def test_what_a_result_holds(model, images):
+def test_an_image_seen_already_is_that_image(model, images):
+    """In every call that takes images but `answer`, also beside others."""
+    seen = model.encode_image(images[0])
+    assert model.encode_image(seen) is seen
+    mixed = model.segment_batch([seen, images[1], seen], PHRASES[:3], batch_size=3, max_length=2)
+    for one, two in zip(mixed, model.segment_batch([images[i] for i in (0, 1, 0)], PHRASES[:3], batch_size=3,
+                                                   max_length=2), strict=True):  # fmt: skip
+        same(one, two)
+    size = images[0].shape[:2]
+    np.testing.assert_array_equal(model.decode([3, 1], size, seen), model.decode([3, 1], size, images[0]))
+    with pytest.raises(ValueError, match=r"codes: expected values in 0\.\."):
+        model.decode([-1], size, seen)
+    with pytest.raises(ValueError, match="pictures: expected images, got an EncodedImage, which holds no tiles"):
+        model.answer([images[0], seen], "What?")
+
+
+def test_what_a_result_holds(model, images, tmp_path):
     answer = model.segment(images[0], PHRASES[0], length=5)
     assert answer.length == 5 and answer.mask.any()
     np.testing.assert_array_equal(rle.decode(answer.rle, *answer.mask.shape, "test"), answer.mask)
     drawn = answer.overlay(images[0])
     assert drawn.shape == images[0].shape and (drawn != images[0]).any(-1)[answer.mask].mean() > 0.9
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    for image in (tmp_path / "a.png", Image.open(tmp_path / "a.png")):
+        np.testing.assert_array_equal(answer.overlay(image), drawn)
     growth = model.growth(images[0], answer)
     assert growth.shape == (5, *answer.mask.shape)
     np.testing.assert_array_equal(growth[-1], answer.mask)
@@ -80,8 +100,30 @@ def test_refused(model, images):
         model.segment(images[0], "apple", prompt="Where?")
     with pytest.raises(ValueError, match="text: expected at least one request"):
         model.segment(images[0], [])
+    size = images[0].shape[:2]
     with pytest.raises(ValueError, match="no target beside several"):
-        model.segment(images[0], PHRASES, target=np.ones(images[0].shape[:2]))
+        model.segment(images[0], PHRASES, target=np.ones(size, bool))
+    for asked, message in [
+        ({"boxes": (12, 30, 40, 45)}, r"boxes: expected a list of boxes \(x1, y1, x2, y2\), got \(12, 30, 40, 45\)"),
+        ({"boxes": 3}, "boxes: expected a list of boxes"), ({"boxes": [("a", 1, 2, 3)]}, "boxes: expected a list"),
+        ({"text": None}, "text: expected an object or a list of them, got None"),
+        ({"text": ["a", 3]}, "text: expected the name or description of an object, got 3"),
+        ({"text": "a", "end_bias": "1"}, "end_bias: expected a finite number, got '1'"),
+        ({"prompt": 3}, "prompt: expected a question, got 3"),
+        ({"text": "a", "target": np.full(size, 0.2)}, "target: expected bool or integers, got float64"),
+        ({"text": "a", "target": np.full(size, -1)}, "target: expected values of at least 0, got -1"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            model.segment(images[0], **asked)
+    for mask, message in [
+        (np.full(size, np.nan), "mask: expected bool or integers, got float64"),
+        (-np.ones(size, np.int8), "mask: expected values of at least 0, got -1"),
+        (np.zeros((*size, 3), bool), r"mask: expected an array \[H, W\]"), (np.zeros(size, bool), "mask: it is empty"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            model.encode(mask)
+    with pytest.raises(ValueError, match="texts: expected 5, one of each image, got 'apple'"):
+        next(model.segment_batch(images, "apple"))
     with pytest.raises(ValueError, match="texts: expected 5, one of each image, got 1"):
         next(model.segment_batch(images, ["apple"]))
     with pytest.raises(TypeError, match="unexpected keyword argument 'lenght'"):
