@@ -146,9 +146,9 @@ def meet() -> None:
     """
     if not _joined:
         return
-    from orbax.checkpoint import multihost  # late: only several processes need it
+    from orbax.checkpoint.multihost import get_barrier_sync_fn  # late: only several processes need it
 
-    multihost.get_barrier_sync_fn()(key=f"alto_jax/{next(_meetings)}", timeout_ms=_PATIENCE * 1000)
+    get_barrier_sync_fn()(key=f"alto_jax/{next(_meetings)}", timeout_ms=_PATIENCE * 1000)
 
 
 def meeting(program: Any) -> Callable:

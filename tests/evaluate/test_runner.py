@@ -106,6 +106,19 @@ def test_a_second_run_only_reads_and_a_cut_run_ends_the_same(run, debug_model, d
         runner.evaluate(options(debug_model, data, tmp_path, name, min_pixels=50))
 
 
+def test_processes_that_see_other_data_are_refused(debug_model, data, tmp_path, monkeypatch):
+    """Hosts with disks of their own: as many samples, but not the same."""
+
+    def gather(value):
+        is_asked = isinstance(value, dict) and all(isinstance(h, dict) and "data" in h for h in value.values())
+        return [value, {task: header | {"data": "x"} for task, header in value.items()}] if is_asked else [value]
+
+    monkeypatch.setattr(runner.distributed, "gather", gather)
+    with pytest.raises(ConfigError, match="process 1 has another benchmarks than process 0: refcoco_val.*data: 'x'"):
+        runner.evaluate(options(debug_model, data, tmp_path, "refcoco_val"))
+    assert not (tmp_path / "results").exists()
+
+
 def test_protocols_and_lengths_are_told_apart(debug_model, data, tmp_path):
     found = runner.evaluate(options(debug_model, data, tmp_path, "refcoco_val", length="both", protocol="per_sentence"))
     assert [*found] == ["refcoco_val.per_sentence.adaptive", "refcoco_val.per_sentence.fixed"]
