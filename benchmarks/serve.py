@@ -1,6 +1,6 @@
 """The service under load: `python benchmarks/serve.py [--clients 32] [--seconds 120]`.
 
-Starts `python -m alto_jax.serve` five times, one after the other: with its batches and one by one (--batch_sizes 1),
+Starts `python -m alto_jax.serve` five times, one after the other: with its batches and one by one (one mask at a time),
 both also without images that stay encoded, and with batches and bad requests in between. All are asked the same mix of
 phrases, several phrases, boxes and streams about built-in pictures; the bad requests are those of
 tests/serve/bad_requests.py. Each answer is compared with what the model says when asked directly, in this process,
@@ -38,6 +38,7 @@ from tests.serve.bad_requests import Bad, bad_requests  # noqa: E402
 
 BATCHED, SINGLE, MIXED = "batched", "one by one", "batched, with bad requests"
 BATCHED_UNSEEN, SINGLE_UNSEEN = "batched, no image kept", "one by one, no image kept"
+ONE_BY_ONE = ("--batch_sizes=1", "--batches_at_once=1")
 PICTURES = 32  # one for each client; the service keeps as many encoded
 BAD_SHARE = 0.25
 CODES_APART = 2  # of an answer's codes, the most that may differ by rounding alone
@@ -365,9 +366,9 @@ def main() -> None:
     modes = {}
     for name, flags, seconds, share in (
         (BATCHED, (), third, 0.0),
-        (SINGLE, ("--batch_sizes=1",), third, 0.0),
+        (SINGLE, ONE_BY_ONE, third, 0.0),
         (BATCHED_UNSEEN, ("--cached_images=0",), third, 0.0),
-        (SINGLE_UNSEEN, ("--batch_sizes=1", "--cached_images=0"), third, 0.0),
+        (SINGLE_UNSEEN, (*ONE_BY_ONE, "--cached_images=0"), third, 0.0),
         (MIXED, (), options.seconds, BAD_SHARE),
     ):
         modes[name] = measure(options, good, flags, seconds, share)

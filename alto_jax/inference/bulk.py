@@ -6,7 +6,7 @@ files of its request are, and it knows the file that was read by size and digest
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 import dataclasses
 import fcntl
@@ -22,6 +22,7 @@ from alto_jax import cli
 from alto_jax.config import ConfigError, naming, write_whole
 from alto_jax.data import bad_data
 from alto_jax.evaluate.results import difference
+from alto_jax.inference.at_once import batches_at_once, in_order
 from alto_jax.inference.requests import Request
 
 RESULTS, OPTIONS, BAD = "results.jsonl", "options.json", "bad.jsonl"
@@ -30,6 +31,7 @@ _NAMED = 10  # bad requests that are named on the terminal
 _THREADS = min(4, os.cpu_count() or 1)
 _KNOWN_FILES = 1024  # whose digest is kept, since several requests may read one
 _VERSION = 1  # Of the lines; those of another one are not continued.
+_Read = tuple[Request, Any, dict[str, Any]]  # a request, what was read of it or the exception, more for its line
 
 
 class Work(Protocol):
@@ -52,7 +54,10 @@ class Work(Protocol):
         """What of a request goes into the model; in a thread. ValueError or OSError: it cannot be read."""
 
     def answer(self, requests: Sequence[Request], items: Sequence[Any], folder: pathlib.Path) -> list[dict[str, Any]]:
-        """The rest of the line of each request, of a batch or fewer, after its files are written into the folder."""
+        """The rest of the line of each request, of a batch or fewer, after its files are written into the folder.
+
+        Several threads may call it, each with requests of its own.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,58 +203,71 @@ def _run(
     lines: ResultLines,
     describe: Callable,
 ) -> Outcome:
-    total, answered, shown, batch = before + len(todo), 0, 0.0, []  # type: ignore[var-annotated]
+    total, answered, shown, told = before + len(todo), 0, 0.0, 0
     bad: Counter[str] = Counter()
     if before:
         print(f"[{work.name}] goes on after {before} of {total}", flush=True)
     progress = cli.Progress(work.name, total, before, unit="requests")
 
-    def finish() -> None:
-        nonlocal answered, shown
-        asked, items = [request for request, *_ in batch], [item for _, item, _ in batch]
-        found = work.answer(asked, items, out) if batch else []
-        lines.append(
-            [{"id": r.id, "request": r.given, **own, **line} for (r, _, own), line in zip(batch, found, strict=True)]
-        )
-        now, is_first = time.monotonic(), not answered
-        answered += len(batch)
-        batch.clear()
-        step = before + answered + bad.total()
-        if is_first:
-            progress.restart_clock(step)
-        if now - shown > 2 or step == total:
-            progress.line(step, {"left out": bad.total()} if bad else {})
-            shown = now
+    def show(step: int) -> None:
+        nonlocal told
+        told = step
+        progress.line(step, {"left out": bad.total()} if bad else {})
 
     with (out / BAD).open("w") as of_bad:
-        for request, item, own in _read_ahead(todo, work, describe):
-            if isinstance(item, Exception):
-                kind = bad_data.kind_of(item)
-                bad[kind] += 1
-                message = bad_data.one_line(item)
-                told = {"id": request.id, "request": request.given, "error": message, "kind": kind}
-                with naming(out / BAD):
-                    of_bad.write(json.dumps(told) + "\n")
-                    of_bad.flush()
-                if bad.total() <= _NAMED:
-                    # Note: what is no request says itself where it stands.
-                    place = f"{request.id}: " if request.error is None else ""
-                    cli.tell(f"[{work.name}] left out: {place}{message}")
-            else:
-                batch.append((request, item, own))
-            if len(batch) == work.batch_size:
-                finish()
-        if batch or bad:
-            finish()
+
+        def leave_out(request: Request, error: Exception) -> None:
+            kind, message = bad_data.kind_of(error), bad_data.one_line(error)
+            bad[kind] += 1
+            line = {"id": request.id, "request": request.given, "error": message, "kind": kind}
+            with naming(out / BAD):
+                of_bad.write(json.dumps(line) + "\n")
+                of_bad.flush()
+            if bad.total() <= _NAMED:
+                # Note: what is no request says itself where it stands.
+                place = f"{request.id}: " if request.error is None else ""
+                cli.tell(f"[{work.name}] left out: {place}{message}")
+
+        def answer(batch: list[_Read]) -> tuple[list[_Read], list[dict[str, Any]]]:
+            return batch, work.answer([request for request, *_ in batch], [item for _, item, _ in batch], out)
+
+        batches = _batches(_read_ahead(todo, work, describe), work.batch_size, leave_out)
+        for batch, found in in_order((functools.partial(answer, batch) for batch in batches), batches_at_once()):
+            pairs = zip(batch, found, strict=True)
+            lines.append([{"id": r.id, "request": r.given, **own, **line} for (r, _, own), line in pairs])
+            now, step = time.monotonic(), before + answered + len(batch) + bad.total()
+            if not answered:
+                progress.restart_clock(step)
+            answered += len(batch)
+            if now - shown > 2 or step == total:
+                show(step)
+                shown = now
     if bad:
+        if told != total:
+            show(total)
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(bad.items()))
         cli.tell(f"[{work.name}] {bad.total()} of {total} left out ({kinds}); {out / BAD} names them")
     return Outcome(answered, before, dict(bad))
 
 
-def _read_ahead(
-    todo: Sequence[Request], work: Work, describe: Callable
-) -> Iterator[tuple[Request, Any, dict[str, Any]]]:
+def _batches(
+    read: Iterable[_Read], size: int, leave_out: Callable[[Request, Exception], None]
+) -> Iterator[list[_Read]]:
+    """What was read, `size` at a time; of what could not be, `leave_out` is told."""
+    batch: list[_Read] = []
+    for request, item, own in read:
+        if isinstance(item, Exception):
+            leave_out(request, item)
+        else:
+            batch.append((request, item, own))
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _read_ahead(todo: Sequence[Request], work: Work, describe: Callable) -> Iterator[_Read]:
     """What was read of each request, or the exception, and {"input": what its file is}; the next two batches are read
     in threads meanwhile."""
 

@@ -11,6 +11,7 @@ said = model.chat([{"role": "user", "content": "What is it?", "image": image}]) 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import os
 import time
 from typing import Any
@@ -23,6 +24,7 @@ from alto_jax.checkpoint import loading
 from alto_jax.config import Quantize
 from alto_jax.data import images, transforms
 from alto_jax.inference.answering import Reply, reply
+from alto_jax.inference.at_once import batches_at_once, in_order
 from alto_jax.inference.chat import read_messages
 from alto_jax.inference.decoding import AT_ONCE, Decoding, EncodedImage, ImageInputs, Prepared
 from alto_jax.inference.prediction import Answers, Prediction
@@ -204,7 +206,7 @@ class Segmenter(TokenizerModel):
         Args:
           pictures: as for `segment`; a file is opened when its batch comes.
           texts: the object of each.
-          batch_size: images at once.
+          batch_size: images of a program; on a CPU two batches are computed at the same time (see at_once.py).
           length: "adaptive", "full" (all mask tokens), or an exact number of mask tokens.
           max_new_tokens: longest answer; None: enough for one mask and a sentence.
           min_length, max_length: limits of an adaptive number of mask tokens (None: all of them).
@@ -230,12 +232,17 @@ class Segmenter(TokenizerModel):
         questions = [settings.question(text) for text in texts]
         for question in questions:
             self.prompt(question, settings)  # Note: what is wrong is told before anything is computed.
-        for start in range(0, len(questions), batch_size):
+
+        def answer(start: int) -> list[Prediction]:
             rows = range(start, min(start + batch_size, len(questions)))
             seen = [self.seen_or_array(pictures[row]) for row in rows]
             seen = [one if isinstance(one, EncodedImage) else self.inputs(one) for one in seen]
             prepared = [self.prepare(image, questions[row], settings) for image, row in zip(seen, rows)]
-            yield from self.answer_batch(prepared, settings, batch_size)
+            return self.answer_batch(prepared, settings, batch_size)
+
+        calls = (functools.partial(answer, start) for start in range(0, len(questions), batch_size))
+        for answers in in_order(calls, batches_at_once()):
+            yield from answers
 
     def prepare(self, inputs: ImageInputs | EncodedImage, question: str, settings: Settings) -> Prepared:
         """A question about an image, for `answer_batch`; ValueError as `prompt`."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import numbers
+import threading
 from typing import Any
 
 import jax
@@ -26,13 +27,15 @@ class TokenizerModel:
     def __init__(self, cfg: Any, params: dict, directory: str):
         self.cfg, self.params, self.directory = cfg, params, directory
         self._functions: dict = {}
+        self._lock = threading.Lock()
 
     def compiled(self, name: Any, make: Callable[[], Callable], donated: str | None = None) -> Any:
         """The function `make()`, compiled once a shape; the first of each name is kept. `donated`: the argument whose
         memory the result takes over."""
-        if name not in self._functions:
-            self._functions[name] = jax.jit(make(), donate_argnames=donated)
-        return self._functions[name]
+        with self._lock:
+            if name not in self._functions:
+                self._functions[name] = jax.jit(make(), donate_argnames=donated)
+            return self._functions[name]
 
     def method(self, name: str) -> Any:
         """The tokenizer's method `name` as a function of (parameters, *arguments), compiled once per shape."""

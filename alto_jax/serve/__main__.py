@@ -65,6 +65,8 @@ def main() -> int:
         help="tokens that questions are padded to; programs are compiled for these, the last is the most",
     )
     parser.add_argument("--window_ms", type=float, default=5.0, metavar="MS", help="that a mask waits for company")
+    parser.add_argument("--batches_at_once", type=int, metavar="N",
+                        help="that are computed at the same time (default: 2 on a CPU, else 1)")  # fmt: skip
     parser.add_argument("--cached_images", type=int, default=64, metavar="N", help="that stay encoded")
     parser.add_argument("--threads", type=int, metavar="N", help="that decode images (default: processors, at most 4)")
     parser.add_argument("--api_key_file", metavar="FILE", help="keys, one a line (default: ALTO_API_KEY, or none)")
@@ -87,6 +89,8 @@ def main() -> int:
         raise ConfigError(f"--window_ms={options.window_ms}: expected 0..10000")
     if not 0 <= options.cached_images <= 1 << 16:
         raise ConfigError(f"--cached_images={options.cached_images}: expected 0..65536")
+    if options.batches_at_once is not None and not 1 <= options.batches_at_once <= 16:
+        raise ConfigError(f"--batches_at_once={options.batches_at_once}: expected 1..16")
     if options.threads is not None and not 1 <= options.threads <= 256:
         raise ConfigError(f"--threads={options.threads}: expected 1..256")
     with listen(options.host, options.port) as listener:
@@ -107,6 +111,7 @@ def _serve(
     except ImportError as error:
         raise ConfigError(f"the service needs FastAPI: pip install 'alto_jax[serve]' ({error})") from error
     from alto_jax.inference import segmenter  # late: as above
+    from alto_jax.inference.at_once import batches_at_once
     from alto_jax.serve.batcher import Batcher
     from alto_jax.serve.engine import Engine
 
@@ -116,7 +121,8 @@ def _serve(
     if not isinstance(model, segmenter.Segmenter):
         raise ConfigError(f"--checkpoint={options.checkpoint}: a mask tokenizer alone; expected a run of stage 2 or 3")
     engine = Engine(model, *programs, options.cached_images)
-    batcher = Batcher(engine, limits.max_queue, options.window_ms / 1000)
+    at_once = options.batches_at_once or batches_at_once()
+    batcher = Batcher(engine, limits.max_queue, options.window_ms / 1000, at_once)
     host, port = listener.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

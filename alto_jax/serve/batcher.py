@@ -1,4 +1,4 @@
-"""The queue, and the one thread that owns the model.
+"""The queue, and the threads that run the model, a batch each.
 
 Jobs come in from any thread; a batch takes the oldest question and others whose questions fit its bucket, of whatever
 jobs they are. A job is done when all of its questions are.
@@ -21,6 +21,7 @@ from alto_jax.serve.engine import Engine, Question, batch_size
 from alto_jax.serve.metrics import Metrics
 
 _log = logging.getLogger(__name__)
+_ENDING = threading.Lock()  # Questions of one job may fail in two threads.
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,7 +29,7 @@ class Job:
     """Questions about one image.
 
     key: of the image, its own. inputs: of the model. listener: of (index of the question, a code of its mask), called
-    in the model's thread while the answer is computed.
+    in a thread of the model's while the answer is computed.
     """
 
     key: str
@@ -76,11 +77,12 @@ class Batcher:
 
     Attributes:
       state: "new", "warming", "ready", "failed" or "stopped".
-      failure: what ended the warm-up or the thread.
+      failure: what ended the warm-up.
     """
 
-    def __init__(self, engine: Engine, max_queue: int, window: float):
-        """Takes the model, the most questions in the queue, and the seconds that a question waits for company."""
+    def __init__(self, engine: Engine, max_queue: int, window: float, at_once: int = 1):
+        """Takes the model, the most questions in the queue, the seconds that a question waits for company, and how many
+        batches are computed at the same time."""
         self.engine, self.window, self._max_queue = engine, window, max_queue
         self.state, self.failure = "new", ""
         self.metrics: Metrics | None = None
@@ -88,17 +90,22 @@ class Batcher:
         self._pace = 0.1  # seconds a question, of the last batches
         self._waiting: deque[_Waiting] = deque()
         self._condition = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="alto-model", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._work if index else self._run, name=f"alto-model-{index}", daemon=True)
+            for index in range(at_once)
+        ]
+        self._working = 0  # threads
 
     def start(self, on_state: Callable[[str], None] = lambda state: None) -> None:
-        """Starts the thread: warm-up, then batches; `on_state` hears of "ready" and "failed", in that thread."""
+        """Starts the threads: warm-up in the first, then batches; `on_state` hears of "ready" and "failed", in that
+        one."""
         self._on_state, self.state = on_state, "warming"
-        self._thread.start()
+        self._threads[0].start()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether a thread runs."""
+        return any(thread.is_alive() for thread in self._threads)
 
     @property
     def depth(self) -> int:
@@ -126,24 +133,26 @@ class Batcher:
         """Queues a job; when its future is done, `job.found` has the answer to each question."""
         now = time.monotonic()
         with self._condition:
-            if self.state == "stopped" or not self._thread.is_alive():
-                job.future.set_exception(RuntimeError("the model's thread has ended"))
+            if self.state == "stopped" or not self.is_alive:
+                job.future.set_exception(RuntimeError("the model's threads have ended"))
                 return job.future
             self._waiting.extend(_Waiting(job, index, now) for index in range(len(job.questions)))
             self._condition.notify()
         return job.future
 
     def stop(self, seconds: float = 10.0) -> bool:
-        """Ends the thread after its batch; returns whether it has ended. Jobs that wait fail."""
+        """Ends the threads after their batches; returns whether they have ended. Jobs that wait fail."""
         with self._condition:
             self.state = "stopped"
-            self._condition.notify()
-        if self._thread.ident is not None:
-            self._thread.join(seconds)
-        return not self._thread.is_alive()
+            self._condition.notify_all()
+        until = time.monotonic() + seconds
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(until - time.monotonic(), 0))
+        return not self.is_alive
 
     def _run(self) -> None:
-        """The thread."""
+        """The first thread, which starts the others when all is compiled."""
         try:
             self.engine.warm_up(_log.info)
         except Exception as error:
@@ -155,7 +164,15 @@ class Batcher:
         with self._condition:
             if self.state == "warming":
                 self.state = "ready"
+                for thread in self._threads[1:]:
+                    thread.start()
         self._on_state("ready")
+        self._work()
+
+    def _work(self) -> None:
+        """Every thread: a batch after another."""
+        with self._condition:
+            self._working += 1
         while rows := self._take():
             try:
                 self._answer(rows)
@@ -163,7 +180,10 @@ class Batcher:
                 _log.exception("a batch of %d failed", len(rows))
                 self._one_by_one(rows, error)
             del rows  # Note: else the last batch's images are kept until the next one comes.
-        for row in self._waiting:
+        with self._condition:
+            self._working -= 1
+            left = [] if self._working else list(self._waiting)
+        for row in left:
             _end(row.job, error=RuntimeError("the service has ended"))
 
     def _take(self) -> list[_Waiting]:
@@ -187,6 +207,8 @@ class Batcher:
             rows = choose(list(self._waiting), self.engine.sizes)
             taken = set(map(id, rows))
             self._waiting = deque(row for row in self._waiting if id(row) not in taken)
+            if self._waiting:
+                self._condition.notify()  # Note: another thread that waits can take these.
             return rows
 
     def _answer(self, rows: list[_Waiting]) -> None:
@@ -215,11 +237,13 @@ class Batcher:
             self._give(row, answers, at, len(rows))
 
     def _give(self, row: _Waiting, answers: Answers, at: int, together: int) -> None:
-        """Writes an answer into its job."""
+        """Writes an answer into its job, whose other questions another thread may answer."""
         job = row.job
-        job.found[row.index] = Found(answers, at)
-        job.batches.append(together)
-        if len(job.found) == len(job.questions):
+        with self._condition:
+            job.found[row.index] = Found(answers, at)
+            job.batches.append(together)
+            is_whole = len(job.found) == len(job.questions)
+        if is_whole:
             _end(job)
 
     def _one_by_one(self, rows: list[_Waiting], error: Exception) -> None:
@@ -242,8 +266,9 @@ class Batcher:
 
 def _end(job: Job, error: Exception | None = None) -> None:
     """Resolves a job's future, once; nobody may wait for it any more."""
-    if job.future.done() or not job.future.set_running_or_notify_cancel():
-        return
+    with _ENDING:
+        if job.future.running() or job.future.done() or not job.future.set_running_or_notify_cancel():
+            return
     if error is None:
         job.future.set_result(None)  # Note: not the job, which would be a circle of references.
     else:

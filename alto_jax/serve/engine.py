@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 import dataclasses
+import threading
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ def batch_size(waiting: int, sizes: Sequence[int]) -> int:
 
 
 class Engine:
-    """Runs batches of fixed sizes; one thread may use it."""
+    """Runs batches of fixed sizes; after the warm-up any thread may use it."""
 
     def __init__(self, model: Segmenter, sizes: Sequence[int], widths: Sequence[int], cached_images: int = 64):
         """Takes batch sizes (ascending, from 1), lengths that questions are padded to (ascending), and
@@ -43,6 +44,7 @@ class Engine:
         self.model, self.sizes, self.widths = model, tuple(sizes), tuple(widths)
         self._seen: OrderedDict[str, EncodedImage] = OrderedDict()
         self._cached_images = cached_images
+        self._lock = threading.Lock()  # of the images that stay encoded
         # Note: the same for all, since the answer's start is forced for all.
         self.beginning, _ = model.prompt(*self._any_question())
 
@@ -65,18 +67,20 @@ class Engine:
 
     def encode(self, images: Sequence[tuple[str, ImageInputs]]) -> list[EncodedImage]:
         """What the model sees of images, each with a key that is its own; those seen lately are not computed again."""
-        found = {key: self._seen[key] for key, _ in images if key in self._seen}
+        with self._lock:
+            found = {key: self._seen[key] for key, _ in images if key in self._seen}
         new = {key: inputs for key, inputs in images if key not in found}
         while new:
             size = batch_size(len(new), self.sizes)
             part = list(new)[:size]
             encoded = self.model.encode_inputs([new.pop(key) for key in part], size)
             found |= dict(zip(part, encoded, strict=True))
-        for key in dict.fromkeys(key for key, _ in images):
-            self._seen[key] = found[key]
-            self._seen.move_to_end(key)
-        while len(self._seen) > self._cached_images:
-            self._seen.popitem(last=False)
+        with self._lock:
+            for key in dict.fromkeys(key for key, _ in images):
+                self._seen[key] = found[key]
+                self._seen.move_to_end(key)
+            while len(self._seen) > self._cached_images:
+                self._seen.popitem(last=False)
         return [found[key] for key, _ in images]
 
     def has_seen(self, key: str) -> bool:

@@ -20,9 +20,9 @@ from alto_jax.inference.decoding import Decoding
 from alto_jax.serve import __main__ as command
 from alto_jax.serve import limits as bounds
 from alto_jax.serve.app import Service
-from alto_jax.serve.batcher import Batcher, choose
+from alto_jax.serve.batcher import Batcher, Job, choose
 from alto_jax.serve.client import Client, ServiceError
-from alto_jax.serve.engine import Engine, batch_size
+from alto_jax.serve.engine import Engine, Question, batch_size
 from alto_jax.serve.metrics import compilations
 from alto_jax.serve.server import Server
 from tests.serve.bad_requests import asked, bad_requests, form, http, image_file
@@ -399,3 +399,34 @@ def test_batches():
     names = lambda rows: "".join(one.name for one in rows)
     assert names(choose(waiting, (1, 4))) == "aceb"  # the oldest's bucket, then shorter ones where there is room
     assert names(choose(waiting[1:], (1, 4))) == "b" and names(choose(waiting, (1,))) == "a"
+
+
+def test_two_batches_at_once():
+    """Two threads of the model, each with a batch of its own, also of one job, answer and end together."""
+    meet, fails = threading.Barrier(2, timeout=20), threading.Event()
+
+    def answer(encoded, questions):
+        meet.wait()
+        if fails.is_set():
+            raise RuntimeError(f"a fault of the device at {questions[0].ids}")
+        return types.SimpleNamespace(length=np.array([questions[0].ids[0]]))
+
+    engine = types.SimpleNamespace(
+        sizes=(1,), warm_up=lambda tell: None, has_seen=lambda key: False, answer=answer,
+        encode=lambda images: [None] * len(images),
+    )  # fmt: skip
+    batcher, states = Batcher(engine, 8, window=0.0, at_once=2), []
+    batcher.start(states.append)
+    job = lambda: Job("image", None, [Question([n], 40, None) for n in (5, 6, 7, 8)])
+    good = job()
+    batcher.submit(good).result(20)
+    assert [int(good.found[index].answers.length[0]) for index in range(4)] == [5, 6, 7, 8]
+    assert good.batches == [1] * 4 and states == ["ready"]
+    fails.set()
+    with pytest.raises(RuntimeError, match="a fault of the device at"):
+        batcher.submit(job()).result(20)
+    wait_until(lambda: not batcher._waiting)
+    meet.abort()
+    assert batcher.stop() and not batcher.is_alive
+    with pytest.raises(RuntimeError, match="have ended"):
+        batcher.submit(job()).result(20)
