@@ -171,6 +171,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """
     if options.rescore:
         return outputs.rescore(options)
+    distributed.from_first(lambda: outputs.paper_rows(options.paper_rows))  # Note: hours before they are needed.
     mesh = sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=options.fsdp, tensor=options.tensor))
     loaded = loading.load_model(options.checkpoint, mesh, options.step, for_inference=True, quantize=options.quantize)
     system = loaded.meta["data"]["system"]

@@ -175,6 +175,7 @@ def _data(found: Mapping[str, Found]) -> str:
     lines = []
     for name, one in found.items():
         options = {key: value for key, value in one.header.items() if key not in _NOT_OPTIONS}
+        options["quantize"] = summaries.quantized(one.header)
         left_out = one.summary["num_skipped"]
         digest = hashlib.sha256(one.path.read_bytes()).hexdigest()[:16]
         made = ", ".join(f"{key} {value}" for key, value in options.items() if value not in (0, False, "", None))
