@@ -202,6 +202,17 @@ def test_slurm_queues_again_what_may_end_better(code, restarts, queued, tmp_path
     assert ("not queued again" in done.stderr) == (restarts == 4)
 
 
+@pytest.mark.parametrize("said, code", [("n0: task 0: Exited with exit code 2", 2), ("n0: task 0: Killed", 143)])
+def test_slurm_knows_an_error_that_stays_among_processes_that_it_killed(said, code, tmp_path):
+    """srun's code is the highest: where one process ends with 2 and the others are killed for it, that of a kill."""
+    lines = f'echo "srun: error: {said}" >&2; echo out; echo "srun: error: n1: tasks 8-15: Terminated" >&2; exit 143'
+    env = fake_commands(tmp_path, srun=lines, scontrol="echo $@ >> $calls") | {"SLURM_JOB_ID": "77"}
+    command = [ROOT / "launch" / "slurm.sh", "--config=x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == code and (tmp_path / "calls").exists() == (code != 2)
+    assert done.stdout == "out\n" and said in done.stderr and "tasks 8-15: Terminated" in done.stderr
+
+
 @pytest.mark.parametrize(
     "left, least, steps, queued",
     [
