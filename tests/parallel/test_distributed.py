@@ -312,6 +312,17 @@ def test_jobset_manifest_of_gpus():
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_jobset_that_is_there_is_not_taken_for_a_new_one(code, tmp_path):
+    """The same command again after an end starts the run anew, or says why it does not: `kubectl apply` did neither."""
+    env = fake_commands(tmp_path, kubectl=f"echo $@ >> $calls; cat > {tmp_path}/manifest; exit {code}")
+    command = [ROOT / "launch" / "gke_jobset.sh", "IMAGE", "CLAIM", "--config=x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    assert (tmp_path / "calls").read_text() == "create -f -\n" and done.returncode == code
+    assert yaml.safe_load((tmp_path / "manifest").read_text())["kind"] == "JobSet"
+    assert ("kubectl delete jobset alto-jax" in done.stderr) == (code == 1)
+
+
 def test_slurm_hides_no_gpu_from_a_process():
     """JAX takes the GPU of the process's number on its node, so each must see all of them."""
     text = (ROOT / "launch" / "slurm.sh").read_text()
