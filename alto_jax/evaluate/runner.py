@@ -184,6 +184,6 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         runner.run(task, {"checkpoint": loaded.identity})
     if jax.process_index() != 0:
         return {}
-    title = options.title or pathlib.Path(options.checkpoint).name
+    title = options.title or pathlib.Path(options.checkpoint).absolute().name
     sources = {task.name: task.source for task in tasks}
     return outputs.write_outputs(options, list(sources), title, lambda name, header: sources[name])

@@ -7,7 +7,7 @@ import pytest
 from alto_jax.config import ConfigError
 from alto_jax.evaluate import outputs, results, runner, timing
 from alto_jax.evaluate.options import EvaluateOptions
-from alto_jax.evaluate.paper import pages
+from alto_jax.evaluate.paper import card, pages
 
 _PLAIN = {"mode": "adaptive", "protocol": "joined", "scoring": "alto_jax", "min_pixels": 0, "grammar": False,
           "forced_prefix": False, "end_bias": 0.0, "max_new_tokens": 64, "num_latent_tokens": 32, "limit": 0,
@@ -120,3 +120,13 @@ def test_times_after_a_line_that_was_cut_short(tmp_path):
     file.write_text(file.read_text() + '{"start": 2, "sam')
     timing.TimingFile(path, header, "cpu", done=2).add(2, 2, 8, 3.0)
     assert timing.summarise_timing(file)["batch"]["samples"] == 4
+
+
+def test_a_card_has_no_settings_of_a_training_that_never_was(tmp_path):
+    """A conversion writes a config.json whose fields of training are the defaults."""
+    file = tmp_path / "config.json"
+    plain = {"stage": "stage2", "seed": 3, "train": {"steps": 700}, "data": {"source": "scenes"}, "sft": {}}
+    file.write_text(json.dumps(plain))
+    assert "| train.steps | `700` |" in card._settings(file, 700)
+    assert card._settings(file, 0) == card._settings(tmp_path / "none", 700)
+    assert "700" not in card._settings(file, 0) and "converted, merged or packed" in card._settings(file, 0)
