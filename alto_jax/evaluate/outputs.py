@@ -1,6 +1,7 @@
 """From result files to everything that is read: metrics, tables, plots, COCO results, worst cases. Needs no model."""
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,7 +15,9 @@ from alto_jax.evaluate.options import EvaluateOptions
 from alto_jax.evaluate.tasks import Limited, mask_source
 
 INDEX = "tasks.json"  # Which results the tables were made of, in their order.
-_FIXED = ("grammar", "forced_prefix", "end_bias")  # Options that only another evaluation could change.
+# Options that only another evaluation could change, if they are not the default.
+_FIXED = ("grammar", "forced_prefix", "end_bias", "protocol", "exif", "mask_rule")
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(EvaluateOptions)}
 
 
 def write_outputs(options: EvaluateOptions, names: Sequence[str], title: str, open_records: Any) -> dict[str, Any]:
@@ -145,7 +148,12 @@ def finished_header(path: pathlib.Path) -> dict[str, Any]:
 
 def _check(options: EvaluateOptions, header: Mapping[str, Any], name: str) -> None:
     """Refuses options that are given and that the results were not made with."""
-    given: dict[str, Any] = {option: getattr(options, option) for option in _FIXED if getattr(options, option)}
+    asked = lambda option: getattr(options, option) != _DEFAULTS[option]
+    given: dict[str, Any] = {option: getattr(options, option) for option in _FIXED if asked(option)}
+    if options.limit and (header.get("limit") or header["samples"] > options.limit):  # else it left out nothing
+        given["limit"] = options.limit
+    if options.max_new_tokens and "scoring" in header:
+        given["max_new_tokens"] = options.max_new_tokens
     if options.reference:
         given["scoring"] = "reference"
     if options.max_tiles > 1 and header["family"] in questions.TILED:

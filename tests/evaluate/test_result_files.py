@@ -70,6 +70,23 @@ def test_unfinished_results_hinder_no_others(tmp_path):
             rescored(tmp_path, ["grefcoco_testA"])
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"limit": 2}, "limit 0, not 2"),
+        ({"protocol": "per_sentence"}, "protocol 'joined', not 'per_sentence'"),
+        ({"exif": "upright"}, "exif 'stored', not 'upright'"),
+        ({"mask_rule": ">127"}, "mask_rule 'auto', not '>127'"),
+        ({"max_new_tokens": 40}, "max_new_tokens 64, not 40"),
+    ],
+)
+def test_what_only_another_evaluation_could_change_is_refused(changes, message, tmp_path):
+    put(tmp_path, "grefcoco_val")
+    with pytest.raises(ConfigError, match=f"grefcoco_val.joined.adaptive was evaluated with {message}; only"):
+        rescored(tmp_path, **changes)
+    assert rescored(tmp_path, limit=3, max_new_tokens=64)[0] == ["grefcoco_val"]  # as they were evaluated
+
+
 def test_a_row_of_8_bits_is_named(tmp_path):
     put(tmp_path, "grefcoco_val", "stage2 step 4 abc int8")
     _, text = rescored(tmp_path)
