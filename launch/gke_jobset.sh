@@ -39,5 +39,9 @@ manifest=${manifest//@ARGUMENTS@/"$arguments"}
 if "$dry_run"; then
   echo "$manifest"
 else
-  kubectl apply -f - <<<"$manifest"
+  # Note: `apply` would leave a JobSet that has ended as it is, say "unchanged", and start nothing.
+  kubectl create -f - <<<"$manifest" || {
+    echo "launch/gke_jobset.sh: not started; one that has ended is in the way until: kubectl delete jobset alto-jax" >&2
+    exit 1
+  }
 fi

@@ -40,11 +40,21 @@ answering() {
   sinfo --noheader --Node --responding --nodes="$SLURM_JOB_NODELIST" --states=allocated,mixed,idle --format=%N | sort -u
 }
 
+# One step. Its `status` is 2 where one of the processes ended with 2: srun's own code is the highest of all, and with the
+# first that fails srun kills the others (137, 143), who may not have come to the same error yet.
+exec 3>&1 4>&2
+said='^srun: error: .*: Exited with exit code 2$'
+step() {
+  local twos
+  status=0
+  twos=$({ srun --kill-on-bad-exit=1 --gpu-bind=none "$@" 2> >(tee >(grep -cE "$said" >&5) >&4); } 5>&1 >&3) || status=$?
+  if [ "$status" -ne 0 ] && [ "${twos:-0}" -gt 0 ]; then status=2; fi
+}
+
 where=()
 count=$all
 while true; do
-  status=0
-  srun --kill-on-bad-exit=1 --gpu-bind=none "${where[@]}" "${command[@]}" || status=$?
+  step "${where[@]}" "${command[@]}"
   case "$status" in
     0 | 2 | 75 | 130) break ;;
   esac

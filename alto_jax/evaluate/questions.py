@@ -218,13 +218,19 @@ def _precision_recall_f1(said: np.ndarray, true: np.ndarray) -> tuple[float, flo
     return float(precision), float(recall), float(2 * precision * recall / (precision + recall)) if hits else 0.0
 
 
+def mme_answer(answer: str) -> str:
+    """MME's reading of an answer: "yes" or "no" if that stands in its first four characters, else ""."""
+    start = answer.strip().lower()[:4]
+    return next((word for word in ("yes", "no") if word in start), "")
+
+
 def mme_scores(
     answers: Sequence[str], labels: Sequence[str], keys: Sequence[str], categories: Sequence[str]
 ) -> dict[str, Any]:
     """MME: accuracy over questions plus accuracy over images with all questions right, each in percent, by category."""
     by_category: dict[str, dict[str, list[bool]]] = {}
     for answer, label, key, category in zip(answers, labels, keys, categories):
-        right = answer.strip().lower().rstrip(".").startswith(label)
+        right = mme_answer(answer) == label
         by_category.setdefault(category, {}).setdefault(key.rsplit("/", 1)[0], []).append(right)
     scores = {}
     for category, images in by_category.items():
@@ -298,7 +304,7 @@ def summarise_questions(family: str, lines: Sequence[Mapping[str, Any]], *, resa
     elif family == "pope":
         right, name = [pope_answer(a) == g for a, g in zip(answers, labels)], "accuracy"
     else:
-        right, name = [a.strip().lower().startswith(g) for a, g in zip(answers, labels)], "question_accuracy"
+        right, name = [mme_answer(a) == g for a, g in zip(answers, labels)], "question_accuracy"
         result[name] = float(np.mean(right))
     images = [line.get("image", line["key"]) for line in good]
     interval = lambda *arguments: list(metrics.bootstrap_ci(*arguments, num_resamples=resamples, groups=images))

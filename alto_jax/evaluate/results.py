@@ -70,10 +70,39 @@ def difference(old: str, new: str) -> str:
         return "something else"
 
 
+def read_header(path: str | os.PathLike) -> dict[str, Any]:
+    """The header of a result file; ConfigError if it has none."""
+    with pathlib.Path(path).open("rb") as file:
+        return _header(file.readline(), path)
+
+
 def read_results(path: str | os.PathLike) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and samples of a result file."""
-    lines = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
-    return lines[0], lines[1:]
+    """Header and samples of a result file, without a last line that a kill has cut short.
+
+    Raises:
+      ConfigError: no header, or a line that is damaged.
+    """
+    content = pathlib.Path(path).read_bytes()
+    first, *lines = content[: content.rfind(b"\n") + 1].split(b"\n")
+    return _header(first, path), [_parsed(line, path, number) for number, line in enumerate(lines[:-1], 2)]
+
+
+def _header(line: bytes, path: str | os.PathLike) -> dict[str, Any]:
+    found = _parsed(line, path, 1)
+    if not {"checkpoint", "task", "family", "benchmark", "samples"} <= found.keys():
+        raise ConfigError(f"{path}: expected a file of results with its header; delete it and evaluate again")
+    return found
+
+
+def _parsed(line: bytes, path: str | os.PathLike, number: int) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} line {number}: expected a JSON object, got {line[:40].decode(errors='replace')!r}; "
+                          "delete the file and evaluate again")  # fmt: skip
+    return found
 
 
 def merge_lines(parts: Sequence[Sequence[dict[str, Any]]], total: int) -> list[dict[str, Any]]:

@@ -171,6 +171,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """
     if options.rescore:
         return outputs.rescore(options)
+    distributed.from_first(lambda: outputs.paper_rows(options.paper_rows))  # Note: hours before they are needed.
     mesh = sharding.make_mesh(sharding.MeshConfig(data=-1, fsdp=options.fsdp, tensor=options.tensor))
     loaded = loading.load_model(options.checkpoint, mesh, options.step, for_inference=True, quantize=options.quantize)
     system = loaded.meta["data"]["system"]
@@ -183,6 +184,6 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         runner.run(task, {"checkpoint": loaded.identity})
     if jax.process_index() != 0:
         return {}
-    title = options.title or pathlib.Path(options.checkpoint).name
+    title = options.title or pathlib.Path(options.checkpoint).absolute().name
     sources = {task.name: task.source for task in tasks}
     return outputs.write_outputs(options, list(sources), title, lambda name, header: sources[name])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from alto_jax import metrics
+from alto_jax.config import QUANTIZE
 from alto_jax.evaluate import questions
 from alto_jax.mllm import text as words
 
@@ -29,6 +30,8 @@ def summarise(
     options = {name: value for name, value in header.items() if name not in _NO_OPTIONS}
     if min_pixels is not None and "min_pixels" in options:
         options["min_pixels"] = min_pixels
+    if kind := quantized(header):
+        options["quantize"] = kind
     family, kinds = header["family"], Counter(header["left_out"])
     kinds.update(line.get("kind", "other") for line in lines if "error" in line)
     if family == "tokenizer":
@@ -42,6 +45,13 @@ def summarise(
     found["num_skipped"] += sum(header["left_out"].values())
     named = {"family": family, "benchmark": header["benchmark"]}
     return {**named, **options, **found, "bad_by_kind": dict(sorted(kinds.items()))}
+
+
+def quantized(header: Mapping[str, Any]) -> str:
+    """The type of 8 bits that the language model's kernels had, "" if none: the last word of what a checkpoint is
+    called (`loading.load_model`)."""
+    kind = header["checkpoint"].rpartition(" ")[2]
+    return kind if kind in QUANTIZE else ""
 
 
 def collect(lines: Sequence[Mapping[str, Any]], min_pixels: int = 0) -> metrics.SegmentationMetrics:

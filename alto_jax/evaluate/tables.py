@@ -113,6 +113,15 @@ def markdown(tasks: Mapping[str, Mapping[str, Any]], title: str, paper: Mapping[
     return "\n".join(parts)
 
 
+def given_columns() -> dict[str, set[str]]:
+    """Family → the names of values that a given row of its table may hold (`markdown`, paper)."""
+    found = {"tokenizer": {*map(str, range(1, 1025)), "adaptive", "tokens"}}
+    for family, (_, columns, names) in LAYOUTS.items():
+        found[family] = {f"{name} {metric}" for name in names for _, metric in columns}
+        found[family] |= set(names) if len(columns) == 1 else set()
+    return found
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; all columns but the first are numbers."""
     line = lambda cells: "| " + " | ".join(cells) + " |\n"
@@ -159,6 +168,7 @@ def protocol_flags(task: Mapping[str, Any]) -> list[str]:
         f"end bias {task.get('end_bias', 0):+g}": task.get("end_bias"),
         "reference scoring": task.get("scoring") == "reference",
         f"empty below {task.get('min_pixels')} px": task.get("min_pixels"),
+        f"{task.get('quantize')} weights": task.get("quantize"),
         f"up to {task.get('max_tiles')} tiles": task.get("max_tiles"),
         f"first {task.get('limit')} samples": task.get("limit"),
         f"exif {task.get('exif')}": task.get("exif", "stored") != "stored",

@@ -29,8 +29,9 @@ class TimingFile:
         self._header = {"device": device, "batch_size": header["batch_size"], "results": identity}
         old, lines = read_timing(self._path)
         kept = [line for line in lines if line["start"] < done] if old == self._header else []
-        if old != self._header or len(kept) != len(lines):
-            text = "".join(json.dumps(line) + "\n" for line in [self._header, *kept])
+        text = "".join(json.dumps(line) + "\n" for line in [self._header, *kept])
+        # Note: a line that a kill has cut short would swallow the next one.
+        if not self._path.exists() or self._path.read_text() != text:
             write_whole(self._path, text)
         self._singles = {line["start"] for line in kept if line["samples"] == 1 and line.get("single")}
 

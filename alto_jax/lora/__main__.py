@@ -13,7 +13,8 @@ from alto_jax import cli
 
 
 def merge(run: str, out: str, step: int | None = None) -> pathlib.Path:
-    """Writes base plus adapters of a run (of a step; None: the newest) as a checkpoint of parameters alone.
+    """Writes base plus adapters of a run (of a step; None: the newest) as a checkpoint of parameters alone, with the
+    files of PyTorch that an export of the base would give back.
 
     Raises:
       FileNotFoundError: no checkpoint in `run`.
@@ -25,6 +26,7 @@ def merge(run: str, out: str, step: int | None = None) -> pathlib.Path:
     import numpy as np
 
     from alto_jax.checkpoint import loading, rows, runs
+    from alto_jax.lora import origin
     from alto_jax.parallel import sharding
 
     meta, target = runs.load_meta(run, step), pathlib.Path(out)
@@ -45,6 +47,9 @@ def merge(run: str, out: str, step: int | None = None) -> pathlib.Path:
     # Note: the checkpoint comes last, since the directory counts as complete with it.
     if (model.directory / "tokenizer.json").exists():
         shutil.copy(model.directory / "tokenizer.json", target / "tokenizer.json")
+    base = runs.find_run(loading.base_of(meta, run))[0]
+    if (kept := origin.find_torch_files(base)) is not None:
+        shutil.copytree(kept, target / origin.TORCH_FILES, dirs_exist_ok=True)
     rows.save_params(target, {p: (v.shape, v.dtype) for p, v in flat.items()}, fill, plain)
     return target
 

@@ -86,6 +86,16 @@ def test_answers_are_normalised(raw, normal):
     assert questions.normalise_answer(raw) == normal
 
 
+@pytest.mark.parametrize(
+    ("answer", "reading"),
+    [("Yes", "yes"), ("no.", "no"), ('"No"', "no"), (" *Yes*", "yes"), ("The answer is yes", ""), ("", "")],
+)
+def test_mme_reading(answer, reading):
+    """As the benchmark's own calculation.py."""
+    assert questions.mme_answer(answer) == reading
+    assert questions.mme_scores([answer], ["no"], ["mme/count/1/1"], ["count"])["perception"] == 200 * (reading == "no")
+
+
 def test_mme_scores():
     keys = ["mme/existence/1/1", "mme/existence/1/2", "mme/existence/2/1", "mme/existence/2/2"]
     found = questions.mme_scores(["Yes", "No", "yes.", "Yes"], ["yes", "no", "yes", "no"], keys, ["existence"] * 4)

@@ -202,6 +202,17 @@ def test_slurm_queues_again_what_may_end_better(code, restarts, queued, tmp_path
     assert ("not queued again" in done.stderr) == (restarts == 4)
 
 
+@pytest.mark.parametrize("said, code", [("n0: task 0: Exited with exit code 2", 2), ("n0: task 0: Killed", 143)])
+def test_slurm_knows_an_error_that_stays_among_processes_that_it_killed(said, code, tmp_path):
+    """srun's code is the highest: where one process ends with 2 and the others are killed for it, that of a kill."""
+    lines = f'echo "srun: error: {said}" >&2; echo out; echo "srun: error: n1: tasks 8-15: Terminated" >&2; exit 143'
+    env = fake_commands(tmp_path, srun=lines, scontrol="echo $@ >> $calls") | {"SLURM_JOB_ID": "77"}
+    command = [ROOT / "launch" / "slurm.sh", "--config=x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    assert done.returncode == code and (tmp_path / "calls").exists() == (code != 2)
+    assert done.stdout == "out\n" and said in done.stderr and "tasks 8-15: Terminated" in done.stderr
+
+
 @pytest.mark.parametrize(
     "left, least, steps, queued",
     [
@@ -299,6 +310,17 @@ def test_jobset_manifest_of_gpus():
     assert "ALTO_PROCESS_ID" in env and container["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_jobset_that_is_there_is_not_taken_for_a_new_one(code, tmp_path):
+    """The same command again after an end starts the run anew, or says why it does not: `kubectl apply` did neither."""
+    env = fake_commands(tmp_path, kubectl=f"echo $@ >> $calls; cat > {tmp_path}/manifest; exit {code}")
+    command = [ROOT / "launch" / "gke_jobset.sh", "IMAGE", "CLAIM", "--config=x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    assert (tmp_path / "calls").read_text() == "create -f -\n" and done.returncode == code
+    assert yaml.safe_load((tmp_path / "manifest").read_text())["kind"] == "JobSet"
+    assert ("kubectl delete jobset alto-jax" in done.stderr) == (code == 1)
 
 
 def test_slurm_hides_no_gpu_from_a_process():

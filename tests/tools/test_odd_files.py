@@ -319,3 +319,16 @@ def test_sources_are_not_changed_by_trials(tmp_path):
     save_file({**state, name: np.zeros((8, 3), np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(MappingError, match=f"{name}: expected 4 axes, got shape"):
         plans.make_plan(open_source(tmp_path))
+
+
+def test_a_download_that_has_not_ended_is_refused(tmp_path):
+    """aria2 gives a file its whole size at once: the header is there, the later tensors are zeros."""
+    source, _ = write_source(tmp_path / "torch", "sam")
+    file = source / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+    (source / "model.safetensors.aria2").write_bytes(b"\0\1")
+    refused(source, "model.safetensors: its download by aria2 has not ended .model.safetensors.aria2 lies beside it")
+    (source / "model.safetensors.aria2").rename(source / "config.json.aria2")
+    (source / "config.json").write_text("{}")
+    refused(source, "config.json: its download by aria2 has not ended")

@@ -1,16 +1,18 @@
 """PEFT adapters: merged into a base, found unmerged in a model, or as a run of adapters on one of our checkpoints."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from alto_jax.checkpoint import loading, rows
-from alto_jax.config import to_dict
+from alto_jax.config import ConfigError, to_dict
+from alto_jax.lora.__main__ import merge
 from tests.tools.torch_checkpoints import exported_headers, language, synthetic, tiny_mllm, tiny_state, write_source
 from tests.tools.user_checkpoints import ADDED, NEW, hf_config, hf_state, peft_adapter, qwen2_tokenizer
-from tools.convert_torch_weights import configs_for_torch, rules
+from tools.convert_torch_weights import configs_for_torch, peft, rules, text
 from tools.convert_torch_weights.__main__ import main
 from tools.convert_torch_weights.files import SourceError
 from tools.convert_torch_weights.sources import open_source
@@ -210,6 +212,43 @@ def test_adapter_becomes_a_run_of_adapters(family, tmp_path):
         np.testing.assert_allclose(ours[path], array, rtol=1e-5, atol=2e-5, err_msg=path)
     changed = [path for path in expected if not np.array_equal(expected[path], base[path])]
     assert len(changed) == len(written) // 2
+
+
+def test_merged_adapters_are_exported_like_their_base(tmp_path, capsys):
+    """With the files of PyTorch, in which the mask tokens have their names; adapters alone are not exported."""
+    write_base(tmp_path / "torch", "qwen2")
+    peft_adapter(tmp_path / "adapter", QWEN2)
+    command = lambda *words: main([str(tmp_path / w) if w in ("torch", "base", "run", "out") else w for w in words])
+    command("import", "torch", "base")
+    adapter = ["--adapter", str(tmp_path / "adapter")]
+    command("import", "base", "run", *adapter)
+    for words in (("export", "run", "out"), ("import", "run", "out", *adapter)):
+        with pytest.raises(ConfigError, match="run: a run of adapters, .*: python -m alto_jax.lora merge .*run OUT"):
+            command(*words)
+    merge(str(tmp_path / "run"), str(tmp_path / "merged"))
+    for name in ("base", "merged"):
+        capsys.readouterr()
+        main(["export", str(tmp_path / name), str(tmp_path / f"{name}_out")])
+        assert "note: no files of PyTorch" not in capsys.readouterr().out
+    expected, found = (sorted(p.name for p in (tmp_path / f"{name}_out").iterdir()) for name in ("base", "merged"))
+    assert found == expected and {"vocab.json", "merges.txt", "tokenizer_config.json"} < {*found}
+    (tmp_path / "merged_out" / "tokenizer.json").unlink()
+    tokens = text.read(tmp_path / "merged_out").tokenizer.get_vocab()
+    assert tokens == text.read(tmp_path / "merged").tokenizer.get_vocab() and "<TOK_7>" in tokens
+    shutil.rmtree(tmp_path / "merged" / "torch_files")
+    main(["export", str(tmp_path / "merged"), str(tmp_path / "bare")])
+    assert "note: no files of PyTorch beside" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "loftq"])
+def test_adapters_that_changed_their_base_are_refused(start, tmp_path):
+    peft_adapter(tmp_path / "adapter", {"model.layers.2.self_attn.k_proj": (4, 8)}, init_lora_weights=start)
+    with pytest.raises(SourceError, match=f"init_lora_weights: '{start}' changes the base's own weights too"):
+        peft.open_adapter(tmp_path / "adapter")
+    for plain in (True, "gaussian", "eva"):
+        folder = tmp_path / f"{plain}"
+        peft_adapter(folder, {"model.layers.2.self_attn.k_proj": (4, 8)}, init_lora_weights=plain)
+        assert len(peft.open_adapter(folder).pairs) == 1
 
 
 def test_what_adapters_here_cannot_is_named(tmp_path):

@@ -196,6 +196,9 @@ def _tokenizer_writer(options: argparse.Namespace, plan: Any) -> Any:
 
 
 def run_export(options: argparse.Namespace) -> int:
+    from alto_jax.checkpoint import runs  # late: keeps the start fast
+    from alto_jax.lora.origin import find_torch_files
+
     from . import exporter, report
 
     with report.late_progress("export") as (begin, advance):
@@ -203,6 +206,10 @@ def run_export(options: argparse.Namespace) -> int:
             options.checkpoint, options.out, max_shard_bytes=_size(options.max_shard_size), files=options.files,
             force=options.force, step=options.step, advance=advance, begin=begin,
         )  # fmt: skip
+    has_files = options.files or find_torch_files(runs.find_run(options.checkpoint)[0])
+    if kind.startswith("altollm-") and not has_files:
+        print(f"note: no files of PyTorch beside {options.checkpoint} or where it started from, so that the export"
+              " lacks their code and tokenizer; --files DIR takes those of a directory")  # fmt: skip
     print(f"wrote {options.out} ({kind})")
     return 0
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import json
 import math
 from pathlib import Path
+import re
 import shutil
 from typing import Any
 
@@ -16,17 +17,19 @@ import numpy as np
 
 from alto_jax.checkpoint import rows, runs
 from alto_jax.config import ConfigError, build
+from alto_jax.lora.origin import find_torch_files
 from alto_jax.mllm.alto_llm import ModelConfig
+from alto_jax.mllm.text import MASK_TOKENS, VISION_TOKENS
 
-from . import configs_for_torch, mapping, rules
+from . import configs_for_torch, mapping, rules, text
 from .files import read_json
-from .importer import TORCH_FILES
 from .plans import PREFIXES, mapping_config, prefixed
 from .safetensors_files import DTYPE_NAMES
 from .staging import staged
 
 # Parameters of our runs that are no part of a model.
 _REFERENCE_POLICY = "reference/"
+_TOKENS = re.compile("|".join([*map(re.escape, (*VISION_TOKENS, *MASK_TOKENS)), r"<TOK_\d+>"]))
 _SINGLE_FILES = {"alto": "alto", "titok": "titok", "sam": "sam"}
 
 
@@ -55,9 +58,13 @@ def export(
 
     Returns:
       The kind that was exported.
+
+    Raises:
+      ConfigError: adapters alone, or a model that the PyTorch code does not have.
     """
     root, _ = runs.find_run(directory)
     meta = runs.load_meta(root, step)
+    require_whole(directory, meta)
     params = {p: v for p, v in rows.open_params(root, step).items() if not p.startswith(_REFERENCE_POLICY)}
     kind = meta.get("kind") or kind_of(meta["model"], params)
     if not force:
@@ -67,7 +74,7 @@ def export(
     headers = tensor_headers(table, params)
     total = sum(nbytes for _, _, nbytes in headers.values())
     begin(total)
-    kept = files or find_files(root)
+    kept = files or find_torch_files(root)
     single = _SINGLE_FILES.get(kind)
     with staged(out, nbytes=int(1.01 * total)) as folder:
         tensors = rules.export_tensors(table, params)
@@ -94,17 +101,13 @@ def kind_of(model: Mapping[str, Any], params: Iterable[str]) -> str:
     raise ConfigError(f"checkpoint: expected the parts of a model, got {sorted(parts)}")
 
 
-def find_files(root: Path) -> Path | None:
-    """The PyTorch files kept with a checkpoint, or with the one that the run started from, and so on back."""
-    for _ in range(8):
-        if (root / TORCH_FILES).is_dir():
-            return root / TORCH_FILES
-        config = root / "config.json"
-        start = read_json(config).get("init_from")
-        if not isinstance(start, str) or not start or not Path(start).is_dir():
-            return None
-        root = Path(start)
-    return None
+def require_whole(directory: Path, meta: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a checkpoint holds adapters alone."""
+    if meta.get("lora"):
+        raise ConfigError(
+            f"{directory}: a run of adapters, without the model that they belong to; make one checkpoint of both first:"
+            f" python -m alto_jax.lora merge {directory} OUT"
+        )
 
 
 def _kept_config(kept: Path | None) -> dict[str, Any]:
@@ -124,6 +127,23 @@ def _copy_files(kept: Path | None, root: Path, folder: Path) -> None:
     if own.is_file():
         # Note: the run's own vocabulary is the one that its embedding table has rows for.
         shutil.copyfile(own, folder / "tokenizer.json")
+        _name_tokens(folder)
+
+
+def _name_tokens(folder: Path) -> None:
+    """Mask and vision tokens that tokenizer.json alone has get their names where the PyTorch code reads them, too."""
+    files = {name: folder / name for name in ("tokenizer_config.json", "added_tokens.json")}
+    if not any(file.is_file() for file in files.values()):
+        return
+    known, added = text.added_tokens(folder), read_json(folder / "tokenizer.json").get("added_tokens") or ()
+    new = [t for t in added if _TOKENS.fullmatch(t["content"]) and t["id"] not in known]
+    config, ids = (read_json(file) for file in files.values())
+    if new and "added_tokens_decoder" in config:
+        config["added_tokens_decoder"] |= {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in new}
+        files["tokenizer_config.json"].write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    if new and (ids or "added_tokens_decoder" not in config):
+        ids |= {t["content"]: t["id"] for t in new}
+        files["added_tokens.json"].write_text(json.dumps(ids, indent=2, ensure_ascii=False) + "\n")
 
 
 def tensor_headers(table: rules.Table, params: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype, int]]:
@@ -147,11 +167,11 @@ def write_safetensors(
     for key, (shape, dtype, nbytes) in headers.items():
         description[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + nbytes]}
         end += nbytes
-    text = json.dumps(description, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    head = json.dumps(description, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
     source = iter(tensors)
     with file.open("wb", buffering=0) as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(len(head).to_bytes(8, "little") + head)
         for expected, (shape, dtype, nbytes) in headers.items():
             key, array = next(source)
             if key != expected or array.shape != shape or array.dtype != dtype:

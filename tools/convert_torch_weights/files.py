@@ -43,10 +43,14 @@ def check_content(file: Path) -> bytes:
     """Returns the first bytes of a file.
 
     Raises:
-      SourceError: a folder, an empty file, a Git LFS pointer or an HTML page, which stand where something else should.
+      SourceError: a folder, an empty file, a Git LFS pointer or an HTML page, which stand where something else should;
+        or a file whose download has not ended.
     """
     if file.is_dir():
         raise SourceError(f"{file}: a folder, expected a file")
+    # Note: aria2 gives a file its whole size first, and zeros where nothing has arrived yet.
+    if (control := file.with_name(f"{file.name}.aria2")).exists():
+        raise SourceError(f"{file}: its download by aria2 has not ended ({control.name} lies beside it); let it go on")
     with file.open("rb") as stream:
         head = stream.read(512)
     if not head:

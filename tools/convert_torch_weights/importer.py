@@ -17,6 +17,7 @@ import numpy as np
 from alto_jax.checkpoint import rows
 from alto_jax.config import to_dict
 from alto_jax.experiment import DataConfig, ExperimentConfig
+from alto_jax.lora.origin import TORCH_FILES
 from alto_jax.mllm.alto_llm import init_params
 from alto_jax.mllm.text import SYSTEM_MESSAGE
 
@@ -26,7 +27,6 @@ from .rules import MappingError
 from .sources import Source, has_nonfinite, is_float
 from .staging import staged
 
-TORCH_FILES = "torch_files"
 _KEPT = (".json", ".model", ".txt", ".py", ".jinja", ".md")
 
 

@@ -63,6 +63,7 @@ def write(base: Path, folder: Path, out: Path) -> str:
     """
     root, _ = runs.find_run(base)
     meta, adapter = runs.load_meta(root), peft.open_adapter(folder)
+    exporter.require_whole(base, meta)
     kind = meta.get("kind") or exporter.kind_of(meta["model"], rows.open_params(root))
     if not kind.startswith("altollm-"):
         raise SourceError(f"{base}: expected a whole ALToLLM as the base of adapters, got the kind {kind!r}")

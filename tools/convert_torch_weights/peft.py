@@ -97,6 +97,12 @@ def open_adapter(folder: Path) -> Adapter:
     for name, plain in _PLAIN.items():
         if config.get(name, plain) not in (plain, None):
             raise SourceError(f"{where}: {name}: expected {plain!r} (what is read), got {short(config[name])}")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and re.match(r"(pissa|olora|corda|loftq)(_|$)", start.lower()):
+        raise SourceError(
+            f"{where}: init_lora_weights: {short(start)} changes the base's own weights too, which this folder does not"
+            " hold; merge it with PEFT (merge_and_unload) and import what that saves"
+        )
     alpha = _number(config.get("lora_alpha"), where, "lora_alpha")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):

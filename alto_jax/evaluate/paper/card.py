@@ -69,7 +69,7 @@ def write(
         f"# {title}\n",
         f"Made from evaluations by `python -m alto_jax.evaluate --card` of alto_jax {alto_jax.__version__}.\n",
         _model(checkpoint, identity, step),
-        _settings(pathlib.Path(runs.find_run(checkpoint)[0]) / "config.json"),
+        _settings(pathlib.Path(runs.find_run(checkpoint)[0]) / "config.json", runs.load_meta(checkpoint, step)["step"]),
         _below(tables.markdown(tasks, title)),
         _below(tables.timing_markdown(tasks, times, title)),
         _figures(folders, out),
@@ -132,10 +132,11 @@ def _model(checkpoint: str, identity: str, step: int | None) -> str:
     return f"## Model\n\n{_list(lines)}\n{note}"
 
 
-def _settings(file: pathlib.Path) -> str:
-    """The settings of the run's last stage; a converted checkpoint has none."""
-    if not file.is_file():
-        return "## Training\n\nThe checkpoint has no config.json: it was converted or packed.\n"
+def _settings(file: pathlib.Path, step: int) -> str:
+    """The settings of the run's last stage. A converted, merged or packed checkpoint has none: of step 0, config.json
+    says of a training only what the fields' defaults are."""
+    if not file.is_file() or not step:
+        return "## Training\n\nThe checkpoint has no settings of its training: it was converted, merged or packed.\n"
     plain = json.loads(file.read_text())
     chosen = {name: plain[name] for name in _GROUPS if plain.get(name) not in (None, "")}
     chosen["train"] = {name: plain["train"][name] for name in _TRAIN if name in plain["train"]}
@@ -175,6 +176,7 @@ def _data(found: Mapping[str, Found]) -> str:
     lines = []
     for name, one in found.items():
         options = {key: value for key, value in one.header.items() if key not in _NOT_OPTIONS}
+        options["quantize"] = summaries.quantized(one.header)
         left_out = one.summary["num_skipped"]
         digest = hashlib.sha256(one.path.read_bytes()).hexdigest()[:16]
         made = ", ".join(f"{key} {value}" for key, value in options.items() if value not in (0, False, "", None))

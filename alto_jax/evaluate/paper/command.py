@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from alto_jax.config import ConfigError, local_path
+from alto_jax.data.benchmarks import BENCHMARKS, MASK_FAMILIES
 from alto_jax.evaluate import outputs
 from alto_jax.evaluate.options import EvaluateOptions
 from alto_jax.evaluate.paper import card, curves, pages, tables
@@ -87,7 +88,7 @@ def write_figure(options: EvaluateOptions, number: int, directories: Sequence[st
       directories: the runs of figures 6, 7 and 8.
 
     Raises:
-      ConfigError: no such figure, or no runs for one that needs some.
+      ConfigError: no such figure, no runs for one that needs some, or a benchmark that it cannot show.
     """
     out = pathlib.Path(options.out)
     if number not in FIGURES:
@@ -97,6 +98,12 @@ def write_figure(options: EvaluateOptions, number: int, directories: Sequence[st
         raise ConfigError(f"--runs: expected {needs}, got {', '.join(directories) or 'nothing'}")
     if not (directories or options.checkpoint or options.rescore):
         raise ConfigError("--checkpoint is required (see --help)")
+    if number == 7 or number in pages.PAGES:
+        for name in options.benchmarks:
+            asked = BENCHMARKS.get(name)
+            if asked is None or asked.family not in (*MASK_FAMILIES, "scenes"):
+                raise ConfigError(f"--benchmark: {name}: figure {number} is of masks that are asked for; expected some "
+                                  "such as refcoco_val")  # fmt: skip
     if number == 6:
         curves.figure_6(directories, out)
     elif number in CURVES:

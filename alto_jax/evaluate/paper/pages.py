@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from alto_jax import figures, report
+from alto_jax.config import ConfigError
 from alto_jax.data.source import Records
 from alto_jax.evaluate import gallery, results
 from alto_jax.evaluate.paper.curves import save
@@ -43,6 +44,9 @@ def write(
       out: the directory of the evaluation.
       tasks: task name → what metrics.json says of it; those by fixed and adaptive length are shown.
       open_records: (task, header) → the records of its benchmark; None: they are not there, and left out.
+
+    Raises:
+      ConfigError: a benchmark has answers of one length alone.
     """
     by_mode: dict[str, dict[str, str]] = {}
     for name, task in tasks.items():
@@ -50,6 +54,9 @@ def write(
     each = max(2, ROWS // max(len(by_mode), 1))
     strips, captions, rows = [], [], []
     for benchmark, names in by_mode.items():
+        if lacking := {"fixed", "adaptive"} - names.keys():
+            raise ConfigError(f"--out: {out} has no results of {benchmark} by {lacking.pop()} length; finish the "
+                              "evaluation first")  # fmt: skip
         read = {mode: results.read_results(results.result_path(out, name)) for mode, name in names.items()}
         header, lines = read["adaptive"]
         records = open_records(names["adaptive"], header)
