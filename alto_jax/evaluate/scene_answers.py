@@ -31,6 +31,7 @@ from alto_jax.layers import apply_module, told_precision
 from alto_jax.mllm.alto_llm import ALToLLM, ModelConfig, segment
 from alto_jax.mllm.generate import GenerateConfig
 from alto_jax.mllm.text import SpecialIds
+from alto_jax.parallel.at_once import batches_at_once, in_order
 from alto_jax.tokenizer.alto import ALTo
 
 VOCABULARY = 40  # names that alto-tiny is taught, see configs/stage2.py
@@ -299,13 +300,15 @@ def evaluate_scenes(
     `SceneEvaluation`. `constants`: the best constant answers, if they have been found before."""
     evaluation, other = (None if m is None else SceneEvaluation(m, **options) for m in (model, beside))
     assert evaluation is not None
-    rows = {}
-    for kind in kinds:
+
+    def row(kind: str) -> dict[str, float]:
         constant = constants[kind] if constants else evaluation.best_constant(kind, num_scenes)
         samples = evaluation.run(kind, num_scenes, constant)
         found = {} if other is None else compare(samples, other.run(kind, num_scenes, constant))
-        rows[kind] = summarize(samples) | found
-    return rows
+        return summarize(samples) | found
+
+    rows = in_order((functools.partial(row, kind) for kind in kinds), batches_at_once())
+    return dict(zip(kinds, rows, strict=True))
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

@@ -22,8 +22,8 @@ from alto_jax import cli
 from alto_jax.config import ConfigError, naming, write_whole
 from alto_jax.data import bad_data
 from alto_jax.evaluate.results import difference
-from alto_jax.inference.at_once import batches_at_once, in_order
 from alto_jax.inference.requests import Request
+from alto_jax.parallel.at_once import batches_at_once, in_order
 
 RESULTS, OPTIONS, BAD = "results.jsonl", "options.json", "bad.jsonl"
 EXIT_LEFT_OUT = 1  # All that can be answered is, but some requests could not be read.

@@ -24,7 +24,6 @@ from alto_jax.checkpoint import loading
 from alto_jax.config import Quantize
 from alto_jax.data import images, transforms
 from alto_jax.inference.answering import Reply, reply
-from alto_jax.inference.at_once import batches_at_once, in_order
 from alto_jax.inference.chat import read_messages
 from alto_jax.inference.decoding import AT_ONCE, Decoding, EncodedImage, ImageInputs, Prepared
 from alto_jax.inference.prediction import Answers, Prediction
@@ -34,6 +33,7 @@ from alto_jax.inference.tokenizer import TokenizerModel, as_mask, is_whole
 from alto_jax.layers import apply_module, told_precision
 from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM
+from alto_jax.parallel.at_once import batches_at_once, in_order
 
 
 class Segmenter(TokenizerModel):
@@ -206,7 +206,7 @@ class Segmenter(TokenizerModel):
         Args:
           pictures: as for `segment`; a file is opened when its batch comes.
           texts: the object of each.
-          batch_size: images of a program; on a CPU two batches are computed at the same time (see at_once.py).
+          batch_size: images of a program; on a CPU two batches are computed at the same time (see parallel/at_once.py).
           length: "adaptive", "full" (all mask tokens), or an exact number of mask tokens.
           max_new_tokens: longest answer; None: enough for one mask and a sentence.
           min_length, max_length: limits of an adaptive number of mask tokens (None: all of them).

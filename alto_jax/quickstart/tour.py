@@ -4,6 +4,7 @@ The directory receives pictures/ (first), scenes of the checkpoint and of two sh
 penalties, summary.json and report.html. Running it again goes on where it stopped.
 """
 
+import functools
 import json
 import pathlib
 import time
@@ -18,6 +19,7 @@ from alto_jax.evaluate import scene_answers
 from alto_jax.experiment import make_experiment
 from alto_jax.inference import segmenter
 from alto_jax.mllm import text
+from alto_jax.parallel.at_once import batches_at_once, in_order
 from alto_jax.train.loop import train
 from alto_jax.train.workdir import claim_workdir
 
@@ -50,10 +52,16 @@ def run(values: dict, workdir: str) -> dict:
     size = {"batch_size": min(values["num_scenes"], _BATCH_SIZE)}
     evaluation = scene_answers.SceneEvaluation(model, **size)
     few = min(_CONSTANT_SCENES, values["num_scenes"])
-    constants = {kind: evaluation.best_constant(kind, few) for kind in scene_answers.KINDS}
-    for kind in scene_answers.KINDS:
-        found[kind] = evaluation.run(kind, values["num_scenes"], constants[kind])
-        summary["scenes"][kind] = scene_answers.summarize(found[kind])
+    constants = {}
+
+    def evaluate(kind: str) -> list[scene_answers.Sample]:
+        constants[kind] = evaluation.best_constant(kind, few)
+        return evaluation.run(kind, values["num_scenes"], constants[kind])
+
+    calls = (functools.partial(evaluate, kind) for kind in scene_answers.KINDS)
+    for kind, answered in zip(scene_answers.KINDS, in_order(calls, batches_at_once()), strict=True):
+        found[kind] = answered
+        summary["scenes"][kind] = scene_answers.summarize(answered)
     summary["lengths"] = length_correlations(found["boxes"])
     summary["seconds"]["evaluation"] = round(time.monotonic() - clock, 1)
     print(scene_answers.table(summary["scenes"]), flush=True)

@@ -111,7 +111,7 @@ def _serve(
     except ImportError as error:
         raise ConfigError(f"the service needs FastAPI: pip install 'alto_jax[serve]' ({error})") from error
     from alto_jax.inference import segmenter  # late: as above
-    from alto_jax.inference.at_once import batches_at_once
+    from alto_jax.parallel.at_once import batches_at_once
     from alto_jax.serve.batcher import Batcher
     from alto_jax.serve.engine import Engine
 

@@ -6,7 +6,7 @@ import threading
 import jax
 import pytest
 
-from alto_jax.inference.at_once import batches_at_once, in_order
+from alto_jax.parallel.at_once import batches_at_once, in_order
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
