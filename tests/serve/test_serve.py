@@ -156,11 +156,13 @@ def test_a_stream_that_nobody_reads_gives_its_places_back(served, monkeypatch):
 
     monkeypatch.setattr(Decoding, "advance", slowly)
     with connect(served.port) as gone:
-        gone.sendall(http(asked(image_file(8), length=3), path="/v1/segment/stream"))
+        body = asked(image_file(8), length=3)
+        gone.sendall(http(body, path="/v1/segment/stream"))
         assert held.wait(20) and served.batcher.depth == 1
         while b"event: token" not in gone.recv(65536):
             pass
-    wait_until(lambda: served.batcher.depth == 0)  # while the model still computes
+        assert served.service.guard.bodies.held == len(body)  # its picture counts as long as it is there
+    wait_until(lambda: served.batcher.depth == served.service.guard.bodies.held == 0)  # while the model still computes
     hold.set()
     assert Client(served.url).segment(image_file(8), phrase="a")["results"]
 
