@@ -153,9 +153,11 @@ class Batcher:
             self._on_state("failed")
             return
         with self._condition:
-            if self.state == "warming":
+            is_ready = self.state == "warming"  # Note: it may have been stopped meanwhile.
+            if is_ready:
                 self.state = "ready"
-        self._on_state("ready")
+        if is_ready:
+            self._on_state("ready")
         while rows := self._take():
             try:
                 self._answer(rows)

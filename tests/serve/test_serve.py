@@ -15,6 +15,7 @@ from PIL import Image
 import pytest
 
 import alto_jax
+from alto_jax.config import ConfigError
 from alto_jax.data import rle
 from alto_jax.inference.decoding import Decoding
 from alto_jax.serve import __main__ as command
@@ -392,6 +393,23 @@ def test_keys_origins_and_a_warm_up_that_takes_time(served, monkeypatch):
     server.handle_exit(signal.SIGTERM, None)
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_a_length_that_no_question_fits_into_is_named(served):
+    with pytest.raises(
+        ConfigError, match=r"--question_buckets=8,64: expected at least \d\d, the tokens of the shortest"
+    ):
+        Engine(served.model, (1,), (8, 64))
+
+
+def test_a_service_that_ends_while_it_compiles_is_never_ready():
+    begun, go, told = threading.Event(), threading.Event(), []
+    warm_up = lambda tell: (begun.set(), go.wait(20))
+    batcher = Batcher(types.SimpleNamespace(warm_up=warm_up, sizes=(1,)), 8, window=0.0)
+    batcher.start(told.append)
+    assert begun.wait(20)
+    threading.Timer(0.05, go.set).start()
+    assert batcher.stop(20) and told == [] and batcher.state == "stopped"
 
 
 def test_batches():
