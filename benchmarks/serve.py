@@ -249,7 +249,7 @@ def drain(server: Server, good: list[Good], clients: int) -> tuple[int, int, int
     while True:
         found = server.metrics()
         flying = int(found["alto_requests_in_flight"])
-        if flying + answered(found) - before >= clients:
+        if flying + answered(found) - before >= clients or not any(thread.is_alive() for thread in threads):
             break
         time.sleep(0.002)
     began = time.monotonic()
@@ -257,6 +257,8 @@ def drain(server: Server, good: list[Good], clients: int) -> tuple[int, int, int
     for thread in threads:
         thread.join()
     code = server.process.wait(120)
+    if code:
+        load.wrong.append(f"the service ended with {code} after SIGTERM")
     return flying, load.refused[200] - int(answered(found) - before), code, time.monotonic() - began, load.wrong
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import os
 import pathlib
+import socket
 import tempfile
 import threading
 from typing import Any
@@ -32,7 +33,6 @@ def build(model: Segmenter, checkpoint: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"the page needs Gradio: pip install 'alto_jax[page]' ({error})") from error
     most, turn = model.cfg.tokenizer.num_latent_tokens, threading.Lock()
-    files = pathlib.Path(tempfile.mkdtemp(prefix="alto_jax_demo_"))
 
     def ask(image: np.ndarray | None, phrase: str, boxes: str, kind: str, exact: int, bias: float) -> Iterator[tuple]:
         """Frames of the adaptive (or exact) answer, then of the one with all tokens beside it."""
@@ -46,13 +46,10 @@ def build(model: Segmenter, checkpoint: str) -> Any:
                 assert whole.answer is not None
                 both = frame.answer.mask | whole.answer.mask
                 same = (frame.answer.mask & whole.answer.mask).sum() / both.sum() if both.any() else 1.0
-                taken = frames.save(pathlib.Path(tempfile.mkdtemp(dir=files)), image, frame.answer)
-            yield (
-                frame.picture,
-                f"{frame.words}\nIoU with the mask of all {most} tokens: {same:.2f}",
-                whole.picture,
-                taken,
-            )
+            told = f"{frame.words}\nIoU with the mask of all {most} tokens: {same:.2f}"
+            # Note: Gradio copies the files, and deletes its copies when they are old.
+            with tempfile.TemporaryDirectory(prefix="alto_jax_demo_") as folder:
+                yield frame.picture, told, whole.picture, frames.save(pathlib.Path(folder), image, frame.answer)
         except ValueError as error:
             raise gr.Error(str(error), duration=10) from error
 
@@ -112,8 +109,9 @@ def launch(model: Segmenter, checkpoint: str, host: str, port: int, *, wait: boo
     """Serves the page; with `wait` until it is interrupted.
 
     Raises:
-      ConfigError: Gradio is missing, or the port is taken.
+      ConfigError: Gradio is missing, the port is taken, or the host is none of this machine.
     """
+    _check_free(host, port)
     page = build(model, checkpoint)
     try:
         page.queue(default_concurrency_limit=1, max_size=32).launch(
@@ -121,5 +119,16 @@ def launch(model: Segmenter, checkpoint: str, host: str, port: int, *, wait: boo
             theme=page.alto_theme, max_file_size="32mb", footer_links=[], ssr_mode=False,
         )  # fmt: skip
     except OSError as error:
-        raise ConfigError(f"--port={port}: {error}") from error
+        raise ConfigError(f"--host={host} --port={port}: {error}") from error
     return page
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises ConfigError if nothing can listen there; Gradio would tell of the port, whatever is wrong."""
+    try:
+        family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(where)
+    except OSError as error:
+        raise ConfigError(f"--host={host} --port={port}: {error}") from error

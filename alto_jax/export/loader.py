@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import numbers
 import os
 import pathlib
 from typing import Any
@@ -32,6 +33,7 @@ DTYPES: dict[str, Any] = {
     "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "I8": np.int8, "I32": np.int32, "BOOL": np.bool_,
 }  # fmt: skip
+_MAX_SIDE = 1 << 14  # of a mask that codes are decoded to
 
 
 class ExportError(ValueError):
@@ -139,12 +141,14 @@ class Exported:
           image: uint8[H, W, 3], whose features sharpen the mask; None: none.
 
         Raises:
-          ExportError: too many or too few codes, or one out of range.
+          ExportError: too many or too few codes, one out of range, or no such size or image.
         """
         model = self.manifest["model"]
         most, values = model["num_latent_tokens"], model["codebook_size"]
-        if not 1 <= len(codes) <= most or not all(0 <= code < values for code in codes):
-            raise ExportError(f"codes: expected 1..{most} codes in 0..{values - 1}, got {list(codes)!r:.80}")
+        if not _are_whole(codes, 0, values - 1) or not 1 <= len(codes) <= most:
+            raise ExportError(f"codes: expected 1..{most} codes in 0..{values - 1}, got {codes!r:.80}")
+        if not _are_whole(size, 1, _MAX_SIDE) or len(size) != 2:
+            raise ExportError(f"size: expected (height, width) in 1..{_MAX_SIDE}, got {size!r:.80}")
         padded = np.zeros((1, most), np.int32)
         padded[0, : len(codes)] = codes
         inputs = [padded, np.array([len(codes)], np.int32)]
@@ -166,9 +170,9 @@ class Exported:
         Raises:
           ExportError: no object named, a special token in the phrase, or `tokenizers` is not installed.
         """
-        if not any(c.isalnum() for c in phrase):
-            raise ExportError(f"phrase: expected the name or description of an object, got {phrase!r}")
-        text, about = self._tokenizer(), self.manifest["prompt"]
+        if not isinstance(phrase, str) or not any(c.isalnum() for c in phrase):
+            raise ExportError(f"phrase: expected the name or description of an object, got {phrase!r:.80}")
+        about, text = self._prompt(), self._tokenizer()
         encode = lambda words: text.encode(words, add_special_tokens=False).ids
         if wrong := [i for i in encode(phrase) if i in set(about["reserved_ids"])]:
             raise ExportError(f"phrase: the special token {text.decode(wrong[:1], skip_special_tokens=False)!r} in it")
@@ -199,15 +203,19 @@ class Exported:
           ExportError: an image or a number that does not fit, or a prompt that is too long.
         """
         model, image = self.manifest["model"], _checked(image)
-        longest = self.manifest["prompt"]["max_tokens"] if "prompt" in self.manifest else 0
+        longest = self._prompt()["max_tokens"]
+        if not _are_whole(prompt_ids, 0, np.iinfo(np.int32).max):
+            raise ExportError(f"prompt_ids: expected token ids, such as those of `prompt`, got {prompt_ids!r:.80}")
         ids = [int(i) for i in prompt_ids]
-        if "segment" in self.manifest["programs"] and not 0 < len(ids) <= longest:
+        if not 0 < len(ids) <= longest:
             raise ExportError(f"prompt_ids: expected 1..{longest} ids, as exported (--prompt_tokens), got {len(ids)}")
         count, most = self._count(length), model["num_latent_tokens"]
         low, high = (min_length, most if max_length is None else max_length) if count is None else (count, count)
-        if not 1 <= low <= high <= most:
-            raise ExportError(f"min_length, max_length: expected 1 <= min <= max <= {most}, got {low}, {high}")
-        row = np.full((1, longest), self.manifest.get("prompt", {}).get("pad", 0), np.int32)
+        if not _are_whole([low, high], 1, most) or low > high:
+            raise ExportError(f"min_length, max_length: expected 1 <= min <= max <= {most}, got {low!r}, {high!r}")
+        if not isinstance(end_bias, numbers.Real) or not math.isfinite(end_bias):
+            raise ExportError(f"end_bias: expected a finite number, got {end_bias!r}")
+        row = np.full((1, longest), self._prompt()["pad"], np.int32)
         row[0, longest - len(ids) :] = ids
         there = np.arange(longest)[None] >= longest - len(ids)
         sizes = model["vision_size"], model["image_size"]
@@ -230,8 +238,8 @@ class Exported:
         most = self.manifest["model"]["num_latent_tokens"]
         if isinstance(length, str) and length in ("adaptive", "full"):
             return None if length == "adaptive" else most
-        if isinstance(length, int) and not isinstance(length, bool) and 1 <= length <= most:
-            return length
+        if _are_whole([length], 1, most):
+            return int(length)
         raise ExportError(f"length: expected 'adaptive', 'full' or a whole number in 1..{most}, got {length!r}")
 
     def _check(self, name: str, inputs: Sequence[Mapping[str, Any]], given: Sequence[np.ndarray]) -> None:
@@ -256,9 +264,8 @@ class Exported:
         if hashlib.sha256(content).hexdigest() != about["sha256"]:
             raise ExportError(f"{file}: damaged: it is not the file that was exported (SHA-256)")
         program = export.deserialize(bytearray(content))
-        platform = jax.devices()[0].platform
-        platform = {"gpu": "cuda"}.get(platform, platform)
-        if platform not in program.platforms:
+        platform = jax.devices()[0].platform  # Note: "gpu" for those of every maker.
+        if not {"gpu": {"cuda", "rocm"}}.get(platform, {platform}) & {*program.platforms}:
             raise ExportError(f"{file}: exported for {', '.join(program.platforms)}, but this machine has {platform}")
         return program
 
@@ -272,15 +279,23 @@ class Exported:
             self._weights |= {name: jax.device_put(stored[name]) for name in missing}
         return {name: self._weights[name] for name in names}
 
-    def _tokenizer(self) -> Any:
+    def _prompt(self) -> dict[str, Any]:
+        """What the manifest says of prompts."""
         if "prompt" not in self.manifest:
             raise ExportError(f"{self.directory}: a mask tokenizer alone; there is no language model to ask")
+        return self.manifest["prompt"]
+
+    def _tokenizer(self) -> Any:
         if self._text is None:
             try:
                 from tokenizers import Tokenizer  # late: token ids do without
             except ImportError as error:
                 raise ExportError("prompt: needs `pip install tokenizers`; or give token ids") from error
-            self._text = Tokenizer.from_file(str(self.directory / TEXT))
+            file = self.directory / TEXT
+            try:
+                self._text = Tokenizer.from_file(str(file))
+            except Exception as error:  # Note: the package raises no kind of its own.
+                raise ExportError(f"{file}: cannot be read: {error}") from error
         return self._text
 
 
@@ -301,6 +316,16 @@ def read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
         return {name: at(about).view(DTYPES[about["dtype"]]).reshape(about["shape"]) for name, about in entries.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{file}: cannot be read: {error}") from error
+
+
+def _are_whole(values: Any, low: int, high: int) -> bool:
+    """Whether `values` is a list (or tuple, or array) of integers of any type in low..high."""
+    if hasattr(values, "__array__"):
+        values = np.asarray(values)
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray) or getattr(values, "ndim", 1) != 1:
+        return False
+    whole = [isinstance(value, numbers.Integral) and not isinstance(value, bool) for value in values]
+    return all(whole) and all(low <= int(value) <= high for value in values)
 
 
 def _checked(image: np.ndarray) -> np.ndarray:

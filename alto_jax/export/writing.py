@@ -49,8 +49,10 @@ def export_model(
     Raises:
       ConfigError: an unknown platform, `out` holds an export already, or `flatbuffers` is not installed.
     """
-    if wrong := [name for name in platforms if name not in PLATFORMS] or not platforms:
-        raise ConfigError(f"--platforms={','.join(platforms)}: expected some of {', '.join(PLATFORMS)}, got {wrong}")
+    wrong = [name for name in platforms if name not in PLATFORMS]
+    if wrong or not platforms:
+        got = wrong or "none"
+        raise ConfigError(f"--platforms={','.join(platforms)}: expected some of {', '.join(PLATFORMS)}, got {got}")
     if (out / loader.MANIFEST).exists():
         raise ConfigError(f"--out={out}: holds {loader.MANIFEST} already")
     if prompt_tokens < 1:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 import jax
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware.cors import CORSMiddleware
@@ -144,7 +145,8 @@ class Service:
 
     def _told(self, fault: Fault) -> Response:
         self.metrics.faults.labels(fault.code).inc()
-        return JSONResponse(fault.body(), fault.status, fault.headers)
+        # Note: in ASCII, since a field may have half a character as its name.
+        return Response(json.dumps(fault.body()), fault.status, fault.headers, "application/json")
 
     async def _answered(
         self,
@@ -158,9 +160,10 @@ class Service:
             raise Fault("unsupported_media_type", told)
         bodies = self.guard.bodies
         content = await bodies.read(request.scope, request.receive)
-        held, began = len(content), time.monotonic()
+        began = time.monotonic()
         main: asyncio.Task[Response] | None = None
         stack = contextlib.AsyncExitStack()
+        stack.callback(bodies.release, len(content))  # Note: a stream holds its picture to its end.
         try:
             async with stack, asyncio.timeout(self.limits.request_seconds):
                 image, asked = await (self._in_thread(work.parse_json, content) if kind == "application/json"
@@ -182,7 +185,6 @@ class Service:
             told = f"no answer within {self.limits.request_seconds:g} s"
             raise Fault("timeout", told, headers={"retry-after": "5"}) from error
         finally:
-            bodies.release(held)
             if main is not None and not main.done():
                 main.cancel()
 
@@ -290,9 +292,13 @@ async def _disconnected(request: Request) -> None:
 
 
 class _Form(MultiPartParser):
-    """A form's parts stay in memory, which the limits of bodies bound."""
+    """A form's parts stay in memory, which the limits of bodies bound; `is_whole`: its end was there."""
 
     spool_max_size = 1 << 40
+    is_whole = False
+
+    def on_end(self) -> None:
+        self.is_whole = True
 
 
 async def _parse_form(request: Request, content: bytes, limits: Limits) -> tuple[bytes, Options]:
@@ -308,9 +314,12 @@ async def _parse_form(request: Request, content: bytes, limits: Limits) -> tuple
     most = limits.max_phrases + 16
     _, options = parse_options_header(request.headers["content-type"])
     try:
-        if content.rfind(b"--" + options[b"boundary"] + b"--") < 0:  # Note: the parser takes a form that is cut off.
+        # Note: of the header's options the boundary alone; text is UTF-8, and in no codec that a client names.
+        kind = Headers(raw=[(b"content-type", b'multipart/form-data; boundary="' + options[b"boundary"] + b'"')])
+        parser = _Form(kind, stream(), max_files=1, max_fields=most, max_part_size=1 << 16)  # type: ignore[arg-type]
+        form = await parser.parse()
+        if not parser.is_whole:  # Note: the parser takes a form that is cut off.
             raise MultiPartException("its end is missing")
-        form = await _Form(request.headers, stream(), max_files=1, max_fields=most, max_part_size=1 << 16).parse()  # type: ignore[arg-type]
     except (MultiPartException, KeyError, ValueError, UnicodeError, LookupError) as error:
         told = "no boundary" if isinstance(error, KeyError) else getattr(error, "message", str(error))
         raise Fault("bad_multipart", f"the body is no multipart form: {told:.200}") from error
@@ -318,7 +327,8 @@ async def _parse_form(request: Request, content: bytes, limits: Limits) -> tuple
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             if name != "image":
-                raise Fault("invalid_field", f"{name[:80]!r}: unexpected file; the file is 'image'", name[:80])
+                told = f"{schema.shown(name)}: unexpected file; the file is 'image'"
+                raise Fault("invalid_field", told, name[:80])
             image = await value.read()
         elif name == "image":
             raise Fault("invalid_field", "image: expected a file, got text", "image")

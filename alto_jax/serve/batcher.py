@@ -162,11 +162,13 @@ class Batcher:
             self._on_state("failed")
             return
         with self._condition:
-            if self.state == "warming":
+            is_ready = self.state == "warming"  # Note: it may have been stopped meanwhile.
+            if is_ready:
                 self.state = "ready"
                 for thread in self._threads[1:]:
                     thread.start()
-        self._on_state("ready")
+        if is_ready:
+            self._on_state("ready")
         self._work()
 
     def _work(self) -> None:

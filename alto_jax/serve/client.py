@@ -10,6 +10,7 @@ png = base64.b64decode(answer["results"][0]["png"])
 import argparse
 import base64
 from collections.abc import Iterator
+import contextlib
 import email.utils
 import http.client
 import json
@@ -30,6 +31,13 @@ class ServiceError(Exception):
         self.status, self.code, self.field, self.retry_after = status, code, field, retry_after
 
 
+class _Refuse(urllib.request.HTTPRedirectHandler):
+    """Follows nothing: urllib would ask again with GET, without the body, and show the key to whoever is named."""
+
+    def redirect_request(self, request: Any, *response: Any) -> None:
+        return None
+
+
 class Client:
     """Asks a service."""
 
@@ -42,6 +50,7 @@ class Client:
         if not url.lower().startswith(("http://", "https://")):
             raise ValueError(f"url: expected one that begins with http:// or https://, got {url!r}")
         self.url, self.key, self.timeout = url.rstrip("/"), key, timeout
+        self._opener = urllib.request.build_opener(_Refuse)
 
     def segment(self, image: str | os.PathLike | bytes, *, retries: int = 0, **asked: Any) -> dict[str, Any]:
         """Masks of an image.
@@ -75,7 +84,7 @@ class Client:
         """
         with self._open("/v1/segment/stream", _body(image, asked)) as response:
             event, done = "", False
-            for line in response:
+            for line in _lines(response):
                 name, _, value = line.decode().rstrip("\n").partition(": ")
                 if name == "event":
                     event = value
@@ -106,10 +115,13 @@ class Client:
             headers["authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(self.url + path, body, headers)
         try:
-            return urllib.request.urlopen(request, timeout=self.timeout)
+            return self._opener.open(request, timeout=self.timeout)
         except urllib.error.HTTPError as error:
             with error:
-                content, after = error.read(), error.headers.get("retry-after")
+                content, after = _whole(error), error.headers.get("retry-after")
+            if 300 <= error.code < 400:
+                message = f"HTTP status {error.code}: it is at {error.headers.get('location')}; give that as the url"
+                raise ServiceError(error.code, "moved", message, None) from error
             try:
                 told = json.loads(content)
             except ValueError:  # such as a proxy's own page
@@ -117,10 +129,25 @@ class Client:
             raise _error(error.code, told, _seconds(after)) from error
 
 
+def _whole(response: Any) -> bytes:
+    """The body of a response; ServiceError if it is cut off."""
+    try:
+        return response.read()
+    except (http.client.IncompleteRead, ConnectionResetError) as error:
+        raise ServiceError(response.status, "cut_off", "the response ended before its end", None) from error
+
+
+def _lines(response: Any) -> Iterator[bytes]:
+    """The lines of a stream as they come, also of one that is cut off."""
+    with contextlib.suppress(http.client.IncompleteRead, ConnectionResetError):
+        yield from response
+
+
 def _answer(response: Any) -> dict[str, Any]:
     """The JSON of a response; ServiceError if it has none."""
+    content = _whole(response)
     try:
-        return json.load(response)
+        return json.loads(content)
     except ValueError as error:  # such as a page to log in
         message = f"HTTP status {response.status}, but no JSON"
         raise ServiceError(response.status, "unknown", message, None) from error

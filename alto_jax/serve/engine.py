@@ -8,6 +8,7 @@ import threading
 import jax
 import numpy as np
 
+from alto_jax.config import ConfigError
 from alto_jax.inference.decoding import EncodedImage, ImageInputs
 from alto_jax.inference.prediction import Answers
 from alto_jax.inference.segmenter import Segmenter
@@ -40,13 +41,20 @@ class Engine:
 
     def __init__(self, model: Segmenter, sizes: Sequence[int], widths: Sequence[int], cached_images: int = 64):
         """Takes batch sizes (ascending, from 1), lengths that questions are padded to (ascending), and
-        how many images stay encoded."""
+        how many images stay encoded.
+
+        Raises:
+          ConfigError: a length that no question fits into.
+        """
         self.model, self.sizes, self.widths = model, tuple(sizes), tuple(widths)
         self._seen: OrderedDict[str, EncodedImage] = OrderedDict()
         self._cached_images = cached_images
         self._lock = threading.Lock()  # of the images that stay encoded
         # Note: the same for all, since the answer's start is forced for all.
-        self.beginning, _ = model.prompt(*self._any_question())
+        self.beginning, shortest = model.prompt(*self._any_question())
+        if self.widths[0] < len(shortest):
+            told = f"expected at least {len(shortest)}, the tokens of the shortest question"
+            raise ConfigError(f"--question_buckets={','.join(map(str, self.widths))}: {told}")
 
     def _any_question(self) -> tuple[str, Settings]:
         settings = Settings.of(self.model.cfg.tokenizer.num_latent_tokens, None, {})

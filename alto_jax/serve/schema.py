@@ -14,7 +14,8 @@ from alto_jax.serve.limits import Fault
 Form = Literal["rle", "png", "overlay", "codes", "score"]
 DEFAULT_FORMS: tuple[Form, ...] = ("rle", "codes", "score")
 _BIAS = 100.0
-_Box = Annotated[list[float], Field(min_length=4, max_length=4)]
+# Note: `fail_fast`, since pydantic would collect every wrong value of a list: gigabytes for a body of millions.
+_Box = Annotated[list[float], Field(min_length=4, max_length=4, fail_fast=True)]
 
 _EXAMPLE_ANSWER: dict[str, Any] = {
     "model": "alto-tiny",
@@ -36,17 +37,19 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     phrase: str | None = Field(None, description="What to segment.", examples=["the red apple"])
-    phrases: list[str] | None = Field(None, description="Several; each has a mask of its own.")
+    phrases: list[str] | None = Field(None, fail_fast=True, description="Several; each has a mask of its own.")
     boxes: list[_Box] | None = Field(
-        None, description="(x1, y1, x2, y2) in pixels of the image turned upright; one mask of all that they mean."
+        None,
+        fail_fast=True,
+        description="(x1, y1, x2, y2) in pixels of the image turned upright; one mask of all that they mean.",
     )
     length: Literal["adaptive", "full"] | int = Field(
         "adaptive", description="Of a mask: as many tokens as it needs, all that the model has, or an exact number."
     )
     end_bias: float = Field(0.0, ge=-_BIAS, le=_BIAS, description="Above 0: shorter masks; below: longer ones.")
     returns: list[Form] = Field(
-        list(DEFAULT_FORMS), description="Forms of an answer; the others are null. rle: COCO's run lengths. png, "
-        "overlay: base64 of a PNG, the mask as 0 and 255, the image with the mask on it.",
+        list(DEFAULT_FORMS), fail_fast=True, description="Forms of an answer; the others are null. rle: COCO's run "
+        "lengths. png, overlay: base64 of a PNG, the mask as 0 and 255, the image with the mask on it.",
     )  # fmt: skip
 
 
@@ -137,10 +140,11 @@ def _strictly(content: bytes | str) -> Any:
         raise ValueError(f"{name} is no number in JSON")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the field {next(n for n in names if names.count(n) > 1)[:80]!r} is there twice")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"the field {shown(name)} is there twice")
+            found[name] = value
         return found
 
     return json.loads(content, parse_constant=refuse, object_pairs_hook=once)
@@ -169,6 +173,10 @@ def check(model: type[Options], values: dict[str, Any]) -> Any:
     Raises:
       Fault: invalid_field, the first that is wrong.
     """
+    for name in values:  # Note: told here, since pydantic would collect all of them.
+        if name not in model.model_fields:
+            known = ", ".join(model.model_fields)
+            raise Fault("invalid_field", f"{shown(name)}: unknown field; known: {known}", name[:80])
     try:
         asked = model.model_validate(values)
     except ValidationError as error:
@@ -180,6 +188,7 @@ def check(model: type[Options], values: dict[str, Any]) -> Any:
         raise Fault("invalid_field", f"phrase, phrases, boxes: expected one of them, got {told}", field)
     if not asked.returns:
         raise Fault("invalid_field", f"returns: expected at least one of {', '.join(get_args(Form))}", "returns")
+    asked.returns = list(dict.fromkeys(asked.returns))  # Note: each is made once, however often it is asked for.
     return asked
 
 
@@ -188,10 +197,6 @@ def _fault(error: ValidationError, model: type[Options]) -> Fault:
     first = error.errors(include_url=False, include_context=False)[0]
     place = [str(part) for part in first["loc"] if isinstance(part, int) or part in model.model_fields]
     field = ".".join(place)
-    if first["type"] == "extra_forbidden":
-        field = str(first["loc"][-1])[:80]
-        known = ", ".join(model.model_fields)
-        return Fault("invalid_field", f"{field!r}: unknown field; known: {known}", field)
     if first["type"] == "missing":
         return Fault("invalid_field", f"{field}: the field is missing", field)
     got = shown(first["input"])
@@ -222,7 +227,7 @@ def from_form(fields: list[tuple[str, str]]) -> dict[str, Any]:
             values.setdefault(name, []).append(text)
             continue
         if name in values:
-            raise Fault("invalid_field", f"{name[:80]!r}: the field is there twice", name[:80])
+            raise Fault("invalid_field", f"{shown(name)}: the field is there twice", name[:80])
         values[name] = text
         if name == "boxes":
             values[name] = _form_json(name, text)

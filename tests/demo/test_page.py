@@ -1,17 +1,22 @@
 """The demo page: what it shows, and itself in a real browser without a network."""
 
 import json
+import pathlib
 import re
 import shutil
 import socket
+import tempfile
+import types
 
 import numpy as np
 from PIL import Image
 import pytest
 
 import alto_jax
+from alto_jax.config import ConfigError
 from alto_jax.data import rle
 from alto_jax.demo import frames
+from alto_jax.inference.prediction import Prediction
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -65,6 +70,33 @@ def test_errors_are_words(model, image, phrase, boxes, message):
     picture = None if image is None else np.zeros(sizes[image], np.uint8)
     with pytest.raises(ValueError, match=re.escape(message)):
         list(frames.answer(model, picture, phrase, boxes, length="adaptive", end_bias=0.0))
+
+
+def test_files_to_take_away_do_not_stay(tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    from alto_jax.demo import page
+
+    image, mask = np.zeros((9, 9, 3), np.uint8), np.eye(9, dtype=bool)
+    found = Prediction(mask, np.float32(mask), "", [], [1, 2], 2, 0.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(frames, "examples", lambda: [(image, "a", "")])
+    monkeypatch.setattr(frames, "answer", lambda *args, **options: iter([frames.Frame(image, "", found)]))
+    model = types.SimpleNamespace(cfg=types.SimpleNamespace(tokenizer=types.SimpleNamespace(num_latent_tokens=8)))
+    [ask] = {one.fn for one in page.build(model, "debug").fns.values() if one.name == "ask"}
+    for *_, taken in ask(image, "a", "", "adaptive", 4, 0.0):
+        assert taken is None or [pathlib.Path(file).stat().st_size > 0 for file in taken] == [True] * 3
+    assert len(taken) == 3 and not list(tmp_path.glob("alto_jax_demo_*"))
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "127.0.0.1"])
+def test_what_cannot_be_listened_at_is_named(host):
+    pytest.importorskip("gradio")
+    from alto_jax.demo import page
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"--host={re.escape(host)} --port={port}: \[Errno -?\d+\]"):
+            page.launch(None, "debug", host, port, wait=False)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")

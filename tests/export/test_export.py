@@ -9,6 +9,8 @@ import subprocess
 import sys
 import types
 
+import jax
+from jax import export
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -41,6 +43,8 @@ except ImportError:
     pass
 sys.path.insert(0, sys.argv[1])
 import alto_loader
+import jax
+from jax import export
 import numpy as np
 
 model, given, out = alto_loader.load(sys.argv[1]), np.load(sys.argv[2]), {}
@@ -189,6 +193,20 @@ def test_arguments_that_do_not_fit_are_named(exported, scene, monkeypatch):
         (lambda: model.encode(scene.mask, 99), r"length: expected 'adaptive', 'full' or a whole number in 1\.\."),
         (lambda: model.decode([9999], (9, 9)), r"codes: expected 1\.\.\d+ codes in 0\.\.\d+, got \[9999\]"),
         (lambda: model.decode([1], (9, 9), np.zeros((9, 9))), r"image: expected uint8\[H, W, 3\]"),
+        (lambda: model.decode([1.5], (9, 9)), r"codes: expected 1\.\.\d+ codes in 0\.\.\d+, got \[1.5\]"),
+        (lambda: model.decode(5, (9, 9)), r"codes: expected 1\.\.\d+ codes in 0\.\.\d+, got 5"),
+        (lambda: model.decode([[1], [1, 2]], (9, 9)), r"codes: expected 1\.\.\d+ codes in 0\.\.\d+, got \[\[1\]"),
+        (lambda: model.decode([1], (0, 9)), r"size: expected \(height, width\) in 1\.\.16384, got \(0, 9\)"),
+        (lambda: model.decode([1], scene.image.shape), r"size: expected \(height, width\).* got \(97, 131, 3\)"),
+        (lambda: model.decode([1], 9), r"size: expected \(height, width\)"),
+        (lambda: model.prompt(3), "phrase: expected the name .* got 3"),
+        (lambda: model.segment(scene.image, "the cup"), "prompt_ids: expected token ids, .* got 'the cup'"),
+        (lambda: model.segment(scene.image, [1.5]), "prompt_ids: expected token ids, .* got"),
+        (lambda: model.segment(scene.image, [-1]), "prompt_ids: expected token ids, .* got"),
+        (lambda: model.segment(scene.image, [1], min_length=1.5), "expected 1 <= min <= max <= .*, got 1.5, "),
+        (lambda: model.segment(scene.image, [1], max_length="2"), "expected 1 <= min <= max <= .*, got 1, '2'"),
+        (lambda: model.segment(scene.image, [1], end_bias=float("nan")), "end_bias: expected a finite number, got nan"),
+        (lambda: model.segment(scene.image, [1], end_bias=None), "end_bias: expected a finite number, got None"),
         (lambda: model.prompt(" ."), "phrase: expected the name"),
         (lambda: model.prompt("a <IMG_CONTEXT>"), "phrase: the special token '<IMG_CONTEXT>'"),
         (lambda: model.segment(scene.image, [1] * 9999), r"prompt_ids: expected 1\.\.\d+ ids, .*got 9999"),
@@ -197,6 +215,11 @@ def test_arguments_that_do_not_fit_are_named(exported, scene, monkeypatch):
     for ask, message in refused:
         with pytest.raises(error, match=message):
             ask()
+    # Integers of every type are what they are.
+    assert model.encode(scene.mask, np.int64(3)) == model.encode(scene.mask, 3)
+    codes = model.encode(scene.mask, 3)
+    for same in (np.array(codes, np.uint16), jax.numpy.array(codes), tuple(codes)):
+        np.testing.assert_array_equal(model.decode(same, np.array([9, 9])), model.decode(codes, (9, 9)))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     copy, error = open_copy(exported.out)
     with pytest.raises(error, match="pip install tokenizers"):
@@ -226,6 +249,13 @@ def test_damaged_exports_are_named(exported, scene, tmp_path):
         folder = spoiled(change)
         with pytest.raises(loader.ExportError, match=message):
             loader.load(folder).encode(scene.mask)
+    for change in (
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "tokenizer.json").write_text("{"),
+    ):
+        folder = spoiled(change)
+        with pytest.raises(loader.ExportError, match="tokenizer.json: cannot be read"):
+            loader.load(folder).prompt("the cup")
 
 
 def test_a_mask_tokenizer_alone(exported, tmp_path, monkeypatch):
@@ -241,13 +271,23 @@ def test_a_mask_tokenizer_alone(exported, tmp_path, monkeypatch):
         model.encode(np.ones((side, side), bool))
     with pytest.raises(loader.ExportError, match="a mask tokenizer alone"):
         model.prompt("the cup")
+    with pytest.raises(loader.ExportError, match="a mask tokenizer alone"):
+        model.segment(np.zeros((9, 9, 3), np.uint8), [1, 2])
+    # JAX calls the GPUs of every maker so.
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu")])
+    with pytest.raises(loader.ExportError, match="exported for tpu, but this machine has gpu"):
+        model.encode(np.ones((side, side), bool))
+    for platform in ("cuda", "rocm"):
+        program = types.SimpleNamespace(platforms=("cpu", platform))
+        monkeypatch.setattr(export, "deserialize", lambda content, program=program: program)
+        assert model._read_program(manifest["programs"]["encode"]) is program
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--platforms", "cpu,gpu"], r"--platforms=cpu,gpu: expected some of cpu, cuda, rocm, tpu, got \['gpu'\]"),
-        (["--platforms", ","], "--platforms=: expected some of"),
+        (["--platforms", ","], "--platforms=: expected some of cpu, cuda, rocm, tpu, got none"),
         (["--prompt_tokens", "0"], "--prompt_tokens=0: expected at least 1"),
         (["--out", "EXPORTED"], "holds manifest.json already"),
         (["--out", "gs://bucket/out"], "--out: expected a path on this machine"),

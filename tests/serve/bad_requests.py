@@ -98,6 +98,7 @@ def bad_requests(max_body: int, max_chars: int, max_phrases: int, max_boxes: int
         "a huge number", http(f'{{"image": "{text}", "phrase": "a", "length": {"9" * 5000}}}'.encode()), 400, "bad_json"
     )
     yield Bad("a field twice", http(f'{{"image": "{text}", "phrase": "a", "phrase": "b"}}'.encode()), 400, "bad_json")
+    yield Bad("a field of half a character", http(asked(good, **{"\ud800": 1})), 422, "invalid_field", "\ud800")
     yield Bad("a body too large", http(b" " * (max_body + 1)), 413, "body_too_large")
     chunks = (b"10000\r\n" + b" " * 65536 + b"\r\n") * (max_body // 65536 + 1) + b"0\r\n\r\n"
     chunked = http(chunks, transfer_encoding="chunked", content_length="")
@@ -109,6 +110,13 @@ def bad_requests(max_body: int, max_chars: int, max_phrases: int, max_boxes: int
         http(form([("image", good), ("phrase", "a")]), "multipart/form-data"),
         400,
         "bad_multipart",
+    )
+    yield Bad(
+        "a form in a codec",
+        http(form([("image", good), ("phrase", "a"), ("\\ud800", "a")]), f"{as_form}; charset=unicode_escape"),
+        422,
+        "invalid_field",
+        "\\ud800",
     )
     yield Bad("a form cut off", http(form([("image", good), ("phrase", "a")])[:60], as_form), 400, "bad_multipart")
     yield Bad(

@@ -18,11 +18,20 @@ def proxy():
     """Answers with (status, headers, body) of `proxy.answers`, in order; `proxy.url`."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            server.asked.append(self.requestline.rsplit(" ", 1)[0])
+            self.send_error(405)
+
         def do_POST(self):
+            server.asked.append(self.requestline.rsplit(" ", 1)[0])
+            self.close_connection = True
             self.rfile.read(int(self.headers["content-length"]))
             status, headers, body = server.answers.pop(0)
             self.send_response(status)
-            for name, value in {**headers, "Content-Length": len(body)}.items():
+            length = {} if "Transfer-Encoding" in headers else {"Content-Length": len(body)}
+            for name, value in {**length, **headers}.items():
                 self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(body)
@@ -31,7 +40,7 @@ def proxy():
             pass
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    server.answers, server.url = [], f"http://127.0.0.1:{server.server_port}"
+    server.answers, server.asked, server.url = [], [], f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
@@ -54,6 +63,34 @@ def test_errors_of_any_form(proxy, body, message):
         Client(proxy.url).segment(b"x", phrase="a")
     assert (str(refused.value), refused.value.status) == (message, 502)
     assert refused.value.code == ("busy" if b"busy" in body else "unknown")
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_that_is_cut_off(proxy, status):
+    proxy.answers.append((status, {"Content-Length": 500}, b'{"results": '))
+    with pytest.raises(ServiceError, match="the response ended before its end") as refused:
+        Client(proxy.url).segment(b"x", phrase="a")
+    assert (refused.value.code, refused.value.status) == ("cut_off", status)
+
+
+@pytest.mark.parametrize("end", [b"", b'50\r\nevent: answer\ndata: {"a"'])
+def test_a_stream_that_is_cut_off(proxy, end):
+    event = b'event: token\ndata: {"index": 1}\n\n'
+    proxy.answers.append((200, {"Transfer-Encoding": "chunked"}, b"%x\r\n%s\r\n" % (len(event), event) + end))
+    events = Client(proxy.url).stream(b"x", phrase="a")
+    assert next(events) == ("token", {"index": 1})
+    with pytest.raises(ServiceError, match="the stream ended before its answer") as refused:
+        next(events)
+    assert refused.value.code == "cut_off"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_service_that_has_moved_is_named_and_not_shown_the_key(proxy, status):
+    where = f"{proxy.url}/elsewhere"
+    proxy.answers.append((status, {"Location": where}, b""))
+    with pytest.raises(ServiceError, match=f"HTTP status {status}: it is at {where}; give that as the url") as refused:
+        Client(proxy.url, "a-key-of-some-length").segment(b"x", phrase="a")
+    assert (refused.value.code, proxy.asked) == ("moved", ["POST /v1/segment"])
 
 
 def test_an_answer_that_is_a_page(proxy):

@@ -15,14 +15,15 @@ from PIL import Image
 import pytest
 
 import alto_jax
+from alto_jax.config import ConfigError
 from alto_jax.data import rle
 from alto_jax.inference.decoding import Decoding
 from alto_jax.serve import __main__ as command
 from alto_jax.serve import limits as bounds
 from alto_jax.serve.app import Service
-from alto_jax.serve.batcher import Batcher, Job, choose
+from alto_jax.serve.batcher import Batcher, choose
 from alto_jax.serve.client import Client, ServiceError
-from alto_jax.serve.engine import Engine, Question, batch_size
+from alto_jax.serve.engine import Engine, batch_size
 from alto_jax.serve.metrics import compilations
 from alto_jax.serve.server import Server
 from tests.serve.bad_requests import asked, bad_requests, form, http, image_file
@@ -156,11 +157,13 @@ def test_a_stream_that_nobody_reads_gives_its_places_back(served, monkeypatch):
 
     monkeypatch.setattr(Decoding, "advance", slowly)
     with connect(served.port) as gone:
-        gone.sendall(http(asked(image_file(8), length=3), path="/v1/segment/stream"))
+        body = asked(image_file(8), length=3)
+        gone.sendall(http(body, path="/v1/segment/stream"))
         assert held.wait(20) and served.batcher.depth == 1
         while b"event: token" not in gone.recv(65536):
             pass
-    wait_until(lambda: served.batcher.depth == 0)  # while the model still computes
+        assert served.service.guard.bodies.held == len(body)  # its picture counts as long as it is there
+    wait_until(lambda: served.batcher.depth == served.service.guard.bodies.held == 0)  # while the model still computes
     hold.set()
     assert Client(served.url).segment(image_file(8), phrase="a")["results"]
 
@@ -392,6 +395,23 @@ def test_keys_origins_and_a_warm_up_that_takes_time(served, monkeypatch):
     assert not thread.is_alive()
 
 
+def test_a_length_that_no_question_fits_into_is_named(served):
+    with pytest.raises(
+        ConfigError, match=r"--question_buckets=8,64: expected at least \d\d, the tokens of the shortest"
+    ):
+        Engine(served.model, (1,), (8, 64))
+
+
+def test_a_service_that_ends_while_it_compiles_is_never_ready():
+    begun, go, told = threading.Event(), threading.Event(), []
+    warm_up = lambda tell: (begun.set(), go.wait(20))
+    batcher = Batcher(types.SimpleNamespace(warm_up=warm_up, sizes=(1,)), 8, window=0.0)
+    batcher.start(told.append)
+    assert begun.wait(20)
+    threading.Timer(0.05, go.set).start()
+    assert batcher.stop(20) and told == [] and batcher.state == "stopped"
+
+
 def test_batches():
     assert [batch_size(n, (1, 4, 16)) for n in (1, 2, 3, 4, 5, 8, 9, 16, 40)] == [1, 1, 4, 4, 4, 4, 16, 16, 16]
     row = lambda width, name: types.SimpleNamespace(question=types.SimpleNamespace(width=width), name=name)
@@ -399,34 +419,3 @@ def test_batches():
     names = lambda rows: "".join(one.name for one in rows)
     assert names(choose(waiting, (1, 4))) == "aceb"  # the oldest's bucket, then shorter ones where there is room
     assert names(choose(waiting[1:], (1, 4))) == "b" and names(choose(waiting, (1,))) == "a"
-
-
-def test_two_batches_at_once():
-    """Two threads of the model, each with a batch of its own, also of one job, answer and end together."""
-    meet, fails = threading.Barrier(2, timeout=20), threading.Event()
-
-    def answer(encoded, questions):
-        meet.wait()
-        if fails.is_set():
-            raise RuntimeError(f"a fault of the device at {questions[0].ids}")
-        return types.SimpleNamespace(length=np.array([questions[0].ids[0]]))
-
-    engine = types.SimpleNamespace(
-        sizes=(1,), warm_up=lambda tell: None, has_seen=lambda key: False, answer=answer,
-        encode=lambda images: [None] * len(images),
-    )  # fmt: skip
-    batcher, states = Batcher(engine, 8, window=0.0, at_once=2), []
-    batcher.start(states.append)
-    job = lambda: Job("image", None, [Question([n], 40, None) for n in (5, 6, 7, 8)])
-    good = job()
-    batcher.submit(good).result(20)
-    assert [int(good.found[index].answers.length[0]) for index in range(4)] == [5, 6, 7, 8]
-    assert good.batches == [1] * 4 and states == ["ready"]
-    fails.set()
-    with pytest.raises(RuntimeError, match="a fault of the device at"):
-        batcher.submit(job()).result(20)
-    wait_until(lambda: not batcher._waiting)
-    meet.abort()
-    assert batcher.stop() and not batcher.is_alive
-    with pytest.raises(RuntimeError, match="have ended"):
-        batcher.submit(job()).result(20)
