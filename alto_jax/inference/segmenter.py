@@ -206,7 +206,7 @@ class Segmenter(TokenizerModel):
         Args:
           pictures: as for `segment`; a file is opened when its batch comes.
           texts: the object of each.
-          batch_size: images of a program; on a CPU two batches are computed at the same time (see parallel/at_once.py).
+          batch_size: images of a program; on a CPU four batches are computed at once (see parallel/at_once.py).
           length: "adaptive", "full" (all mask tokens), or an exact number of mask tokens.
           max_new_tokens: longest answer; None: enough for one mask and a sentence.
           min_length, max_length: limits of an adaptive number of mask tokens (None: all of them).

@@ -121,7 +121,7 @@ def _serve(
     if not isinstance(model, segmenter.Segmenter):
         raise ConfigError(f"--checkpoint={options.checkpoint}: a mask tokenizer alone; expected a run of stage 2 or 3")
     engine = Engine(model, *programs, options.cached_images)
-    at_once = options.batches_at_once or batches_at_once()
+    at_once = options.batches_at_once or batches_at_once(2)
     batcher = Batcher(engine, limits.max_queue, options.window_ms / 1000, at_once)
     host, port = listener.getsockname()[:2]
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -54,7 +54,8 @@ def test_a_fault_comes_in_its_place_and_leaves_nothing_running():
 
 
 def test_one_on_an_accelerator_and_on_one_processor(monkeypatch):
-    assert batches_at_once() == (2 if len(os.sched_getaffinity(0)) > 1 else 1)
+    several = len(os.sched_getaffinity(0)) > 1
+    assert (batches_at_once(), batches_at_once(2)) == ((4, 2) if several else (1, 1))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     assert batches_at_once() == 1
     monkeypatch.undo()
