@@ -35,6 +35,8 @@ from alto_jax.mllm import text as words
 from alto_jax.mllm.alto_llm import ALToLLM
 from alto_jax.parallel.at_once import batches_at_once, in_order
 
+_ENCODED_ON_A_CPU = 4
+
 
 class Segmenter(TokenizerModel):
     """Answers requests about images; masks of one's own go through `encode` and `decode`."""
@@ -365,7 +367,16 @@ class Segmenter(TokenizerModel):
         return ImageInputs(image.shape[:2], *(made[side] for side in sizes))
 
     def encode_inputs(self, given: Sequence[ImageInputs], rows: int = 1) -> list[EncodedImage]:
-        """What the model sees of images, `rows` at most; fewer are filled up to as many, so that one program serves."""
+        """What the model sees of images, `rows` at most; fewer are filled up to as many, so that one program serves.
+
+        On a CPU four at a time are encoded: what a layer makes of more of them does not stay in the processor's caches.
+        """
+        most = _ENCODED_ON_A_CPU if jax.default_backend() == "cpu" else rows
+        parts = (given[start : start + most] for start in range(0, len(given), most))
+        return [one for part in parts for one in self._encode_inputs(part, min(rows, most))]
+
+    def _encode_inputs(self, given: Sequence[ImageInputs], rows: int) -> list[EncodedImage]:
+        """`encode_inputs` by one program."""
         filled = [*given, *[given[-1]] * (rows - len(given))]
         image, pixels = np.stack([one.image for one in filled]), np.stack([one.pixels for one in filled])
         cfg = self.cfg

@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 
 import numpy as np
 from PIL import Image
@@ -208,6 +209,8 @@ class Counting:
         for request in asked:
             (folder / f"{request.id}.txt").write_text("x")
         if self._die_at is not None and asked[0].given["n"] >= self._die_at:
+            while not (folder / bulk.RESULTS).stat().st_size:  # Note: of an earlier batch, computed at the same time.
+                time.sleep(0.01)
             os._exit(9)
         return [{"square": item} for item in items]
 
@@ -229,8 +232,8 @@ def test_killed_and_run_again(tmp_path):
     assert (whole.answered, whole.before, whole.left_out) == (18, 0, {"truncated file": 2}) and whole.exit_code == 1
     code = "import sys; from tests.inference.test_bulk import *; bulk.run(counted(20), Counting(die_at=9), sys.argv[1])"
     out = tmp_path / "killed"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code, out], cwd=ROOT, env=environment, capture_output=True)
+    options = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "capture_output": True, "timeout": 300}
+    done = subprocess.run([sys.executable, "-c", code, out], **options)
     assert done.returncode == 9, done.stderr
     kept = (out / bulk.RESULTS).read_bytes()
     assert 0 < len(kept) < len((tmp_path / "whole" / bulk.RESULTS).read_bytes())

@@ -1,5 +1,6 @@
 """Requests answered together are those answered alone; what results hold; what is refused."""
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -47,6 +48,29 @@ def test_many_images_are_those_one_by_one(model, images):
     for image, text, answer in zip(images, texts, found, strict=True):
         assert answer.mask.shape == image.shape[:2] and 1 <= answer.length <= 3
         same(answer, model.segment(image, text, max_length=3))
+
+
+def test_a_cpu_encodes_four_images_at_a_time(model, images, monkeypatch):
+    """And each is what it is alone; those that are there are filled up to four, not to the batch."""
+    shapes, compiled = [], type(model).compiled
+
+    def noted(self, name, make, **options):
+        call = compiled(self, name, make, **options)
+        return lambda params, *arrays: shapes.append([len(a) for a in arrays]) or call(params, *arrays)
+
+    inputs = [model.inputs(image) for image in (*images, images[2])]
+    alone = [model.encode_inputs([one])[0] for one in inputs]
+    monkeypatch.setattr(type(model), "compiled", noted)
+    together = model.encode_inputs(inputs, rows=8)
+    assert shapes == [[4, 4], [4, 4]] and len(together) == len(inputs)
+    for one, same in zip(alone, together, strict=True):
+        assert one.size == same.size
+        np.testing.assert_allclose(same.image_tokens, one.image_tokens, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(same.features, one.features, rtol=1e-5, atol=1e-6)
+    shapes.clear()
+    assert len(model.encode_inputs(inputs[:3], rows=3)) == 3 and shapes == [[3, 3]]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert len(model.encode_inputs(inputs, rows=8)) == len(inputs) and shapes[1:] == [[8, 8]]
 
 
 def test_a_box_is_a_request(model, images):
