@@ -32,6 +32,7 @@ def adapt(
     steps: int,
     batch_size: int,
     kept: int | str = "random",
+    every: int = 1,
     change: Callable[[MaskBatch], MaskBatch] = lambda batch: batch,
 ) -> dict:
     """Trains encoder, codebook, de-tokenizer and image encoder by the loss of stage 1; gives the model's parameters.
@@ -40,6 +41,7 @@ def adapt(
       model: the checkpoint.
       seed: of masks and draws; steps, batch_size: of the training.
       kept: tokens of each mask in the loss: so many, "random" (uniform), or as the length predictor says ("adaptive").
+      every: a number of kept tokens holds for every so-many-th mask of a batch; the others keep a random number.
       change: what is done to each batch before it is used.
     """
     made, optimizer, step = _programs(model.cfg.tokenizer, seed, steps, batch_size, kept)
@@ -49,7 +51,7 @@ def adapt(
         key = jax.random.fold_in(jax.random.key(seed), number)
         drawn = {} if made.draw is None else made.draw(key, batch_size)
         if isinstance(kept, int):
-            drawn["kept"] = jnp.full(batch_size, kept)
+            drawn["kept"] = jnp.where(jnp.arange(batch_size) % every == 0, kept, drawn["kept"])
         params, state = step(params, state, change(next(batches)), drawn, jnp.int32(number))
     return {**model.params, "tokenizer": jax.tree.map(np.asarray, params)}
 

@@ -27,8 +27,12 @@ def test_rise_of_each_width():
 
 
 def test_command(debug_model, tmp_path):
-    done = run_python("-m", "experiments.outline", "--checkpoint", debug_model.path, "--out", tmp_path, "--masks", 8)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads((tmp_path / "outline.json").read_text())["rows"]
-    of_all = [row["4"] for row in rows if row["masks"] == "all"]
-    assert len(of_all) == 3 and of_all == sorted(of_all)  # more pixels that count as right
+    command = ["-m", "experiments.outline", "--checkpoint", debug_model.path, "--masks", 8, "--out"]
+    rows = {}
+    for name, more in {"given": (), "trained": ("--first_tokens_steps", 2)}.items():
+        done = run_python(*command, tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows[name] = json.loads((tmp_path / name / "outline.json").read_text())["rows"]
+        of_all = [row["4"] for row in rows[name] if row["masks"] == "all"]
+        assert len(of_all) == 3 and of_all == sorted(of_all)  # more pixels that count as right
+    assert rows["given"] != rows["trained"]
