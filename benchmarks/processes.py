@@ -1,8 +1,9 @@
-"""Do several processes, or micro-batches, learn what one process learns? `python benchmarks/processes.py`.
+"""Do several processes, micro-batches and packed rows learn what one process learns? `python benchmarks/processes.py`.
 
-Every stage, at a size below debug (float32, batch of 8; tests/parallel/stages_on_processes.py), takes three updates in
-one process, in one process with gradients accumulated over 4 micro-batches, and in P = 2 and 4 real processes (Gloo on
-the CPU) on the meshes (P,1,1), (1,P,1), (1,1,P) and (1,2,2), from the same start on the same data. Compared are loss
+Every stage, at a size below debug (float32, 8 samples a batch; tests/parallel/stages_on_processes.py), takes three
+updates in one process, in one process with gradients accumulated over 4 micro-batches, and in P = 2 and 4 real
+processes (Gloo on the CPU) on the meshes (P,1,1), (1,P,1), (1,1,P) and (1,2,2), on the last with 2 micro-batches too,
+and in stage 2 with these and two conversations in a row, from the same start on the same data. Compared are loss
 and gradient norm of every update, relative to their largest value in the run; the loss of stage 3, a mean of advantages
 of unit variance that cancel to 1e-8, relative to these. Prints a Markdown table; exits with 1 if a figure exceeds the
 tolerance. With --folder DIR the runs stay there, and the command goes on with those that are missing.
@@ -83,35 +84,45 @@ def main() -> int:
         return measure(Path(name))
 
 
+def cases_of(stage: str, processes: int) -> list[tuple[tuple[int, int, int], str]]:
+    """(mesh, what else is asked, in the words of stages_on_processes.py) of each case that has a row."""
+    packed = [":2:packed"] if stage == "stage2" else []
+    if processes == 1:
+        return [((1, 1, 1), words) for words in (":4", *packed)]
+    return [*((mesh, "") for mesh in MESHES[processes]), *(((1, 2, 2), words) for words in (":2", *packed))]
+
+
+def name_of(stage: str, mesh: tuple[int, int, int], words: str) -> str:
+    """What stages_on_processes.py calls a case."""
+    return f"{stage}:{','.join(map(str, mesh))}{words}"
+
+
 def measure(folder: Path) -> int:
     """Runs the cases that the folder lacks and prints the table."""
     failed = False
-    print("| stage | processes | mesh | micro-batches | loss | gradient norm |\n|---|---|---|---|---|---|", flush=True)
+    head = "| stage | processes | mesh | micro-batches | conversations in a row | loss | gradient norm |"
+    print(f"{head}\n{'|---' * 7}|", flush=True)
     if not (folder / "start").exists():
         write_model(folder / "start", stages_on_processes.config_of("stage2", (1, 1, 1), ""))
-    run(folder, [f"{stage}:1,1,1{parts}" for stage in STAGES for parts in ("", ":4")], 1, 1)
-    rows = [(stage, 1, (1, 1, 1), 4) for stage in STAGES]
-    for processes, meshes in MESHES.items():
-        for devices in sorted({math.prod(mesh) // processes for mesh in meshes}):
-            some = [mesh for mesh in meshes if math.prod(mesh) == processes * devices]
-            # Note: one mesh may stand for several numbers of processes, so their results are apart.
-            part = folder / f"{processes}"
-            part.mkdir(exist_ok=True)
-            if not (part / "start").exists():
-                (part / "start").symlink_to(folder / "start")
-            run(
-                part,
-                [f"{stage}:{','.join(map(str, mesh))}" for mesh in some for stage in STAGES],
-                processes,
-                devices,
-            )
-        rows += [(stage, processes, mesh, 1) for stage in STAGES for mesh in meshes]
-    for stage, processes, mesh, parts in sorted(rows, key=lambda row: STAGES.index(row[0])):
-        shown = ",".join(map(str, mesh))
-        case = f"{stage}:{shown}" + (f":{parts}" if parts > 1 else "")
-        found = errors(folder, stage, case if processes == 1 else f"{processes}/{case}")
+    rows = [(stage, processes, *case) for stage in STAGES for processes in (1, *MESHES)
+            for case in cases_of(stage, processes)]  # fmt: skip
+    run(folder, [f"{stage}:1,1,1" for stage in STAGES], 1, 1)
+    for processes in (1, *MESHES):
+        # Note: one mesh may stand for several numbers of processes, so their results are apart.
+        part = folder / f"{processes}"
+        part.mkdir(exist_ok=True)
+        if not (part / "start").exists():
+            (part / "start").symlink_to(folder / "start")
+        mine = [row for row in rows if row[1] == processes]
+        for devices in sorted({math.prod(mesh) // processes for _, _, mesh, _ in mine}):
+            some = [row for row in mine if math.prod(row[2]) == processes * devices]
+            run(part, [name_of(stage, mesh, words) for stage, _, mesh, words in some], processes, devices)
+    for stage, processes, mesh, words in rows:
+        found = errors(folder, stage, f"{processes}/{name_of(stage, mesh, words)}")
         failed |= max(found) > TOLERANCE
-        print(f"| {stage} | {processes} | {shown} | {parts} | {found[0]:.1e} | {found[1]:.1e} |", flush=True)
+        parts, in_a_row = words[1:2] or "1", 2 if "packed" in words else 1
+        cells = stage, processes, ",".join(map(str, mesh)), parts, in_a_row, *(f"{each:.1e}" for each in found)
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
     return int(failed)
 
 

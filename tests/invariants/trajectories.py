@@ -95,21 +95,13 @@ def all_cases(stage: str) -> Iterator[Case]:
 
 def configured(stage: str, case: Case) -> ExperimentConfig:
     """The configuration of a case; its batch has ROWS rows, or as many conversations packed."""
-    config = config_of(stage, case.mesh, "", case.accumulate)
-    data = dataclasses.replace(config.data, pack_samples=case.pack, max_length=config.data.max_length * case.pack,
-                               max_masks=config.data.max_masks * case.pack)  # fmt: skip
+    config = config_of(stage, case.mesh, "", case.accumulate, case.pack, ROWS)
     model = config.model
     if model.language_model is not None:
         language = dataclasses.replace(model.language_model, attention=case.attention)
         model = dataclasses.replace(model, language_model=language)
     generate = dataclasses.replace(config.grpo.generate, cache_dtype=case.cache_dtype, share_prompt=case.share_prompt)
-    return dataclasses.replace(
-        config,
-        data=data,
-        model=model,
-        grpo=dataclasses.replace(config.grpo, generate=generate),
-        train=dataclasses.replace(config.train, batch_size=ROWS // case.pack),
-    )
+    return dataclasses.replace(config, model=model, grpo=dataclasses.replace(config.grpo, generate=generate))
 
 
 def with_odd_vocabulary(config: ExperimentConfig) -> ExperimentConfig:

@@ -21,10 +21,10 @@ from tests.forking import SERVER
 from tests.parallel import stages_on_processes
 
 SECONDS = 900  # until a process that hangs is ended
-# Of 4 devices in 2 processes: a tensor axis of 4 spans both. One works in a copy of a bucket.
-# All stages and more meshes: benchmarks/processes.py.
+# Of 4 devices in 2 processes: a tensor axis of 4 spans both. One works in a copy of a bucket, one in micro-batches of
+# packed rows. All stages and more meshes: benchmarks/processes.py.
 STAGES = "stages_on_processes.py"
-CASES = ("stage1:1,4,1:1:bucket", "stage2:1,2,2", "stage3:1,1,4")
+CASES = ("stage1:1,4,1:1:bucket", "stage2:1,2,2:2:packed", "stage3:1,1,4")
 
 
 def run(script, *arguments, processes=1, devices=1):
