@@ -137,6 +137,9 @@ class TrainConfig:
 
     accumulate: micro-batches of an update, one after the other; the same gradient with less memory.
     checkpoint_minutes: also saved when so many minutes have passed since the last save (0: never).
+    checkpoint_local_every: after so many updates the state is also kept on each machine, in ALTO_LOCAL (0: never); see
+    `alto_jax.checkpoint.nearby`. checkpoint_one_reader: where a run goes on, one of the processes that hold the same
+    parts of the state reads them, and the others get them over the devices' links.
     keep_checkpoints: the newest so many are kept, and beside them the keep_best whose best_metric (a name in
     metrics.jsonl, such as "loss", as last logged, or "eval/giou", of that update) is best by best_mode.
     max_restarts: starts in a row that may die without a new checkpoint before the next is refused (0: no limit).
@@ -154,6 +157,8 @@ class TrainConfig:
     log_every: int = 50
     checkpoint_every: int = 500
     checkpoint_minutes: float = 0.0
+    checkpoint_local_every: int = 0
+    checkpoint_one_reader: bool = False
     max_restarts: int = 20
     keep_checkpoints: int = 2
     keep_best: int = 0
@@ -172,7 +177,8 @@ class TrainConfig:
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "at least 1")
         divides = self.accumulate >= 1 and self.batch_size % self.accumulate == 0
         require(divides, "accumulate", self.accumulate, f"a divisor of batch_size {self.batch_size}")
-        for name in ("checkpoint_minutes", "max_restarts", "keep_best", "spike_sigmas", "profile_steps", "patience"):
+        for name in ("checkpoint_minutes", "checkpoint_local_every", "max_restarts", "keep_best", "spike_sigmas",
+                     "profile_steps", "patience"):  # fmt: skip
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "at least 1")
 

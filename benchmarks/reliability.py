@@ -124,12 +124,14 @@ class Processes:
         self.all: list[subprocess.Popen] = []
         self._copying: list[threading.Thread] = []
         for i, log in enumerate(self.logs):
+            # Note: as if on machines of their own.
+            own = {"ALTO_LOCAL": str(logs.parent.parent / f"local_{i}")}
             log.touch()  # which the thread that writes it may not have come to when it is read
             joined = {"ALTO_COORDINATOR": address, "ALTO_NUM_PROCESSES": str(number), "ALTO_PROCESS_ID": str(i)}
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=os.environ | joined | (env or {}),
+                env=os.environ | joined | own | (env or {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
             )

@@ -12,10 +12,12 @@ save, evaluate):
   full disk    no process can write to any file, for up to 4 seconds
   lost mount   the run's directory is gone, for up to 4 seconds
   clock        Python's clock jumps by up to a day, forth or back, until the processes end
+  lost machine signal 9 to all, then what one process keeps in ALTO_LOCAL is gone, or damaged
 
-Whenever the processes have ended, the same command is given again. Compared at the end: every array of the last
-checkpoint, bit for bit, the position in the data, metrics.jsonl, and the wall clock of the run's own account (goodput);
-of stage 3 prompts.jsonl too, which must hold every prompt of each epoch exactly once.
+Every second run writes to its directory every 4 updates, and to its local tier after each; one process reads for all
+that hold the same. Whenever the processes have ended, the same command is given again. Compared at the end: every array
+of the last checkpoint, bit for bit, the position in the data, metrics.jsonl, and the wall clock of the run's own
+account (goodput); of stage 3 prompts.jsonl too, which must hold every prompt of each epoch exactly once.
 A run whose only checkpoint was damaged refuses, and says how it can begin anew; that is then done, and counted.
 What ends by itself must say why in one line; what does not end within `--timeout` seconds counts as hung. With --folder
 DIR the command goes on where it was stopped.
@@ -29,6 +31,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -42,12 +45,13 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import reliability  # noqa: E402
 from benchmarks.damage import damage  # noqa: E402
 
-FAULTS = ("kill", "terminate", "damage", "full disk", "lost mount", "clock")
+FAULTS = ("kill", "terminate", "damage", "full disk", "lost mount", "clock", "lost machine")
 STEPS = 24
+TIER = [f"--config.train.checkpoint_{field}" for field in ("every=4", "local_every=1", "one_reader=True")]
 # Stage, processes and mesh (data, fsdp, tensor), and how often they come.
 PLACES = {
     ("stage1", 1, (1, 1, 1)): 4, ("stage1", 2, (1, 2, 1)): 3, ("stage1", 2, (1, 1, 2)): 3, ("stage1", 4, (1, 4, 1)): 1,
-    ("stage1", 4, (1, 2, 2)): 1, ("stage3", 1, (1, 1, 1)): 3, ("stage3", 2, (1, 2, 1)): 1,
+    ("stage1", 4, (1, 2, 2)): 1, ("stage1", 2, (2, 1, 1)): 2, ("stage3", 1, (1, 1, 1)): 3, ("stage3", 2, (1, 2, 1)): 1,
 }  # fmt: skip
 SPREAD = {"start": 3.0, "compile": 1.5, "step": 0.4, "save": 0.05, "evaluate": 0.1}
 SAYS_WHY = ("error:", "another process of this run", "distributed service")
@@ -86,7 +90,9 @@ class Fault:
 class Run:
     """One run in a folder of its own, `mount/run`, where `mount` is a link that can be broken."""
 
-    def __init__(self, folder: pathlib.Path, place: tuple[str, int, tuple[int, int, int]], timeout: float):
+    def __init__(
+        self, folder: pathlib.Path, place: tuple[str, int, tuple[int, int, int]], timeout: float, has_local: bool
+    ):
         (self.stage, self.number, mesh), self.timeout = place, timeout
         self.mount, self.workdir = folder / "mount", folder / "mount" / "run"
         (folder / "disk").mkdir(parents=True)
@@ -98,9 +104,11 @@ class Run:
         self.env = {"SOAK_CLOCK": str(self.clock), "PYTHONPATH": path}
         self.flags = [f"--config.train.steps={STEPS}"]
         self.flags += [f"--config.mesh.{name}={size}" for name, size in zip(("data", "fsdp", "tensor"), mesh)]
+        self.flags += TIER if has_local else []
         if self.stage == "stage3":
             self.flags += [f"--config.init_from={folder.parent / 'start'}"]
         self.logs, self.starts = folder / "logs", 0
+        self.found: list[int] = []  # The newest checkpoint in the run's directory before each start.
         self.began: float | None = None
 
     def steps(self) -> list[int]:
@@ -116,8 +124,19 @@ class Run:
         self.clock.unlink(missing_ok=True)
         self.began = self.began or time.time()
         self.starts += 1
+        self.found.append((self.steps() or [0])[-1])
         logs = self.logs / str(self.starts)
         return reliability.Processes(self.workdir, self.number, logs, self.flags, self.env, self.stage)
+
+    def starts_from_local(self) -> int:
+        """How many starts went on from a step that only the local tier had."""
+        count = 0
+        for number, newest in enumerate(self.found, 1):
+            said = re.search(
+                r"resumed from step (\d+) of", (self.logs / str(number) / "0.txt").read_text(errors="replace")
+            )
+            count += said is not None and int(said[1]) > newest
+        return count
 
     def end_of(self, processes: reliability.Processes, fault: Fault, killed: set[int]) -> None:
         """Waits for the end of all processes, and notes how they ended; a hung one is ended."""
@@ -159,7 +178,7 @@ class Run:
             killed = {victim}
         elif fault.kind == "terminate":
             processes.all[victim].send_signal(signal.SIGTERM)
-        elif fault.kind == "damage":
+        elif fault.kind in ("damage", "lost machine"):
             for process in processes.all:
                 process.send_signal(signal.SIGKILL)
             killed = set(range(self.number))
@@ -174,13 +193,19 @@ class Run:
             retarget(self.mount, "disk")
         else:
             self.clock.write_text(str(rng.choice((-1, 1)) * rng.randrange(60, 86400)))
-        if fault.kind in ("kill", "terminate", "damage"):
+        if fault.kind in ("kill", "terminate", "damage", "lost machine"):
             self.end_of(processes, fault, killed)
         else:
             self.settle(processes, fault, before)
         fault.seconds = time.monotonic() - began
         if fault.kind == "damage" and self.steps():
             fault.after.append(damage(self.workdir / "checkpoints" / str(self.steps()[-1]), rng, ("cut", "bits")))
+        machine = self.mount.parent / f"local_{victim}"
+        if fault.kind == "lost machine" and machine.exists():
+            if rng.random() < 0.5:
+                fault.after.append(damage(machine, rng, ("cut", "bits")))
+            else:
+                shutil.rmtree(machine)
         return True
 
     def settle(self, processes: reliability.Processes, fault: Fault, before: list[int]) -> None:
@@ -214,9 +239,12 @@ def retarget(link: pathlib.Path, target: str) -> None:
     new.rename(link)
 
 
-def disturb(folder: pathlib.Path, place: tuple, faults: int, seed: str, timeout: float) -> dict:
+def disturb(
+    folder: pathlib.Path, place: tuple, faults: int, seed: str, timeout: float, *, has_local: bool = False
+) -> dict:
     """A run with so many faults; a JSON object that says what happened."""
-    rng, run = random.Random(seed), Run(folder, place, timeout)
+    rng, run = random.Random(seed), Run(folder, place, timeout, has_local)
+    kinds = FAULTS if has_local else FAULTS[:-1]
     stage, number, mesh = place
     met: list[Fault] = []
     processes, refused, failures = None, "", 0
@@ -224,7 +252,7 @@ def disturb(folder: pathlib.Path, place: tuple, faults: int, seed: str, timeout:
         if processes is None or not processes.are_running():
             processes = run.start()
         if len(met) < faults:
-            fault = Fault(rng.choice(FAULTS), rng.choice(reliability.PHASES))
+            fault = Fault(rng.choice(kinds), rng.choice(reliability.PHASES))
             if run.meet(processes, fault, rng):
                 met.append(fault)
                 print(f"  {stage} {number} {mesh} {fault}", flush=True)
@@ -245,6 +273,8 @@ def disturb(folder: pathlib.Path, place: tuple, faults: int, seed: str, timeout:
     result |= {"faults": [dataclasses.asdict(fault) for fault in met]}
     result |= {
         "starts": run.starts,
+        "has_local": has_local,
+        "from_local": run.starts_from_local(),
         "refused": refused if not run.is_done() else "",
         "seconds": time.time() - run.began,
     }
@@ -307,7 +337,10 @@ def account(results: list[dict]) -> list[str]:
     told = (
         f"Stage 3: {len(taken)} runs took {number} prompts; in {once} of them each of an epoch's prompts stands once in"
     )
-    return [*lines, "", f"{told} prompts.jsonl."]
+    tier = [r for r in results if r["has_local"]]
+    local = f"{len(tier)} runs had a local tier; {sum(r['from_local'] for r in tier)} of their "
+    local += f"{sum(r['starts'] for r in tier)} starts went on from a step that was there alone."
+    return [*lines, "", f"{told} prompts.jsonl.", "", local]
 
 
 def main() -> int:
@@ -357,7 +390,8 @@ def soak(folder: pathlib.Path, options: argparse.Namespace) -> int:
             (alone / "fingerprint.json").write_text(json.dumps(reliability.fingerprint(alone / "mount" / "run", STEPS)))
         shutil.rmtree(folder / "run", ignore_errors=True)
         count = min(options.each, options.faults - met)
-        result = disturb(folder / "run", place, count, f"{options.seed} {index}", options.timeout)
+        seed = f"{options.seed} {index}"
+        result = disturb(folder / "run", place, count, seed, options.timeout, has_local=index % 2 == 1)
         expected = json.loads((alone / "fingerprint.json").read_text())
         found = {} if result["refused"] else reliability.fingerprint(folder / "run" / "mount" / "run", STEPS)
         result["different"] = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))

@@ -21,7 +21,7 @@ import numpy as np
 from alto_jax import cli
 from alto_jax.checkpoint import damage
 from alto_jax.config import ConfigError
-from alto_jax.parallel import distributed
+from alto_jax.parallel import distributed, replicas
 
 CHECKPOINTS = "checkpoints"
 T = TypeVar("T")
@@ -62,12 +62,14 @@ class Found:
       sums: of those that can be compared with what was saved, by path, see `checksums`.
       plain: what else was read; JSON can hold it.
       frozen: the folder of the arrays whose path begins with "frozen"; "": that of all others.
+      readers: the processes that have read the arrays, for those of their role (`parallel.replicas`); None: all have.
     """
 
     arrays: Any = dataclasses.field(default_factory=dict)
     sums: dict[str, int] = dataclasses.field(default_factory=dict)
     plain: Any = None
     frozen: str = ""
+    readers: frozenset[int] | None = None
 
     def digest(self) -> str:
         """What must be the same in all processes, before they may work together on the arrays."""
@@ -87,13 +89,10 @@ def flat(tree: Any) -> dict[str, Any]:
     return {"/".join(map(name, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-
 @jax.jit
 def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
     def total(leaf: jax.Array) -> jax.Array:
-        bits = _BITS[leaf.dtype.itemsize]
+        bits = replicas.BITS[leaf.dtype.itemsize]
         leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, bits)
         return jnp.sum(leaf.astype(jnp.uint32), dtype=jnp.uint32)
 
@@ -108,7 +107,7 @@ def _met_sums() -> Callable:
 def _sum_here(leaf: jax.Array) -> np.uint32:
     """The same of an array in this machine's memory, which needs no program."""
     array = np.asarray(leaf)
-    return np.sum(array.view(_BITS[array.dtype.itemsize]), dtype=np.uint32)
+    return np.sum(array.view(replicas.BITS[array.dtype.itemsize]), dtype=np.uint32)
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -181,19 +180,14 @@ def newest_in_parts(
     for step in steps:
         folder, kept = directory / CHECKPOINTS / str(step), []
         for read in reads:
-            found, error = _attempt(read, folder)
-            why = _vote(folder, found, error)
-            if why is None:
-                assert found is not None
-                why = _vote(folder, found, _wrong_sums(found))
-            if why is not None:
+            found, why = take(functools.partial(_read_there, read, folder), folder)
+            if found is None:
                 break
-            assert found is not None
             kept.append(keep(found))
             found = None  # Note: its memory is needed for the next part.
         else:
             return kept, step
-        found, kept = None, []  # Note: their memory is needed for the next step.
+        kept = []  # Note: their memory is needed for the next step.
         first = first or f"step {step}: {why}"
         older = [s for s in steps if s < step]
         if older and jax.process_index() == 0 and damage.is_news(folder):
@@ -204,13 +198,40 @@ def newest_in_parts(
     raise Unreadable(f"{directory}: no checkpoint can be read ({first or 'there is none'})")
 
 
-def _attempt(read: Callable[[pathlib.Path], Found], folder: pathlib.Path) -> tuple[Found | None, Exception | None]:
+def take(read: Callable[[], Found], folder: pathlib.Path) -> tuple[Found | None, str]:
+    """What all processes can read, and is what was saved; all call this together.
+
+    Args:
+      read: reads files alone, and must not wait for another process.
+      folder: of the step, for messages.
+
+    Returns:
+      (what was read, ""), or in all processes (None, why not).
+
+    Raises:
+      Exception: what would end an older step too, see `_vote`.
+    """
+    found, error = attempt(read)
+    why = _vote(folder, found, error)
+    if why is None:
+        assert found is not None
+        if found.readers is not None:
+            found = dataclasses.replace(found, arrays=replicas.spread(found.arrays, found.readers), readers=None)
+        why = _vote(folder, found, _wrong_sums(found))
+    return (None, why) if why is not None else (found, "")
+
+
+def _read_there(read: Callable[[pathlib.Path], Found], folder: pathlib.Path) -> Found:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there")
+    return read(folder)
+
+
+def attempt(read: Callable[[], Found]) -> tuple[Found | None, Exception | None]:
     """What `read` returns, or what it raises."""
     try:
         with damage.quiet():
-            if not folder.is_dir():
-                raise FileNotFoundError(f"{folder} is not there")
-            return read(folder), None
+            return read(), None
     except Exception as error:  # noqa: BLE001 - damaged files surface as almost anything
         # Note: without its frames, which keep what was read so far.
         return None, error.with_traceback(None)

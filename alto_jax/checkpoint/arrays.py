@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from alto_jax.checkpoint import damage
 from alto_jax.checkpoint.agreement import Found, FrozenDamaged, flat, json_digest
-from alto_jax.parallel import distributed
+from alto_jax.parallel import distributed, replicas
 from alto_jax.storage.steps import DONE, FROZEN
 
 BROKEN = "broken_checkpoints"  # What could not be read on resume is moved here.
@@ -149,11 +149,12 @@ def structure(step: pathlib.Path, meta: dict) -> dict:
     return found
 
 
-def read(step: pathlib.Path, meta: dict, wanted: dict) -> Found:
+def read(step: pathlib.Path, meta: dict, wanted: dict, readers: frozenset[int] | None = None) -> Found:
     """A part of a step's arrays, with the checksums that they were saved with, but for those read in another type.
 
     Args:
       step, meta: as in `places`. wanted: by part, onto these shapes, dtypes and shardings.
+      readers: processes that read for all others of their role (`parallel.replicas`), which give zeros here; None: all.
 
     Raises:
       FrozenDamaged: the frozen parameters cannot be read. Exception: others cannot.
@@ -164,12 +165,14 @@ def read(step: pathlib.Path, meta: dict, wanted: dict) -> Found:
     for part, folder in folders.items():
         chosen = {name: tree for name, tree in wanted.items() if (name if name in folders else "") == part}
         if chosen:
-            found |= _told(part, folder, functools.partial(restore_arrays, folder, chosen))
+            is_reader = readers is None or jax.process_index() in readers
+            give = functools.partial(restore_arrays, folder) if is_reader else replicas.blank
+            found |= _told(part, folder, functools.partial(give, chosen))
             dtypes |= flat(_told(part, folder, functools.partial(array_structure, folder)))
     saved = meta.get("checksums") or {}
     is_as_saved = lambda path, leaf: path in dtypes and np.dtype(dtypes[path].dtype) == leaf.dtype
     sums = {path: saved[path] for path, leaf in flat(found).items() if path in saved and is_as_saved(path, leaf)}
-    return Found(found, sums, frozen=str(folders.get("frozen", "")))
+    return Found(found, sums, frozen=str(folders.get("frozen", "")), readers=readers)
 
 
 def _told(part: str, folder: pathlib.Path, read: Callable[[], Any]) -> Any:

@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import Any
 import warnings
 
+import jax
+
 # Note: set once, since `warnings.catch_warnings` is not safe in threads. When a read has failed, Orbax leaves others
 # behind that it has not begun.
 warnings.filterwarnings("ignore", r"coroutine 'Store\..*' was never awaited", RuntimeWarning)
@@ -130,3 +132,25 @@ def quiet() -> Iterator[None]:
     sys.unraisablehook = hook
     if not stays:
         logger.removeFilter(_is_other_news)
+
+
+class Failures:
+    """Turns what Orbax raises when files cannot be written into OSError; its manager then looks at what is there."""
+
+    def __init__(self, manager: Any, folder: pathlib.Path):
+        self._manager, self._folder = manager, folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or not isinstance(error, Exception):
+            return
+        text = " ".join(str(error).split())
+        words = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "Disk quota", "errno")
+        # Note: JAX's own errors speak of devices and processes; those of files are of other types.
+        is_disk = not isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in words)
+        if not is_disk and not isinstance(error, OSError):
+            return
+        self._manager.reload()
+        raise OSError(f"{self._folder}: a checkpoint could not be written: {text}") from error

@@ -23,7 +23,7 @@ from flax import traverse_util
 import jax
 import orbax.checkpoint as ocp
 
-from alto_jax.checkpoint import arrays, damage, foreign
+from alto_jax.checkpoint import arrays, damage, foreign, nearby, position
 from alto_jax.checkpoint.agreement import (
     CHECKPOINTS,
     Found,
@@ -39,7 +39,7 @@ from alto_jax.checkpoint.agreement import (
 )
 from alto_jax.checkpoint.retention import Policy, Retention
 from alto_jax.config import local_path
-from alto_jax.parallel import distributed
+from alto_jax.parallel import distributed, replicas
 from alto_jax.params import merge_params, refuse_quantized
 from alto_jax.storage import fetched
 from alto_jax.storage.bucket import checked, is_url
@@ -55,15 +55,26 @@ class Checkpointer:
 
     Attributes:
       directory: the run's directory.
+      unlogged: metrics of the updates that were in no record of metrics.jsonl when the restored step was saved.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int | Retention = 2, *, is_apart: bool = False):
-        """Makes the folder.
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        keep: int | Retention = 2,
+        *,
+        is_apart: bool = False,
+        has_local: bool = False,
+        one_reader: bool = False,
+    ):
+        """Makes the folder; with `has_local` all processes call this together.
 
         Args:
           directory: of the run. keep: which steps stay.
           is_apart: each process has a directory of its own. Then process 0 gathers all arrays and writes alone, and the
             directories must be equal when a run is gone on with (`storage.mirror.of_each`).
+          has_local: the last steps are kept on each machine too (`checkpoint.nearby`), where `save_local` is called.
+          one_reader: of the processes that hold the same parts of all arrays one reads, for the others too.
         """
         self.directory = local_path(directory, "--workdir").absolute()
         self._folder = self.directory / CHECKPOINTS
@@ -72,6 +83,9 @@ class Checkpointer:
         self._metrics: dict[int, float | None] = {}
         self._is_apart, self._writes = is_apart, not is_apart or jax.process_index() == 0
         self._frozen = ""  # the name of those that are known to be there
+        self.unlogged: list[dict[str, float]] = []
+        self._nearby = nearby.Nearby(self.directory) if has_local else None
+        self._one_reader = one_reader
         damage.quiet_saves()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=Policy(lambda steps: self._retention.keep({s: self._metric(s) for s in steps})),
@@ -114,23 +128,43 @@ class Checkpointer:
                 return
             self._require_folder()
             self._metrics[step] = metric
-            described = meta | {"metric": metric, "checksums": checksums(parts)}
-            described |= {"position": json_digest(data_iterator.get_state())}
-            described |= self._put_frozen_apart(parts, described["checksums"])
-            position: Any = grain_checkpoint.CheckpointSave(data_iterator)
+            described = self._described(parts, data_iterator, meta | {"metric": metric})
+            place: Any = grain_checkpoint.CheckpointSave(data_iterator)
             if self._is_apart:
                 parts = arrays.on_first(parts)
-                position = ocp.args.JsonSave({"positions": distributed.gather(data_iterator.get_state())})
+                place = ocp.args.JsonSave({"positions": distributed.gather(data_iterator.get_state())})
                 if not self._writes:
                     return
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(parts),
-                    data=position,
+                    data=place,
                     meta=ocp.args.JsonSave(sealed(described)),
                 ),
             )
+
+    def save_local(self, step: int, state: Any, data_iterator: Any, meta: dict) -> None:
+        """`save` on each machine alone, for the run's next start; arguments as there. Only after a first `save`.
+
+        Raises:
+          OSError: the frozen parameters, of which the run's directory has the one copy, cannot be written.
+        """
+        assert self._nearby is not None
+        parts = _without_empty(state)
+        with self._told_failures():
+            described = self._described(parts, data_iterator, meta)
+        self._nearby.save(step, parts, described | {"data": data_iterator.get_state()})
+
+    def drop_local(self) -> None:
+        """Removes the steps on this machine, which a `save` has made superfluous."""
+        if self._nearby is not None:
+            self._nearby.clear()
+
+    def _described(self, parts: dict, data_iterator: Any, meta: dict) -> dict:
+        """What a step says of itself; takes the frozen parameters out of the parts, to where all steps share them."""
+        described = meta | {"checksums": checksums(parts), "position": json_digest(data_iterator.get_state())}
+        return described | self._put_frozen_apart(parts, described["checksums"])
 
     def _put_frozen_apart(self, parts: dict, sums: dict[str, int]) -> dict:
         """Takes the frozen parameters out of a state, to where all steps share them; returns what a step says of it."""
@@ -167,22 +201,27 @@ class Checkpointer:
         wanted = _without_empty(abstract)
         if frozen is not None:
             del wanted["frozen"]
+        readers = None
+        if self._one_reader:
+            roles = distributed.gather(replicas.role_of(flat(wanted).values()))
+            readers = replicas.readers_of(roles, [True] * len(roles))
 
         def read(folder: pathlib.Path) -> Found:
-            meta, position = read_meta(folder), _data_state(folder / "data")
-            if meta.get("position", json_digest(position)) != json_digest(position):
+            meta, state = read_meta(folder), position.read(folder / "data")
+            if meta.get("position", json_digest(state)) != json_digest(state):
                 raise ValueError(f"{folder / 'data'}: the position in the data is not what was saved")
-            return dataclasses.replace(arrays.read(folder, meta, wanted), plain=[position, meta.get("frozen", "")])
+            return dataclasses.replace(arrays.read(folder, meta, wanted, readers), plain=position.plain(meta, state))
 
+        local = self._nearby and self._nearby.restore(wanted, self._folder, self.latest_step(), readers)
         try:
-            found, step = newest_readable(self.directory, read)
+            found, step = local or newest_readable(self.directory, read)
         except Unreadable as error:
             raise Unreadable(f"{error}; with {self._folder} moved away the run begins anew") from error
-        position, name = found.plain
+        state, name, self.unlogged = found.plain
         if frozen is not None:
             self._replace_frozen(name, frozen)
             found.arrays["frozen"] = frozen
-        data_iterator.set_state(position)
+        data_iterator.set_state(state)
         distributed.from_first(functools.partial(self._set_aside, step))
         self._manager.reload()
         return dataclasses.replace(cast(Any, abstract), **found.arrays)
@@ -251,61 +290,18 @@ class Checkpointer:
         try:
             self.wait()
         finally:
+            if self._nearby is not None:
+                self._nearby.close()
             self._manager.close()
 
-    def _told_failures(self) -> "_Failures":
-        return _Failures(self._manager, self._folder)
-
-
-class _Failures:
-    """Turns what Orbax raises when files cannot be written into OSError."""
-
-    def __init__(self, manager: ocp.CheckpointManager, folder: pathlib.Path):
-        self._manager, self._folder = manager, folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
-        text = " ".join(str(error).split())
-        words = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "Disk quota", "errno")
-        # Note: JAX's own errors speak of devices and processes; those of files are of other types.
-        is_disk = not isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in words)
-        if not is_disk and not isinstance(error, OSError):
-            return
-        self._manager.reload()
-        raise OSError(f"{self._folder}: a checkpoint could not be written: {text}") from error
+    def _told_failures(self) -> damage.Failures:
+        return damage.Failures(self._manager, self._folder)
 
 
 def _without_empty(state: Any) -> dict:
     """The state as a dict without parts that hold no array (Orbax cannot write those)."""
     parts = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
-
-
-def _data_state(folder: pathlib.Path) -> Any:
-    """Position of this process's iterator; that of any other if the number of processes has changed.
-
-    Raises:
-      ValueError: the positions of the processes differ, so that they mean nothing to another number of processes.
-    """
-    apart = folder / "metadata"
-    if apart.exists():  # written by one process for all
-        states = json.loads(apart.read_text())["positions"]
-        if len(states) == jax.process_count():
-            return states[jax.process_index()]
-    own = folder / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
-    if own.exists():
-        return json.loads(own.read_text())
-    if not apart.exists():
-        states = [json.loads(file.read_text()) for file in sorted(folder.glob("process_*-of-*.json"))]
-    if not states:
-        raise FileNotFoundError(f"{folder}: no position in the data")
-    if any(state != states[0] for state in states):
-        raise ValueError(f"{folder}: positions in the data of {len(states)} processes, which differ; start as many")
-    return states[0]
 
 
 def sealed(meta: dict) -> dict:
@@ -359,11 +355,6 @@ def load_meta(directory: str | os.PathLike, step: int | None = None) -> dict:
     root, _ = find_run(directory, step=step)
     found, _ = newest_readable(root, lambda folder: Found(plain=read_meta(folder)), step)
     return described(found)
-
-
-def load_unlogged(directory: str | os.PathLike, step: int) -> list[dict[str, float]]:
-    """Metrics of the updates up to a step that were in no record of metrics.jsonl when it was saved."""
-    return read_meta(pathlib.Path(directory) / CHECKPOINTS / str(step)).get("unlogged", [])
 
 
 def described(found: Found) -> dict:

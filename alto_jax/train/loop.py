@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import optax
 
-from alto_jax.checkpoint import loading, runs
+from alto_jax.checkpoint import loading, nearby, runs
 from alto_jax.cli import Stopped, duration
 from alto_jax.config import ConfigError, write_whole
 from alto_jax.data import prefetch, sources, stream
@@ -92,7 +92,12 @@ def _train(
     sharding.batch_share(mesh).rows(config.train.batch_size, "config.train.batch_size")
     cfg = config.train
     keep = runs.Retention(cfg.keep_checkpoints, cfg.keep_best, cfg.best_mode, cfg.best_metric)
-    checkpointer = runs.Checkpointer(path, keep, is_apart=is_apart)
+    if copy is not None and cfg.checkpoint_local_every:
+        raise ConfigError(f"config.train.checkpoint_local_every: expected 0 with a bucket, whose copy on this machine"
+                          f" is ahead of it anyway, got {cfg.checkpoint_local_every}")  # fmt: skip
+    checkpointer = runs.Checkpointer(
+        path, keep, is_apart=is_apart, has_local=cfg.checkpoint_local_every > 0, one_reader=cfg.checkpoint_one_reader
+    )
     is_resumed = checkpointer.latest_step() is not None
     optimizer = make_optimizer(config.optim, config.train.steps)
     with distributed.opening():
@@ -168,7 +173,8 @@ def _name_evaluation(config: ExperimentConfig) -> str:
 def _claim(path: pathlib.Path, config: ExperimentConfig) -> tuple[dict | None, int]:
     """What the result.json of the run's directory holds (None: the run is not at its end), its newest step (or 0)."""
     claim_workdir(path, config)
-    file, newest = path / "result.json", max(runs.complete_steps(path), default=0)
+    file = path / "result.json"
+    newest = max([*runs.complete_steps(path), *nearby.steps_here(path)], default=0)
     if file.exists():
         return json.loads(file.read_text()), newest
     goodput.require_progress(path, config, newest)
@@ -228,8 +234,7 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
     watch = best.Watch(config.train, distributed.from_first(lambda: read_metrics(path)))
     profiler = Profiler(path / "profile", start + 3, config.train.profile_steps if jax.process_index() == 0 else 0)
     pending: list[dict] = []
-    if run.is_resumed:
-        pending += distributed.from_first(lambda: runs.load_unlogged(path, start))
+    pending += run.checkpointer.unlogged
     counters: collections.deque = collections.deque(maxlen=2)
 
     def next_batch() -> Any:
@@ -302,13 +307,14 @@ def _steps(run: _Run, state: TrainState) -> tuple[TrainState, Logs, best.Watch]:
                 check_bad(config, run.checkpointer, step, metrics["in_a_row"])
             if is_over and config.train.patience:
                 state = _best_state(run, state, watch, logs)
-            if is_last or is_due:
+            if is_last or is_due or saver.is_local_due(step):
                 if rollouts is not None:
                     rollouts.prompts.flush()
                 with account.during(goodput.DEVICE):
                     jax.block_until_ready(metrics)
                 with account.during("save"):
-                    saver.save(step, state, logs, unlogged=pending, is_last=is_last)
+                    is_local = not (is_last or is_due)
+                    saver.save(step, state, logs, unlogged=pending, is_last=is_last, is_local=is_local)
                 account.note(step)
             if is_over:
                 break

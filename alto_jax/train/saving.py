@@ -29,7 +29,7 @@ class Saver:
         self._meta = {"stage": config.stage, "model": to_dict(config.model), "data": data}
         self._meta |= loading.adapter_meta(config)
         self._repeats = config.grpo.updates_per_rollout if config.stage == "stage3" else 1
-        self._last = time.monotonic()
+        self._last, self._has_begun = time.monotonic(), False
 
     def is_due(self, step: int) -> bool:
         """Whether `step` is to be saved: by `train.checkpoint_every`, or the time since the last save.
@@ -48,20 +48,31 @@ class Saver:
             return False
         return distributed.from_first(lambda: time.monotonic() - self._last >= 60 * cfg.checkpoint_minutes)
 
+    def is_local_due(self, step: int) -> bool:
+        """Whether `step` is to be kept on each machine, by `train.checkpoint_local_every`; as of `is_due`."""
+        every = self._config.train.checkpoint_local_every
+        return bool(every) and step % every == 0
+
     def save(
-        self, step: int, state: TrainState, logs: Logs, *, unlogged: Sequence[Any] = (), is_last: bool = False
-    ) -> None:
+        self, step: int, state: TrainState, logs: Logs, *, unlogged: Sequence[Any] = (), is_last: bool = False,
+        is_local: bool = False,
+    ) -> None:  # fmt: skip
         """Saves the state of `step`; the last one of a run also waits for it.
 
         Args:
           step, state, logs: of the run.
           unlogged: metrics of the updates that are in no record yet, which a run that goes on from here begins with.
           is_last: of the run, or of this start.
+          is_local: on each machine alone; a run's first checkpoint is one of its directory all the same, without which
+            no later start takes it for begun.
 
         Raises:
           OSError: files cannot be written, and this is the last save (or there are several processes).
         """
-        self._last = time.monotonic()
+        self._has_begun = self._has_begun or self._checkpointer.latest_step() is not None
+        is_local = is_local and self._has_begun
+        if not is_local:
+            self._last = time.monotonic()
         bad, wanted = int(state.guard["in_a_row"]), self._config.train.best_metric
         metric = logs.metric_of(step, wanted)
         # Note: what patience may give back is saved in any case; its parameters are those of the last good update.
@@ -73,6 +84,9 @@ class Saver:
         if self._config.lora.rank:
             state = dataclasses.replace(state, frozen={})
         try:
+            if is_local:
+                self._checkpointer.save_local(step, state, self._iterator, meta)
+                return
             self._checkpointer.wait()
             copy = self._copy
             # Note: the others wait here, not in a collective, for as long as it takes.
@@ -80,6 +94,7 @@ class Saver:
             self._checkpointer.save(step, state, self._iterator, meta, metric=metric)
             if is_last:
                 self._checkpointer.wait()
+                self._checkpointer.drop_local()
         except OSError as error:
             # Note: several processes do not see the same files fail, and must not part.
             if is_last and jax.process_count() == 1:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from alto_jax.checkpoint import loading, runs
+from alto_jax.checkpoint import loading, position, runs
 from alto_jax.checkpoint.runs import Retention
 from alto_jax.cli import EXIT_RESUMABLE, Stopped
 from alto_jax.config import ConfigError
@@ -352,10 +352,10 @@ def test_restore_onto_other_meshes(tmp_path, eight_devices):
 def test_position_in_the_data_of_another_number_of_processes(tmp_path):
     for index in range(4):
         (tmp_path / f"process_{index}-of-4.json").write_text('{"position": 7}')
-    assert runs._data_state(tmp_path) == {"position": 7}
+    assert position.read(tmp_path) == {"position": 7}
     (tmp_path / "process_3-of-4.json").write_text('{"position": 8}')
     with pytest.raises(ValueError, match="positions in the data of 4 processes, which differ"):
-        runs._data_state(tmp_path)
+        position.read(tmp_path)
 
 
 def test_profile_and_speed(tmp_path, use):
