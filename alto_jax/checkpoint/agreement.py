@@ -35,6 +35,10 @@ class Unreadable(ValueError):
     """Of no step there is can a checkpoint be read; in all processes alike."""
 
 
+class _Changed(ValueError):
+    """Arrays were read whole, and are not what was saved."""
+
+
 class FrozenDamaged(Mismatch):
     """The frozen parameters, of which there is one copy for all steps of a run, cannot be read; in all processes alike.
 
@@ -238,14 +242,14 @@ def attempt(read: Callable[[], Found]) -> tuple[Found | None, Exception | None]:
 
 
 def _wrong_sums(found: Found) -> Exception | None:
-    """ValueError if an array differs from what was saved; all processes compute this together."""
+    """An error if an array differs from what was saved; all processes compute this together."""
     sums = checksums(found.arrays) if found.sums else {}
     wrong = [path for path, value in found.sums.items() if sums[path] != value]
     told = lambda paths: f"{len(paths)} arrays are not what was saved, such as {paths[0]}"
     frozen = [path for path in wrong if found.frozen and path.startswith("frozen/")]
     if frozen:
         return FrozenDamaged(found.frozen, told(frozen))
-    return ValueError(told(wrong)) if wrong else None
+    return _Changed(told(wrong)) if wrong else None
 
 
 def _vote(folder: pathlib.Path, found: Found | None, error: Exception | None) -> str | None:
@@ -255,7 +259,8 @@ def _vote(folder: pathlib.Path, found: Found | None, error: Exception | None) ->
       Exception: what would end an older step too: this process's own, or ConfigError with another one's.
     """
     is_fatal = isinstance(error, _FATAL)
-    text = None if error is None else str(error)[:300] if is_fatal else damage.reason(folder, error)
+    is_clear = is_fatal or isinstance(error, _Changed)
+    text = None if error is None else str(error)[:300] if is_clear else damage.reason(folder, error)
     own = {"error": text, "is_fatal": is_fatal, "digest": found.digest() if found else ""}
     frozen = [error.folder, error.why] if isinstance(error, FrozenDamaged) else []
     votes = distributed.gather({**own, "frozen": frozen})

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from alto_jax.checkpoint import nearby, runs
+from alto_jax.checkpoint import agreement, nearby, runs
 from alto_jax.config import ConfigError
 from alto_jax.train import loop
 from tests import fake_stage
@@ -58,6 +58,11 @@ def spoil(machine, step, how):
         content = bytearray((folder / "arrays.npz").read_bytes())
         content[len(content) // 2] ^= 1
         (folder / "arrays.npz").write_bytes(content)
+    elif how == "another checksum":
+        known = json.loads((folder / "about.json").read_text())
+        known["about"]["checksums"]["step"] += 1
+        del known["digest"]
+        (folder / "about.json").write_text(json.dumps({**known, "digest": agreement.json_digest(known)}))
     elif how == "arrays cut":
         (folder / "arrays.npz").write_bytes((folder / "arrays.npz").read_bytes()[:100])
     else:
@@ -75,14 +80,19 @@ def test_a_new_start_goes_on_from_the_machine(tmp_path, machine):
     assert nearby.steps_here(tmp_path / "run") == [3, 4] and nearby.steps_here(tmp_path) == []
 
 
-@pytest.mark.parametrize("how", ["gone", FLIPPED, "arrays cut", "description changed"])
+@pytest.mark.parametrize("how", ["gone", FLIPPED, "arrays cut", "another checksum", "description changed"])
 def test_what_is_damaged_is_passed_over(tmp_path, machine, how, capfd):
     save(tmp_path / "run", {1, 3, 4})
     for step, left in ((4, 3), (3, 1)):
         spoil(machine, step, how)
         assert_same(restore(tmp_path / "run")[0], state_of(left))
-        warned = f"warning: ALTO_LOCAL: step {step} cannot be read (" in capfd.readouterr().err
-        assert warned == (how in (FLIPPED, "arrays cut"))  # what does not say whole what it is counts as nothing
+        why = {
+            FLIPPED: "Bad CRC-32",
+            "arrays cut": "File is not a zip",
+            "another checksum": "1 arrays are not what was",
+        }
+        warned = f"warning: ALTO_LOCAL: step {step} cannot be read ({why.get(how, '')}" in capfd.readouterr().err
+        assert warned == (how in why)  # what does not say whole what it is counts as nothing
 
 
 def test_a_newer_checkpoint_is_taken_first(tmp_path, machine):
