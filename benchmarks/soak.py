@@ -150,9 +150,10 @@ class Run:
             last, code = (lines or [""])[-1], process.returncode
             if index not in killed:
                 said = any(mark in line for line in lines[-40:] for mark in SAYS_WHY)
-                is_signal = fault.kind == "terminate" and fault.phase == "start" and code == -signal.SIGTERM
+                has_begun = lines and fault.phase != "start"
+                is_signal = fault.kind == "terminate" and code == -signal.SIGTERM and not has_begun
                 fault.clear &= code in (0, 75) or is_signal or (said and code != 1)  # 1: a traceback of the main thread
-                fault.after.append(f"{code}: {last[:240]}")
+                fault.after.append(f"{code}: {last[:600]}")
 
     def meet(self, processes: reliability.Processes, fault: Fault, rng: random.Random) -> bool:
         """Waits for the phase and does the fault; returns whether it came to that before the end of the processes."""
