@@ -286,13 +286,14 @@ class Checkpointer:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def close(self) -> None:
-        """Waits for what is under way and ends the manager's threads."""
-        try:
-            self.wait()
-        finally:
-            if self._nearby is not None:
-                self._nearby.close()
-            self._manager.close()
+        """Waits for what is under way and ends the manager's threads; raises OSError as `save` does."""
+        with self._told_failures():
+            try:
+                self._wait()
+            finally:
+                if self._nearby is not None:
+                    self._nearby.close()
+                self._manager.close()
 
     def _told_failures(self) -> damage.Failures:
         return damage.Failures(self._manager, self._folder)

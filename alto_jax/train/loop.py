@@ -6,6 +6,7 @@ checkpoint with the same numbers as if it had never stopped.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -125,9 +126,13 @@ def _train(
             run = _Run(config, stage, optimizer, checkpointer, iterator, mesh, path, signals, measured, is_resumed,
                        account, copy)  # fmt: skip
             state, logs, watch = _steps(run, state)
-    finally:
+    except BaseException:
         iterator.close()
-        checkpointer.close()
+        with contextlib.suppress(OSError):  # Note: what has ended the run is told, not what follows from it.
+            checkpointer.close()
+        raise
+    iterator.close()
+    checkpointer.close()
     # Note: with patience the run has the parameters of the best evaluation, which gives the same numbers again.
     with account.during("evaluate"):
         evaluation = (config.train.patience and watch.found) or _final_evaluation(config, stage, state, logs, measured)

@@ -276,6 +276,23 @@ def test_full_disk(tmp_path):
     assert runs.complete_steps(tmp_path / "other") == [2]
 
 
+def test_what_has_ended_a_run_is_told(tmp_path, use, monkeypatch):
+    """Not the error without a name that closing a checkpoint on a full disk then adds; alone it gets its folder."""
+    close = runs.ocp.CheckpointManager.close
+
+    def fails(self):
+        close(self)
+        raise OSError(27, "File too large")
+
+    monkeypatch.setattr(runs.ocp.CheckpointManager, "close", fails)
+    use(fake_stage.stage(lambda batch: np.nan))
+    with pytest.raises(FloatingPointError, match="updates in a row were skipped"):
+        loop.train(fake_stage.config(), tmp_path / "ended")
+    use(fake_stage.stage())
+    with pytest.raises(OSError, match="closed/checkpoints: a checkpoint could not be written: .*File too large"):
+        loop.train(fake_stage.config(), tmp_path / "closed")
+
+
 def test_retention():
     metrics = {2: 5.0, 4: 1.0, 6: float("nan"), 8: 3.0, 10: None, 12: 2.0}
     assert Retention(2).keep(metrics) == {10, 12}
